@@ -1,0 +1,55 @@
+"""Long Range Arena in JAX: every task, every baseline, one trainer, honest tables.
+
+splits = lra.load("listops", "strict")          # packed arrays: splits["train"].inputs (n, L), .lengths, .labels
+record = lra.train(["task=listops_short", "model=lru", "seed=1"])
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lra.data.store import Split
+
+
+def compose(overrides: Sequence[str] = ()) -> "DictConfig":
+    """The resolved config that `lra train OVERRIDES` would run."""
+    from lra.config import compose
+
+    return compose(overrides)
+
+
+def load(task: str, protocol: str = "strict", overrides: Sequence[str] = ()) -> "Mapping[str, Split]":
+    """The splits of a task as memory-mapped arrays, prepared first where they are not.
+
+    Args:
+        task: a name that `lra tasks` lists; protocol: strict | s4 | lra2020.
+        overrides: as on the command line, such as `data.root=DIR` or `task.source=release`.
+    Raises:
+        LraError: unknown name, or missing or malformed data.
+    """
+    from pathlib import Path
+
+    from lra.config import build_task, compose
+    from lra.data.store import prepare
+
+    cfg = compose([f"task={task}", f"protocol={protocol}", *overrides])
+    return prepare(build_task(cfg), Path(cfg.data.root)).splits
+
+
+def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:
+    """Run a config (from `compose`, or a list of overrides) to its end and return its record.
+
+    Raises:
+        LraError: what `lra train` would print in one line.
+    """
+    from omegaconf import DictConfig
+
+    from lra.config import compose
+    from lra.trainer import train
+
+    return train(cfg if isinstance(cfg, DictConfig) else compose(cfg))
+
+
+__all__ = ["compose", "load", "train"]

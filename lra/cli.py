@@ -1,0 +1,245 @@
+"""The `lra` command. Each command imports what it needs when it runs, so that `lra --help` answers at once."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lra.errors import LraError, PreemptedError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
+
+Train one model on one task and print the comparison table. Every key of conf/ can be set; --cfg job prints them all.
+
+  lra train experiment=listops/quick                       five minutes on a CPU
+  lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
+  lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2
+  lra train -m ... hydra/launcher=joblib                   several at a time (extra: sweep); submitit_slurm on a cluster
+
+  resume=auto            continue this run if its folder holds a checkpoint; skip it if it is finished
+  output.root=DIR        where runs are kept (runs)
+  data.root=DIR          publishers' files and prepared data ($LRA_DATA, else data)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 preempted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:
+            return train_command(argv[1:])
+        if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        args = parser().parse_args(argv)
+        return args.run(args)
+    except LraError as error:
+        return fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return fail(
+            f"{error.filename or 'output'}: the disk is full; free some space or set output.root and data.root", 1
+        )
+
+
+def fail(message: str, code: int) -> int:
+    print(f"lra: error: {message}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="lra", description="Long Range Arena in JAX.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    commands.add_parser("train", help="train a model on a task: lra train task=listops model=stu")
+
+    data = commands.add_parser("data", help="prepare and inspect the tasks' data")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+    prepare = actions.add_parser("prepare", help="generate or read the data of tasks into the packed store")
+    verify = actions.add_parser("verify", help="recompute hashes, counts and overlaps of prepared data")
+    show = actions.add_parser("show", help="print some examples as text")
+    for action, run in ((prepare, data_prepare), (verify, data_verify), (show, data_show)):
+        action.add_argument("tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists")
+        action.add_argument(
+            "--set", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, as for `lra train`"
+        )
+        action.set_defaults(run=run)
+    prepare.add_argument(
+        "--tfds", action="store_true", help="also as a TFDS dataset (array_record) under data.root/tfds"
+    )
+    prepare.add_argument("--export", metavar="DIR", type=Path, help="also in the release's own file format")
+    show.add_argument("-n", type=int, default=3, help="how many examples (3)")
+
+    for name, group in (("tasks", "task"), ("models", "model")):
+        listing = commands.add_parser(name, help=f"list the {name}")
+        listing.set_defaults(run=list_options, group=group)
+
+    table = commands.add_parser("table", help="compare runs with each other and with published numbers")
+    table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
+    table.add_argument("--task", action="append", help="only this task; repeatable")
+    table.add_argument("--model", action="append", help="only this model; repeatable")
+    table.add_argument("--protocol", help="only this protocol")
+    table.add_argument("--published", choices=("featured", "all", "none"), default="featured", help="published rows")
+    table.add_argument("--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable")
+    table.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
+    table.add_argument("--output", metavar="FILE", help="also write the table here")
+    table.add_argument("--metric", choices=("test", "val"), default="test", help="which split's accuracy (test)")
+    table.set_defaults(run=table_command)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
+    doctor.add_argument(
+        "--data-root", default=None, metavar="DIR", help="where to look for data ($LRA_DATA, else data)"
+    )
+    doctor.set_defaults(run=doctor_command)
+    return top
+
+
+def train_command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(TRAIN_HELP)
+        for group in ("experiment", "task", "model", "protocol"):
+            names = sorted(str(f.relative_to(CONF / group).with_suffix("")) for f in (CONF / group).rglob("*.yaml"))
+            print(f"  {group + '=':<12} {', '.join(names)}")
+        return 0 if argv else 2
+    import hydra
+
+    from lra.config import translated_errors
+
+    multirun = bool({"-m", "--multirun"} & set(argv))
+    sys.argv = ["lra train", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
+    with translated_errors():
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(sweep_job if multirun else job)()
+    return 0
+
+
+def job(cfg) -> None:
+    """One run, from Hydra: train, then print the table of its task."""
+    record = run_job(cfg)
+    print_table([cfg.output.root], [record["task"]])
+
+
+def sweep_job(cfg) -> None:
+    """One run of a sweep. An error is shown at once; the sweep goes on with the other runs, unless it was a signal."""
+    try:
+        run_job(cfg)
+    except PreemptedError as error:
+        sys.exit(fail(str(error), error.exit_code))
+    except LraError as error:
+        fail(str(error), error.exit_code)
+        raise
+
+
+def run_job(cfg) -> dict:
+    from hydra.core.hydra_config import HydraConfig
+
+    from lra.config import with_names
+    from lra.trainer import train
+
+    hydra_cfg = HydraConfig.get()
+    return train(with_names(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task))
+
+
+def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
+    from lra.tables import table_command
+
+    print(table_command(paths, tasks=tasks, color=sys.stdout.isatty()), end="")
+
+
+def table_command(args: argparse.Namespace) -> int:
+    from lra.tables import table_command
+
+    text = table_command(
+        args.paths,
+        tasks=args.task,
+        models=args.model,
+        protocol=args.protocol,
+        published=args.published,
+        csv=args.csv,
+        format=args.format,
+        output=args.output,
+        metric=args.metric,
+        color=args.format == "terminal" and sys.stdout.isatty(),
+    )
+    print(text, end="")
+    return 0
+
+
+def list_options(args: argparse.Namespace) -> int:
+    """Names with the first comment line of their YAML."""
+    for file in sorted((CONF / args.group).glob("*.yaml")):
+        head = file.read_text().splitlines()[0]
+        about = head.removeprefix("#").strip() if head.startswith("#") else ""
+        print(f"{file.stem:<16} {about.removeprefix(f'conf/{args.group}/{file.name} -- ')}")
+    return 0
+
+
+def prepared(args: argparse.Namespace):
+    """(task, store, data root) of each named task, prepared where it is not yet."""
+    from lra.config import build_task, compose
+    from lra.data.store import prepare
+    from lra.progress import preparing
+
+    for name in args.tasks:
+        cfg = compose([f"task={name}", *args.set])
+        task = build_task(cfg)
+        root = Path(cfg.data.root)
+        yield task, preparing(task, partial(prepare, task, root)), root
+
+
+def data_prepare(args: argparse.Namespace) -> int:
+    for task, store, root in prepared(args):
+        counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
+        print(f"{task.name}: {store.manifest['source']}, {counts}, in {store.path}")
+        if args.tfds:
+            from lra.data.tfds import builder
+
+            made = builder(task, root / "tfds")
+            made.download_and_prepare(file_format="array_record")
+            print(f"{task.name}: TFDS dataset {made.info.full_name} in {made.data_path}")
+        if args.export:
+            print(f"{task.name}: release files in {task.export(store.splits, args.export)}")
+    return 0
+
+
+def data_verify(args: argparse.Namespace) -> int:
+    from lra.data.store import verify
+
+    sound = True
+    for task, store, _ in prepared(args):
+        report = verify(store)
+        sound = sound and not report.problems
+        for problem in report.problems:
+            print(f"{task.name}: {problem}")
+        shared = ", ".join(f"{pair} {count}" for pair, count in report.overlaps.items())
+        print(f"{task.name}: {'sound' if not report.problems else 'NOT sound'}; equal examples: {shared}")
+    return 0 if sound else 3
+
+
+def data_show(args: argparse.Namespace) -> int:
+    for task, store, _ in prepared(args):
+        split = store.splits["train"]
+        for row in range(min(args.n, len(split))):
+            print(
+                f"{task.name} train {row} label {split.labels[row]}: {task.to_text(split.inputs[row][: split.lengths[row]])}"
+            )
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    from lra.doctor import report
+
+    print(report(Path(args.data_root or os.environ.get("LRA_DATA", "data"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Scores of a whole split: logits of every example once, then sums and counts divided at the end."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def predict(
+    apply: Callable[[jax.Array, jax.Array], jax.Array], inputs: jax.Array, lengths: jax.Array, batch_size: int
+) -> np.ndarray:
+    """Logits (n, C) float32 of every example, in order.
+
+    Args:
+        apply: jitted (inputs (B, ...), lengths (B,)) -> logits (B, C).
+        inputs, lengths: a whole split, on the device.
+    The last batch is filled up with example 0, whose extra logits are dropped, so that one shape is compiled.
+    """
+    count = len(lengths)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size)
+        chosen = jnp.asarray(np.where(rows < count, rows, 0))
+        batches.append(apply(inputs[chosen], lengths[chosen]))  # not waited for: the device stays busy
+    return np.concatenate([np.asarray(batch, np.float32) for batch in batches])[:count]
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+    """Accuracy (fraction), mean cross-entropy in nats and count of a split, in float64."""
+    logits, labels = logits.astype(np.float64), np.asarray(labels, np.int64)
+    top = logits.max(axis=1)
+    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    losses = log_sum - logits[np.arange(len(labels)), labels]
+    return {
+        "accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
+        "loss": float(losses.mean()),
+        "count": len(labels),
+    }

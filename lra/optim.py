@@ -1,0 +1,102 @@
+"""AdamW with warm-up + cosine and parameter groups, all from the config."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from lra.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a rate: their paths, a factor on the learning rate and a weight decay."""
+
+    name: str
+    lr_factor: float
+    weight_decay: float
+    paths: tuple[str, ...]
+    num_params: int
+
+
+def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Linear warm-up from `lr_start` to `lr` over the share `warmup` of `steps`, then cosine to `lr_end`."""
+    warmup_steps = round(cfg["warmup"] * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(cfg["lr_start"], cfg["lr"], max(warmup_steps, 1)),
+            optax.cosine_decay_schedule(cfg["lr"], max(steps - warmup_steps, 1), alpha=cfg["lr_end"] / cfg["lr"]),
+        ],
+        boundaries=[warmup_steps],
+    )
+
+
+def adamw(cfg: Mapping[str, Any], steps: int, params: Any) -> tuple[optax.GradientTransformation, list[Group]]:
+    """The optimizer of `conf/optim/` for `params`, and its groups as they were assigned.
+
+    Decay is decoupled and multiplied by the group's learning rate, as in Loshchilov & Hutter 2019 and optax.adamw.
+
+    Raises:
+        ConfigError: a rate is not positive where it has to be, or a group's pattern matches no parameter.
+    """
+    check_rates(cfg)
+    groups, labels = assign(cfg, params)
+    parts = [optax.clip_by_global_norm(cfg["clip"])] if cfg["clip"] else []
+    parts.append(optax.scale_by_adam(b1=cfg["b1"], b2=cfg["b2"], eps=cfg["eps"]))
+    for group in groups:
+        mask = jax.tree.map(lambda label, name=group.name: label == name, labels)
+        if group.weight_decay:
+            parts.append(optax.masked(optax.add_decayed_weights(group.weight_decay), mask))
+        if group.lr_factor != 1.0:
+            parts.append(optax.masked(optax.scale(group.lr_factor), mask))
+    parts.append(optax.scale_by_learning_rate(schedule(cfg, steps)))
+    return optax.chain(*parts), groups
+
+
+def assign(cfg: Mapping[str, Any], params: Any) -> tuple[list[Group], Any]:
+    """Groups of the config in order, and a tree like `params` with each parameter's group name."""
+    own = cfg["groups"] or {}
+    rules = [(name, rule["match"], rule["lr_factor"], rule["weight_decay"]) for name, rule in own.items()]
+    rules += [("no_decay", cfg["no_decay"], 1.0, 0.0)] if cfg["no_decay"] else []
+    rules += [("default", "", 1.0, cfg["weight_decay"])]
+    paths = parameter_paths(params)
+    labels = jax.tree.map(lambda path: next(name for name, match, *_ in rules if re.search(match, path)), paths)
+    groups = []
+    for name, match, lr_factor, weight_decay in rules:
+        chosen = [
+            (path, leaf.size)
+            for path, label, leaf in zip(*map(jax.tree.leaves, (paths, labels, params)), strict=True)
+            if label == name
+        ]
+        if not chosen and name in own:
+            raise ConfigError(f"optim.groups.{name}.match={match!r} fits no parameter; the paths are: {summary(paths)}")
+        if chosen:
+            groups.append(
+                Group(name, lr_factor, weight_decay, tuple(path for path, _ in chosen), sum(size for _, size in chosen))
+            )
+    return groups, labels
+
+
+def parameter_paths(params: Any) -> Any:
+    """A tree like `params` with each parameter's path, as "blocks/0/mixer/m_u"."""
+
+    def name(path, _):
+        return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+    return jax.tree_util.tree_map_with_path(name, params)
+
+
+def summary(paths: Any) -> str:
+    """Paths with the layer number left out, each once."""
+    return ", ".join(sorted({re.sub(r"/\d+/", "/*/", path) for path in jax.tree.leaves(paths)}))
+
+
+def check_rates(cfg: Mapping[str, Any]) -> None:
+    for key, low in (("lr", 0.0), ("warmup", -1e-12), ("weight_decay", -1e-12)):
+        if not isinstance(cfg[key], (int, float)) or not cfg[key] > low:
+            raise ConfigError(f"optim.{key}={cfg[key]} must be a number {'above' if key == 'lr' else 'of at least'} 0")
+    if cfg["warmup"] > 1:
+        raise ConfigError(f"optim.warmup={cfg['warmup']} is a share of all steps, between 0 and 1")

@@ -1,0 +1,88 @@
+"""What a run shows on the terminal: a header, a live bar, one line an evaluation, and the result."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Reporter:
+    """Progress of one run. Where the output is no terminal, only the lines are printed, not the bar."""
+
+    def __init__(self, steps: int, batch_size: int, *, live: bool):
+        self.steps, self.batch_size = steps, batch_size
+        self.console = Console(highlight=False)
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
+            TextColumn("{task.fields[rate]:.0f} examples/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (live and self.console.is_terminal),
+        )
+        self.row = self.bar.add_task("", total=steps, loss=float("nan"), accuracy=float("nan"), rate=float("nan"))
+
+    def header(self, record: dict, rates: list[tuple], folder: Path) -> None:
+        """What is about to run: data, model, parameter groups, where the results go."""
+        counts = ", ".join(f"{name} {part['count']:,}" for name, part in record["data"]["splits"].items())
+        device = record["device"]
+        self.console.print(
+            f"[bold]{record['model']}[/] on [bold]{record['task']}[/] ({record['data']['source']}, {counts}), "
+            f"protocol {record['protocol']}, seed {record['seed']}, {device['count']} x {device['kind']}"
+        )
+        table = Table("group", "learning rate", "weight decay", "tensors", "parameters", box=None, pad_edge=False)
+        for name, lr, decay, tensors, count in rates:
+            table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
+        self.console.print(table)
+        self.console.print(
+            "to beat: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in record["reference"].items())
+        )
+        resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
+        self.console.print(f"folder: {folder}{resumed}", soft_wrap=True)
+
+    def __enter__(self) -> "Reporter":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def advance(self, step: int, done: int, seconds: float, tally) -> None:
+        """`done` more steps took `seconds`; `tally` holds the sums of loss, correct and count since the last line."""
+        loss, correct, count = (float(x) for x in tally)
+        rate = done * self.batch_size / seconds
+        self.bar.update(self.row, completed=step, loss=loss / count, accuracy=correct / count, rate=rate)
+
+    def evaluation(self, step: int, result: dict, improved: bool) -> None:
+        """A line an evaluation; a star where the weights are the best so far."""
+        line = f"step {step:>7,}  validation accuracy {100 * result['accuracy']:.2f} %  loss {result['loss']:.4f}"
+        self.console.print(line + (" *" if improved else ""))
+
+    def finished(self, record: dict, sync_hint: str | None) -> None:
+        """The result, beside the lines it has to beat, and how to upload what W&B kept offline."""
+        test, selection = record["metrics"]["test"], record["selection"]
+        lines = ", ".join(f"{name} {100 * x:.1f} %" for name, x in record["reference"].items())
+        self.console.print(
+            f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] on {test['count']:,} examples, weights of step "
+            f"{selection['step']:,} ({selection['rule']}); reference lines: {lines}"
+        )
+        if sync_hint:
+            self.console.print(f"W&B offline; to upload: {sync_hint}", soft_wrap=True)
+
+
+def preparing(task, work: Callable[..., Any]) -> Any:
+    """Run `work(on_progress=tick)` while showing that `task`'s data is prepared; `tick(split, done, total)` moves the bar."""
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(f"preparing {task.name}", total=None)
+
+        def tick(split: str, done: int, total: int | None) -> None:
+            bar.update(row, description=f"preparing {task.name} {split}", completed=done, total=total)
+
+        return work(on_progress=tick)

@@ -1,0 +1,449 @@
+"""The training story, told once, for every task and model.
+
+Prepare the data, place it on the device, then run many steps as one jitted loop that draws its batches by index; between two
+calls log, evaluate, save, and answer signals. The order of batches and every random number are functions of (seed, step)
+alone, so neither the length of a call nor an interruption changes a result.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from omegaconf import DictConfig, OmegaConf
+
+from lra import records
+from lra.checkpoint import Checkpoints
+from lra.config import build_task, model_builder
+from lra.data.store import Store, prepare
+from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
+from lra.evaluate import predict, score
+from lra.optim import Group, adamw, schedule
+from lra.progress import Reporter, preparing
+from lra.tasks import SPLITS
+from lra.tracking import Trackers, make_trackers
+
+
+class State(NamedTuple):
+    """What changes from step to step; everything a resumed run needs."""
+
+    step: jax.Array  # () int32, steps done
+    params: Any  # nnx.Param
+    stats: Any  # nnx.BatchStat
+    opt: Any
+    tally: jax.Array  # (3,) float32: sums of loss, correct, count since the last logged line
+    finite: jax.Array  # () bool: no NaN or Inf so far
+
+
+class Split(NamedTuple):
+    """A split on the device."""
+
+    inputs: jax.Array
+    lengths: jax.Array
+    labels: jax.Array
+
+
+class Program(NamedTuple):
+    """The jitted functions of one (model, task, optimizer)."""
+
+    run: Callable[..., State]  # (state, fixed, train, until) -> state
+    apply: Callable[..., jax.Array]  # (params, stats, fixed, inputs, lengths) -> logits
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Run a config to its end and return its record; the run's folder holds record, metrics, predictions, checkpoints.
+
+    Raises:
+        LraError: bad config or data, a folder in use, a diverged loss, an interruption; the record says which.
+    """
+    check(cfg)
+    if cfg.trainer.compilation_cache:
+        use_compilation_cache()
+    config = plain(cfg)
+    path = records.run_path(cfg.output.root, config, container(cfg.names))
+    with records.RunFolder(path) as folder:
+        finished = claim(folder, config, cfg.resume)
+        if finished is not None:
+            return finished
+        run = Run(cfg, folder)
+        try:
+            return run.train()
+        except LraError as error:
+            run.end({PreemptedError: "preempted", DivergedError: "diverged"}.get(type(error), "failed"), error)
+            raise
+        except BaseException as error:
+            run.end("failed", error)
+            raise
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs under the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
+
+
+def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
+    """May this run use the folder? Returns the record of a run that is already finished and need not be repeated.
+
+    Raises:
+        RunFolderError: it holds a run, and `resume` does not say to continue it.
+    """
+    record = folder.read_record()
+    if record is None:
+        return None
+    if records.config_hash(record["config"]) != records.config_hash(config):
+        raise RunFolderError(f"{folder.path} holds another run; choose another output.root or remove that folder")
+    if resume != "auto":
+        raise RunFolderError(
+            f"{folder.path} holds this run already, {record['status']} at step {record.get('step')}; "
+            f"resume=auto continues it (a finished one is shown again), another output.root or seed starts a new one"
+        )
+    return record if record["status"] == "finished" else None
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values that would fail late."""
+    if cfg.resume not in ("never", "auto"):
+        raise ConfigError(f"resume={cfg.resume} is unknown; choose never or auto")
+    if not isinstance(cfg.seed, int):
+        raise ConfigError(f"seed={cfg.seed} must be an integer")
+    for key in ("steps", "batch_size", "eval_batch_size", "eval_every", "checkpoint_every", "log_every"):
+        value = cfg.trainer[key]
+        optional = key.endswith("_every") and value is None
+        if not optional and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"trainer.{key}={value} must be a whole number of at least 1")
+
+
+class Run:
+    """One run from data to record. `train` is the story; the other methods are its steps."""
+
+    def __init__(self, cfg: DictConfig, folder: records.RunFolder):
+        self.cfg, self.folder, self.started = cfg, folder, time.monotonic()
+        self.trackers = Trackers([])
+        self.record = first_record(cfg, folder.read_record())
+
+    def train(self) -> dict[str, Any]:
+        cfg = self.cfg
+        self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
+        task = build_task(cfg)
+        store = preparing(task, partial(prepare, task, Path(cfg.data.root)))
+        if len(store.splits["train"]) < cfg.trainer.batch_size:
+            raise ConfigError(
+                f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {len(store.splits['train'])} training examples"
+            )
+        self.record |= {"data": describe_data(store), "reference": task.reference_lines(store.splits)}
+
+        graph, params, stats, self.fixed = build(model_builder(cfg, task), cfg.seed)
+        tx, groups = adamw(container(cfg.optim), cfg.trainer.steps, params)
+        sizes = {group.name: group.num_params for group in groups}
+        self.record["params"] = {"total": sum(sizes.values()), "groups": sizes}
+        data = {name: on_device(split) for name, split in store.splits.items()}
+        self.program = compile_program(graph, tx, task.decode, cfg.trainer.batch_size, cfg.seed)
+        state = State(jnp.int32(0), params, stats, tx.init(params), jnp.zeros(3), jnp.bool_(True))
+
+        self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
+        # `best` is the choice so far; it travels with each checkpoint, so that a resumed run chooses as if never stopped
+        best = {"step": None, "accuracy": -1.0}
+        if (restored := self.checkpoints.latest_step()) is not None:
+            state, best = self.checkpoints.restore(state)
+            self.record["resumed_from"].append(restored)
+        self.folder.truncate_metrics(int(state.step))
+        self.save_record(step=int(state.step))
+        self.trackers = make_trackers(
+            cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
+        )
+        self.reporter.header(self.record, self.rates(groups), self.folder.path)
+
+        with Signals() as signals, self.reporter:
+            state, best = self.loop(state, best, data, signals)
+        return self.finish(state, best, data)
+
+    def loop(self, state: State, best: dict, data: dict[str, Split], signals: "Signals") -> tuple[State, dict]:
+        """Train to the last step: run to the next boundary, then log, evaluate and save where they are due."""
+        cfg = self.cfg.trainer
+        every = intervals(cfg)
+        per_call, rate = 1, Rate(cfg.call_seconds)
+        step = int(state.step)
+        while step < cfg.steps:
+            until = min(step + per_call, *(next_multiple(step, n) for n in every.values()), cfg.steps)
+            start = time.perf_counter()
+            state = jax.block_until_ready(self.program.run(state, self.fixed, data["train"], jnp.int32(until)))
+            seconds, done = time.perf_counter() - start, until - step
+            per_call, step = rate.steps_per_call(done, seconds), int(state.step)
+            if not bool(state.finite):
+                raise DivergedError(
+                    f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
+                    f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; the checkpoint before it is kept"
+                )
+            self.reporter.advance(step, done, seconds, state.tally)
+            due = {name for name, n in every.items() if step % n == 0 or step == cfg.steps}
+            if "log" in due:
+                state = self.log(step, state)
+            if "eval" in due:
+                best = self.evaluate(step, state, best, data["val"])
+            if "checkpoint" in due or signals.received:
+                self.checkpoints.save(step, state, best)
+                self.save_record(step=step)
+            if signals.received and step < cfg.steps:
+                raise PreemptedError(
+                    f"stopped by {signals.received} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
+                    f"the same command with resume=auto continues"
+                )
+        self.record["time"] |= rate.summary(cfg.batch_size)
+        return state, best
+
+    def log(self, step: int, state: State) -> State:
+        """Write the averages since the last line and start new ones."""
+        loss, correct, count = (float(x) for x in state.tally)
+        values = {"train/loss": loss / count, "train/accuracy": correct / count, "train/lr": self.learning_rate(step)}
+        self.write(step, values)
+        return state._replace(tally=jnp.zeros_like(state.tally))
+
+    def evaluate(self, step: int, state: State, best: dict, val: Split) -> dict:
+        """Score validation; keep the weights if they are the best so far."""
+        result = score(self.predict(state.params, state.stats, val), np.asarray(val.labels))
+        self.write(step, {"val/loss": result["loss"], "val/accuracy": result["accuracy"]})
+        improved = result["accuracy"] > best["accuracy"]
+        if improved:
+            self.checkpoints.save_best(step, (state.params, state.stats))
+            best = {"step": step, "accuracy": result["accuracy"]}
+        self.reporter.evaluation(step, result, improved)
+        return best | {"last_step": step, "last_accuracy": result["accuracy"]}
+
+    def finish(self, state: State, best: dict, data: dict[str, Split]) -> dict[str, Any]:
+        """Choose the weights as the protocol says, score the whole test split once, write predictions and record."""
+        rule = self.cfg.protocol.select
+        weights = (state.params, state.stats)
+        if rule == "best":
+            weights = self.checkpoints.restore_best(weights)
+        sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
+        logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
+        labels = {name: np.asarray(split.labels)[: len(logits[name])] for name, split in data.items()}
+        self.folder.write_predictions(logits["test"], labels["test"], np.arange(len(labels["test"])))
+        self.record["metrics"] = {name: score(logits[name], labels[name]) for name in SPLITS}
+        chosen = best["step"] if rule == "best" else best["last_step"]
+        self.record["selection"] = {
+            "rule": rule,
+            "step": chosen,
+            "val_accuracy": self.record["metrics"]["val"]["accuracy"],
+            "last_step": best["last_step"],
+            "last_val_accuracy": best["last_accuracy"],
+        }
+        self.record["step"] = int(state.step)
+        self.end("finished", None)
+        self.reporter.finished(self.record, self.trackers.sync_hint)
+        return self.record
+
+    def predict(self, params, stats, split: Split) -> np.ndarray:
+        apply = partial(self.program.apply, params, stats, self.fixed)
+        return predict(apply, split.inputs, split.lengths, self.cfg.trainer.eval_batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1))
+
+    def rates(self, groups: list[Group]) -> list[tuple]:
+        return [(g.name, self.cfg.optim.lr * g.lr_factor, g.weight_decay, len(g.paths), g.num_params) for g in groups]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.folder.append_metrics({"step": step, **values})
+        self.trackers.log(step, values)
+
+    def save_record(self, **changes) -> None:
+        self.record |= changes
+        self.record["time"]["wall_s"] = round(time.monotonic() - self.started, 2)
+        self.folder.write_record(self.record)
+
+    def end(self, status: str, error: BaseException | None) -> None:
+        """Write the last word of this run: its status, and the error that ended it."""
+        self.record["memory"] = {"peak_bytes": peak_bytes()}
+        self.save_record(status=status, error=None if error is None else f"{type(error).__name__}: {error}")
+        self.trackers.summary({"status": status, **flat_metrics(self.record)})
+        self.trackers.finish(status)
+
+
+def build(builder: Callable[..., nnx.Module], seed: int) -> tuple:
+    """Make the model; returns (graph, params, batch statistics, everything else that is fixed)."""
+    try:
+        model = builder(rngs=nnx.Rngs(params=jax.random.key(seed)))
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+
+
+def compile_program(graph, tx: optax.GradientTransformation, decode, batch_size: int, seed: int) -> Program:
+    """The two jitted functions of a run; `run` gives its state's memory to its result."""
+    order_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+
+    def loss(params, stats, fixed, batch: Split, key):
+        model = nnx.merge(graph, params, stats, fixed, copy=True)  # batch norm writes to its own variables
+        logits = model(decode(batch.inputs), batch.lengths, train=True, rngs=nnx.Rngs(dropout=key))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        correct = (logits.argmax(axis=-1) == batch.labels).sum()
+        tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(batch_size)])
+        return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
+
+    def step(state: State, fixed, batch: Split) -> State:
+        key = jax.random.fold_in(dropout_key, state.step)
+        grads, (stats, tally) = jax.grad(loss, has_aux=True)(state.params, state.stats, fixed, batch, key)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(tally[0]) & jnp.isfinite(optax.tree.norm(grads))
+        return State(state.step + 1, params, stats, opt, state.tally + tally, finite)
+
+    @partial(jax.jit, donate_argnums=0)
+    def run(state: State, fixed, data: Split, until: jax.Array) -> State:
+        """Steps until `until` or the first loss that is not finite."""
+        count = len(data.labels)
+        steps_per_epoch = count // batch_size  # the tail of each epoch's order is left out, another one each epoch
+
+        def body(carry):
+            state, order = carry
+            epoch, position = jnp.divmod(state.step, steps_per_epoch)
+            order = jax.lax.cond(position == 0, lambda: epoch_order(order_key, epoch, count), lambda: order)
+            rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
+            return step(state, fixed, jax.tree.map(lambda x: x[rows], data)), order
+
+        carry = (state, epoch_order(order_key, state.step // steps_per_epoch, count))
+        return jax.lax.while_loop(lambda c: (c[0].step < until) & c[0].finite, body, carry)[0]
+
+    @jax.jit
+    def apply(params, stats, fixed, inputs, lengths):
+        return nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
+
+    return Program(run, apply)
+
+
+def epoch_order(key: jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:
+    """The order (n,) in which an epoch draws the examples: a function of (key, epoch) alone."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), count)
+
+
+def on_device(split) -> Split:
+    return Split(*(jnp.asarray(x) for x in (split.inputs, split.lengths, split.labels.astype(np.int32))))
+
+
+def intervals(cfg: DictConfig) -> dict[str, int]:
+    """Steps between two logged lines, evaluations and checkpoints."""
+    evaluate = cfg.eval_every or max(cfg.steps // 20, 1)
+    return {
+        "log": cfg.log_every or max(cfg.steps // 100, 1),
+        "eval": evaluate,
+        "checkpoint": cfg.checkpoint_every or evaluate,
+    }
+
+
+def next_multiple(step: int, n: int) -> int:
+    return (step // n + 1) * n
+
+
+class Rate:
+    """How fast steps run: how many make a call of the wanted length, and the mean over the run without compilation."""
+
+    def __init__(self, call_seconds: float):
+        self.call_seconds, self.seconds, self.steps, self.first = call_seconds, 0.0, 0, True
+
+    def steps_per_call(self, done: int, seconds: float) -> int:
+        """Steps of the next call, after one of `done` steps in `seconds`; the first call compiles and is not counted."""
+        if self.first:
+            self.first = False
+            return 1
+        self.seconds, self.steps = self.seconds + seconds, self.steps + done
+        return max(1, round(self.call_seconds * done / seconds))
+
+    def summary(self, batch_size: int) -> dict[str, float | None]:
+        rate = self.steps / self.seconds if self.seconds else None
+        return {
+            "train_s": round(self.seconds, 2),
+            "steps_per_s": rate and round(rate, 3),
+            "examples_per_s": rate and round(rate * batch_size, 1),
+        }
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM, so that the loop can save before it stops; a second SIGINT stops at once."""
+
+    def __enter__(self) -> "Signals":
+        self.received: str | None = None
+        self.before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+        except ValueError:  # only the main thread may listen; elsewhere the default stands
+            pass
+        return self
+
+    def note(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def first_record(cfg: DictConfig, before: dict | None) -> dict[str, Any]:
+    """The record at the start: what is known before the data is read."""
+    devices = jax.devices()
+    return {
+        "status": "running",
+        "error": None,
+        **{key: cfg.names[key] for key in ("task", "model", "protocol", "experiment")},
+        "seed": cfg.seed,
+        "config": plain(cfg),
+        "command": cfg.names.command,
+        "step": 0,
+        "metrics": None,
+        "selection": None,
+        "reference": None,
+        "data": None,
+        "params": None,
+        "resumed_from": list((before or {}).get("resumed_from") or []),
+        "tuning_runs": cfg.tuning_runs,
+        "commit": records.git_commit(),
+        "versions": records.versions(),
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "time": {},
+        "memory": None,
+    }
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as it is recorded; `names` say how it was composed and are recorded beside it."""
+    config = container(cfg)
+    del config["names"]
+    return config
+
+
+def container(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))
+
+
+def describe_data(store: Store) -> dict[str, Any]:
+    parts = store.manifest["splits"].items()
+    splits = {name: {"count": part["count"], "sha256": part["sha256"]} for name, part in parts}
+    return {"source": store.manifest["source"], "key": store.manifest["key"], "splits": splits}
+
+
+def flat_metrics(record: dict[str, Any]) -> dict[str, Any]:
+    return {f"{split}/{key}": value for split, part in (record["metrics"] or {}).items() for key, value in part.items()}
+
+
+def peak_bytes() -> int | None:
+    """Largest memory in use so far: the device's own count, or this process's resident memory on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

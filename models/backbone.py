@@ -1,0 +1,289 @@
+"""What surrounds a mixer: encoder -> depth x [norm, mixer, activation, GLU, residual, MLP] -> pool -> head.
+
+One backbone serves every model. A mixer is any callable `mixer(x (B, L, D), mask (B, L), *, train, rngs) -> (B, L, D)`
+made by `mixer(width=D, seq_len=L, rngs=...)`; a model that wants its paper's own surroundings says so in the `recipe` of its
+YAML. Blocks as in the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's as in Vaswani et al. 2017, pre-norm.
+
+Padding never leaks: masked positions are left out of pooling and of batch-norm statistics, and mixers that look ahead get
+the mask. Batch norm over real positions only is a deliberate difference from the published codes, whose statistics see padding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+NORMS = ("batch", "layer", "rms", "none")
+ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+GLUS = ("full", "half1", "half2", "none")
+MLPS = ("none", "gelu", "relu", "swiglu")
+POOLS = ("mean", "last", "cls")
+POSITIONS = ("none", "learned", "sinusoidal", "rotary")
+
+
+class Backbone(nnx.Module):
+    """A stack of blocks around `mixer`, classifying sequences of tokens or of values.
+
+    Args:
+        mixer: makes one layer's mixer from `width`, `seq_len` and `rngs`.
+        num_classes: C.
+        seq_len: L, the padded length of the inputs.
+        vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
+        num_pairs: 1, or 2 where an example is a pair of sequences that share this encoder.
+        norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
+        activation, glu: what follows the mixer; GLU `full` doubles the width and gates, `half1`/`half2` are S5's.
+        mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
+        pool: mean | last over real positions, or cls (a learned token in front; for mixers that look ahead).
+        positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
+    Raises:
+        ValueError: an option is unknown, or the pool does not fit the mixer; the message names the config key.
+    """
+
+    def __init__(
+        self,
+        mixer: Callable[..., Any],
+        *,
+        num_classes: int,
+        seq_len: int,
+        vocab_size: int | None,
+        num_features: int = 1,
+        num_pairs: int = 1,
+        depth: int,
+        width: int,
+        norm: str,
+        norm_position: str,
+        norm_momentum: float | int,
+        final_norm: bool,
+        activation: str,
+        glu: str,
+        mlp: str,
+        mlp_ratio: float | int,
+        dropout: float | int,
+        pool: str,
+        positions: str,
+        rngs: nnx.Rngs,
+    ):
+        check_option("backbone.pool", pool, POOLS)
+        check_option("backbone.positions", positions, POSITIONS)
+        check_option("backbone.norm_position", norm_position, ("pre", "post"))
+        self.pool, self.num_pairs, self.seq_len = pool, num_pairs, seq_len
+        length = seq_len + (pool == "cls")
+        self.encoder = (
+            nnx.Linear(num_features, width, rngs=rngs)
+            if vocab_size is None
+            else nnx.Embed(vocab_size, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+        )
+        self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
+        self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if positions == "learned" else None
+        self.sinusoidal = positions == "sinusoidal"
+        self.blocks = nnx.List(
+            Block(
+                mixer(width=width, seq_len=length, rngs=rngs),
+                width=width,
+                norm=norm,
+                norm_position=norm_position,
+                norm_momentum=norm_momentum,
+                activation=activation,
+                glu=glu,
+                mlp=mlp,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                rngs=rngs,
+            )
+            for _ in range(depth)
+        )
+        if pool == "cls" and any(getattr(block.mixer, "causal", False) for block in self.blocks):
+            raise ValueError(
+                "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"
+            )
+        self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
+        self.head = Head(width, num_classes, num_pairs, rngs=rngs)
+
+    def __call__(
+        self, inputs: Array, lengths: Int[Array, "*B"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B C"]:
+        """Logits of a batch.
+
+        Args:
+            inputs: ids (B, L) or values (B, L, F); (B, 2, L[, F]) for pairs.
+            lengths: real positions of each sequence, (B,) or (B, 2).
+            train: dropout on, batch norm by this batch's statistics (the running ones are updated).
+            rngs: a stream named `dropout`, needed in training.
+        """
+        if self.num_pairs == 1:
+            return self.head(self.features(inputs, lengths, train=train, rngs=rngs)[:, None])
+        # both documents go through as one batch, so that they share batch-norm statistics
+        flat_inputs = inputs.reshape(-1, *inputs.shape[2:])
+        flat = self.features(flat_inputs, lengths.reshape(-1), train=train, rngs=rngs)
+        return self.head(flat.reshape(inputs.shape[0], self.num_pairs, -1))
+
+    def features(
+        self, inputs: Array, lengths: Int[Array, " B"], *, train: bool, rngs: nnx.Rngs | None
+    ) -> Float[Array, "B D"]:
+        """Pooled representation of each sequence."""
+        if inputs.shape[1] != self.seq_len:
+            raise ValueError(
+                f"inputs have length {inputs.shape[1]}, the model was built for task.seq_len={self.seq_len}"
+            )
+        x = self.encoder(inputs)  # (B, L, D)
+        mask = jnp.arange(inputs.shape[1])[None, :] < lengths[:, None]
+        if self.cls is not None:
+            x = jnp.concatenate([jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1)
+            mask = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), mask], axis=1)
+        if self.positions is not None:
+            x = x + self.positions[...][None]
+        if self.sinusoidal:
+            x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
+        for block in self.blocks:
+            x = block(x, mask, train=train, rngs=rngs)
+        if self.final_norm is not None:
+            x = self.final_norm(x, mask, train=train)
+        return pool(x, mask, self.pool)
+
+
+class Block(nnx.Module):
+    """One residual layer: the mixer's branch, and an MLP branch where the model has one."""
+
+    def __init__(
+        self,
+        mixer: Callable[..., Any],
+        *,
+        width: int,
+        norm: str,
+        norm_position: str,
+        norm_momentum: float | int,
+        activation: str,
+        glu: str,
+        mlp: str,
+        mlp_ratio: float | int,
+        dropout: float | int,
+        rngs: nnx.Rngs,
+    ):
+        check_option("backbone.activation", activation, ACTIVATIONS)
+        self.mixer, self.prenorm, self.activation = mixer, norm_position == "pre", activation
+        self.norm = Norm(norm, width, norm_momentum, rngs=rngs)
+        self.glu = GLU(glu, width, rngs=rngs)
+        self.mlp = None if mlp == "none" else MLP(mlp, width, round(mlp_ratio * width), rngs=rngs)
+        self.mlp_norm = None if mlp == "none" else Norm(norm, width, norm_momentum, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool, rngs: nnx.Rngs | None
+    ) -> Float[Array, "B L D"]:
+        def drop(y):
+            return self.dropout(y, deterministic=not train, rngs=rngs)
+
+        def mix(y):
+            y = self.mixer(y, mask, train=train, rngs=rngs)
+            return drop(self.glu(y, lambda z: drop(ACTIVATIONS[self.activation](z))))
+
+        x = self.residual(x, mix, self.norm, mask, train)
+        if self.mlp is not None:
+            x = self.residual(x, lambda y: drop(self.mlp(y, drop)), self.mlp_norm, mask, train)
+        return x
+
+    def residual(self, x, branch, norm, mask, train):
+        if self.prenorm:
+            return x + branch(norm(x, mask, train=train))
+        return norm(x + branch(x), mask, train=train)
+
+
+class Norm(nnx.Module):
+    """Normalisation by name; batch norm takes its statistics over real positions only."""
+
+    def __init__(self, kind: str, width: int, momentum: float | int, *, rngs: nnx.Rngs):
+        check_option("backbone.norm", kind, NORMS)
+        self.norm: Any = {
+            "batch": lambda: nnx.BatchNorm(width, momentum=momentum, epsilon=1e-5, rngs=rngs),
+            "layer": lambda: nnx.LayerNorm(width, rngs=rngs),
+            "rms": lambda: nnx.RMSNorm(width, rngs=rngs),
+            "none": lambda: None,
+        }[kind]()
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool) -> Float[Array, "B L D"]:
+        if self.norm is None:
+            return x
+        if isinstance(self.norm, nnx.BatchNorm):
+            return self.norm(x, use_running_average=not train, mask=mask[..., None])
+        return self.norm(x)
+
+
+class GLU(nnx.Module):
+    """Gated linear unit after the mixer, with `act` (activation and dropout) in front: full, S5's halves, or none."""
+
+    def __init__(self, kind: str, width: int, *, rngs: nnx.Rngs):
+        check_option("backbone.glu", kind, GLUS)
+        self.kind = kind
+        self.linear = None if kind == "none" else nnx.Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], act: Callable[[Array], Array]) -> Float[Array, "B L D"]:
+        y = act(x)
+        if self.linear is None:
+            return y
+        if self.kind == "full":
+            value, gate = jnp.split(self.linear(y), 2, axis=-1)
+            return value * jax.nn.sigmoid(gate)
+        gate = jax.nn.sigmoid(self.linear(y))
+        return (y if self.kind == "half1" else x) * gate
+
+
+class MLP(nnx.Module):
+    """The Transformer's position-wise branch; `swiglu` gates (Shazeer 2020)."""
+
+    def __init__(self, kind: str, width: int, hidden: int, *, rngs: nnx.Rngs):
+        check_option("backbone.mlp", kind, MLPS)
+        self.kind = kind
+        self.up = nnx.Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
+        self.down = nnx.Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]) -> Float[Array, "B L D"]:
+        y = self.up(x)
+        if self.kind == "swiglu":
+            value, gate = jnp.split(y, 2, axis=-1)
+            y = value * jax.nn.silu(gate)
+        else:
+            y = ACTIVATIONS[self.kind](y)
+        return self.down(drop(y))
+
+
+class Head(nnx.Module):
+    """Pooled features -> logits: linear for one sequence, [u, v, u-v, u*v] and a two-layer MLP for a pair (S4's)."""
+
+    def __init__(self, width: int, num_classes: int, num_pairs: int, *, rngs: nnx.Rngs):
+        self.hidden = None if num_pairs == 1 else nnx.Linear(4 * width, 2 * width, rngs=rngs)
+        self.output = nnx.Linear(width if num_pairs == 1 else 2 * width, num_classes, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "B P D"]) -> Float[Array, "B C"]:
+        if self.hidden is None:
+            return self.output(features[:, 0])
+        u, v = features[:, 0], features[:, 1]
+        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate([u, v, u - v, u * v], axis=-1))))
+
+
+def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:
+    """One vector a sequence: the mean or the last of its real positions, or the first (the class token)."""
+    if kind == "cls":
+        return x[:, 0]
+    if kind == "last":
+        last = mask.sum(axis=1) - 1
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    weights = mask.astype(x.dtype)
+    # an empty sequence pools to zero instead of 0/0
+    return jnp.einsum("bld,bl->bd", x, weights) / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+    """Sinusoidal positions (L, D): sin on even channels, cos on odd ones, periods 2 pi to 10,000 x 2 pi (Vaswani 2017)."""
+    if width % 2:
+        raise ValueError(f"backbone.positions=sinusoidal needs an even backbone.width, found {width}")
+    angles = np.arange(length)[:, None] / 10_000.0 ** (np.arange(0, width, 2)[None, :] / width)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width)
+
+
+def check_option(key: str, found: str, allowed) -> None:
+    if found not in allowed:
+        raise ValueError(f"{key}={found} is unknown; choose one of {', '.join(allowed)}")

@@ -1,0 +1,117 @@
+"""Which fixed filters does a spectral state-space model convolve with, and how much does each of them count?
+
+Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: the Hankel matrix Z before equation
+(2), and the matrix of appendix D (7). Reference code read: google-deepmind/spectral_ssm, which builds Z in a Python
+double loop and calls `eigh`.
+
+Deviation: Z is never formed. It is the integral over alpha of mu(alpha) mu(alpha)^T, with mu(alpha) = (1 - alpha) (1,
+alpha, alpha^2, ...) on [0, 1] for Z and (1 - alpha^2) (1, alpha, ...) on [-1, 1] for the alternative matrix. A
+quadrature of that integral is a factor M with Z = M M^T and a few hundred columns, so that the left singular vectors of
+M are the filters and its squared singular values the eigenvalues. `eigh` of Z knows an eigenvalue to 1e-16 of the
+largest one; the SVD of M knows its square root so.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float
+
+# At 16 nodes a panel the eigenvalues near 1e-24 lose a digit, at 12 all of them; beyond 24 nothing is gained.
+_NODES_PER_PANEL = 24
+
+
+def spectral_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+    """The `num_filters` largest eigenvalues sigma of Z (descending) and their unit eigenvectors phi (columns, phi[0] >
+    0).
+
+    Z[i, j] = 2 / ((i + j)^3 - (i + j)), i, j = 1..L. Relative errors grow as 1e-18 / sqrt(sigma): 1e-8 at eigenvalues
+    of 1e-20, which is the 24th at L = 128; 1e-3 at 1e-30, the 24th at L = 32. Below 1e-32, at L < 30 only, float64
+    resolves nothing: what is returned there is finite, orthonormal to the others and otherwise arbitrary. It is not
+    refused, since a model weighs it by sigma^(1/4), at most 1e-8.
+
+    The arrays are cached and read-only; 0.5 s at L = 16,384.
+
+    Raises:
+        ValueError: if a size is not positive, or `num_filters` exceeds `seq_len`.
+    Source: Agarwal et al. 2023, section 2. The paper leaves the sign of a filter open; ours makes its first entry
+    positive.
+    """
+    return _cached_filters(seq_len, num_filters)
+
+
+def alternative_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+    """The same for the matrix of appendix D, whose filters serve eigenvalues in [-1, 1] without a second,
+    sign-alternated set.
+
+    Z[i, j] = ((-1)^(i+j-2) + 1) 8 / ((i+j+3) (i+j-1) (i+j+1)) couples only entries of equal parity, so that each filter
+    is exactly zero on one parity and positive at the first entry of the other: phi[0] > 0 or phi[0] = 0 < phi[1].
+
+    Raises:
+        ValueError: as `spectral_filters`.
+    Source: Agarwal et al. 2023, appendix D, equation (7).
+    """
+    return _cached_alternative_filters(seq_len, num_filters)
+
+
+@lru_cache(maxsize=64)
+def _cached_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
+    _check_sizes(seq_len, num_filters)
+    gap, weight = _quadrature(seq_len)
+    powers = np.exp(np.arange(seq_len)[:, None] * np.log1p(-gap)[None, :])
+    sigma, phi = _eigenpairs(powers * (gap * np.sqrt(weight))[None, :])
+    return _frozen(sigma[:num_filters], phi[:, :num_filters])
+
+
+@lru_cache(maxsize=64)
+def _cached_alternative_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
+    _check_sizes(seq_len, num_filters)
+    gap, weight = _quadrature(seq_len)
+    powers = np.exp(np.arange(seq_len)[:, None] * np.log1p(-gap)[None, :])
+    # 1 - alpha^2 from the gap 1 - alpha, since alpha^2 has lost the gap; both halves of [-1, 1] contribute the same.
+    mu = powers * (gap * (2 - gap) * np.sqrt(2 * weight))[None, :]
+    sigmas, columns = [], []
+    for parity in range(min(2, seq_len)):
+        sigma, half = _eigenpairs(mu[parity::2])
+        phi = np.zeros((seq_len, len(sigma)))
+        phi[parity::2] = half
+        sigmas.append(sigma)
+        columns.append(phi)
+    sigma, phi = np.concatenate(sigmas), np.concatenate(columns, axis=1)
+    order = np.argsort(-sigma, kind="stable")[:num_filters]
+    return _frozen(sigma[order], phi[:, order])
+
+
+def _check_sizes(seq_len: int, num_filters: int) -> None:
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} is not positive; set task.seq_len")
+    if num_filters < 1:
+        raise ValueError(f"num_filters={num_filters} is not positive; set model.num_filters")
+    if num_filters > seq_len:
+        raise ValueError(
+            f"num_filters={num_filters} exceeds seq_len={seq_len}, which has only {seq_len} filters; "
+            "lower model.num_filters or raise task.seq_len"
+        )
+
+
+def _quadrature(seq_len: int) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
+    """Gauss-Legendre nodes, as gaps 1 - alpha, and weights on the panels [1 - 2^-j, 1 - 2^-(j+1)] of [0, 1]."""
+    # Panels shrink until powers up to alpha^(2L) no longer vary on the last one, which reaches 1.
+    panels = int(np.ceil(np.log2(max(seq_len, 2)))) + 3
+    upper = 2.0 ** -np.arange(panels)
+    lower = np.append(upper[1:], 0.0)
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES_PER_PANEL)
+    gap = lower[:, None] + (upper - lower)[:, None] * (nodes[None, :] + 1) / 2
+    return gap.ravel(), ((upper - lower)[:, None] * weights[None, :] / 2).ravel()
+
+
+def _eigenpairs(factor: Float[np.ndarray, "L Q"]) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, "L R"]]:
+    """Eigenvalues (descending) and eigenvectors (first entry not negative) of factor @ factor.T."""
+    vectors, values, _ = np.linalg.svd(factor, full_matrices=False)
+    return values**2, vectors * np.where(vectors[:1] < 0, -1.0, 1.0)
+
+
+def _frozen(sigma: np.ndarray, phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sigma, phi = np.ascontiguousarray(sigma), np.ascontiguousarray(phi)
+    sigma.setflags(write=False)
+    phi.setflags(write=False)
+    return sigma, phi

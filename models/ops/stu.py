@@ -1,0 +1,292 @@
+"""What is the output of one spectral transform unit (STU), and how is it computed without the K filtered copies of its
+input?
+
+Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: equation (4) is `m_y="lag2"`,
+equations (5) and (6) are an array `m_y`. Reference code read: google-deepmind/spectral_ssm, whose values the tests hold
+ours to.
+
+Everything but the feedback from y is one causal convolution with matrix-valued taps, sum_j basis_j(i) m_j: the basis
+holds the filters, their sign-alternated twins and one unit impulse for each m_u. Convolving with every basis element
+before multiplying by its matrix, as published, holds (B, L, K, D). Here the order is swapped: at each frequency first G
+= sum_j basis_j m_j, then Y = U G. On a CPU this wins at every batch size, B = 1 included, so it is the only order.
+Complex products are written as real ones, which matrix units take and which XLA:CPU multiplies several times faster.
+
+Where the paper's text is open: its feature sum runs over i = 0..t-1 with u_1 the first input and phi_k a vector of
+length L whose first entry is not named. We read phi_k(i) as entry i counted from 0, so that U_t sees u_t, and y_t sees
+nothing later than u_{t-2} through the filters. So does the published code. Deviations: none in the values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def stu(
+    u: Float[Array, "B L D_in"],
+    phi: Float[Array, "L_phi K"] | Float[np.ndarray, "L_phi K"],
+    sigma: Float[Array, " K"] | Float[np.ndarray, " K"],
+    m_u: Float[Array, "k_u D_in D_out"],
+    m_plus: Float[Array, "K D_in D_out"],
+    m_minus: Float[Array, "K D_in D_out"] | None = None,
+    m_y: Float[Array, "k_y D_out D_out"] | str | None = None,
+) -> Float[Array, "B L D_out"]:
+    """y_t = feedback + sum_i u_{t-i} m_u[i] + sum_k sigma_k^(1/4) (U+_{t-2,k} m_plus[k] + U-_{t-2,k} m_minus[k]).
+
+    Vectors are rows and multiply matrices from the left. With times counted from 0, U+_{t,k} = sum_{i=0..t} u_{t-i}
+    phi[i, k]; U- has the extra factor (-1)^i. Whatever lies before time 0 is zero. Gradients of everything are exact;
+    forward mode (`jax.jvp`) is not supported. Rounding errors of y_t are relative to the whole input, not to the inputs
+    before t.
+
+    Args:
+        phi: filters as columns, in any order and of any sign; rows beyond L are not used.
+        sigma: their eigenvalues, positive.
+        m_minus: None leaves the sign-alternated filters out, as the published CIFAR code does.
+        m_y: None is no feedback; "lag2" adds y_{t-2}, equation (4); an array adds sum_j y_{t-1-j} m_y[j], equations (5)
+            and (6).
+    Returns:
+        y in the dtype of u; below float32, everything in between is float32.
+    Raises:
+        ValueError: if `phi` is shorter than u, or `m_y` is an unknown word.
+    Source: Agarwal et al. 2023, equations (4) to (6).
+    """
+    length = u.shape[1]
+    if phi.shape[0] < length:
+        raise ValueError(
+            f"the filters have length {phi.shape[0]} and the input {length}; set task.seq_len to {length} or more"
+        )
+    if isinstance(m_y, str) and m_y != "lag2":
+        raise ValueError(f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.m_y)")
+    # By hand, here and below: NumPy filters are float64, and under strict promotion even `promote_types` refuses.
+    dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
+    basis = _basis(jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype), length, m_u.shape[0], m_minus is not None)
+    matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
+    y = causal_convolution(u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
+    if isinstance(m_y, str):
+        y = lag_two_sum(y)
+    elif m_y is not None:
+        y = feedback(y, m_y.astype(dtype))
+    return y.astype(u.dtype)
+
+
+def _basis(phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool) -> Float[Array, "L J"]:
+    """The scalar filters in the order m_plus, m_minus, m_u."""
+    filters = phi[:length] * (sigma**0.25)[None]
+    if alternate:
+        signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), phi.dtype)
+        filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
+    # The delay belongs to the filter; as a phase it would wrap the last inputs onto the first outputs.
+    delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
+    return jnp.concatenate([delayed, jnp.eye(length, num_taps, dtype=phi.dtype)], axis=1)
+
+
+@jax.custom_vjp
+def causal_convolution(
+    u: Float[Array, "B L D_in"], basis: Float[Array, "L J"], m: Float[Array, "J D_in D_out"]
+) -> Float[Array, "B L D_out"]:
+    """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j], exactly: the transforms are long enough that nothing wraps
+    around.
+
+    The backward pass remembers u, basis and m alone and makes their transforms and G again. All arguments share one
+    dtype, float32 or float64.
+    """
+    length = u.shape[1]
+    size = _smooth_size(2 * length - 1)
+
+    def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
+        u_part, basis_part = (_read(x, at, width) for x in spectra)
+        return [_write(outputs[0], _product(u_part, basis_part, m), at)]
+
+    spectra = [_spectrum(u, size), _spectrum(basis[None], size)]
+    outputs = [jnp.zeros((u.shape[0], m.shape[2], size // 2 + 1), spectra[0].dtype)]
+    return _signal(_over_blocks(block, spectra, outputs, m)[0], size, length)
+
+
+def _convolution_forward(u: Array, basis: Array, m: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return causal_convolution(u, basis, m), (u, basis, m)
+
+
+def _convolution_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+    u, basis, m = saved
+    length = u.shape[1]
+    size = _smooth_size(2 * length - 1)
+    m_transposed = jnp.swapaxes(m, 1, 2)
+    conjugate = jnp.asarray([1, -1], u.dtype)[None, :, None, None]
+
+    def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
+        u_part, dy_part, basis_part = (_read(x, at, width) for x in spectra)
+        du, dbasis, dm = outputs
+        du_part = _product(dy_part, basis_part * conjugate, m_transposed)  # dY G^H: a correlation
+        dg = _outer_product(u_part, dy_part)  # (f, 2, D_in, D_out)
+        dbasis_part = jnp.einsum("frdo,jdo->frj", dg, m)[:, :, None]
+        # All frequencies but the first and the last stand for their conjugates too.
+        index = at + jnp.arange(width)
+        weight = jnp.where((index == 0) | (index == size // 2), 1, 2).astype(m.dtype) / size
+        dm = dm + jnp.einsum("frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg)
+        return [_write(du, du_part, at), _write(dbasis, dbasis_part, at), dm]
+
+    spectra = [_spectrum(u, size), _spectrum(dy, size), _spectrum(basis[None], size)]
+    outputs = [jnp.zeros_like(spectra[0]), jnp.zeros_like(spectra[2]), jnp.zeros_like(m)]
+    du, dbasis, dm = _over_blocks(block, spectra, outputs, m)
+    return _signal(du, size, length), _signal(dbasis, size, length)[0], dm
+
+
+causal_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def _over_blocks(
+    block: Callable[..., list[Array]], spectra: list[Array], outputs: list[Array], m: Array
+) -> list[Array]:
+    """Runs `block` over all frequencies, so many at a time that their matrices G fit into `_block_bytes`."""
+    width = max(1, _block_bytes() // (2 * m.shape[1] * m.shape[2] * m.dtype.itemsize))
+    whole, rest = divmod(spectra[0].shape[2], width)
+    if whole:
+        outputs = lax.fori_loop(0, whole, lambda i, out: block(spectra, out, i * width, width), outputs)
+    return block(spectra, outputs, whole * width, rest) if rest else outputs
+
+
+def _block_bytes() -> int:
+    """On a CPU what stays in its cache, elsewhere what is little beside the memory and much beside a kernel launch."""
+    return 2**21 if jax.default_backend() == "cpu" else 2**28
+
+
+def _product(u: Array, basis: Array, m: Array) -> Array:
+    """Y = U G of some frequencies: (f, 2, B, D_in) and (f, 2, 1, J) to (f, 2, B, D_out)."""
+    width, _, batch, d_in = u.shape
+    rows, matrix = u.reshape(width, 2 * batch, d_in), m.reshape(m.shape[0], -1)
+    by_real, by_imag = (
+        jnp.matmul(rows, (basis[:, part, 0] @ matrix).reshape(width, d_in, -1)).reshape(width, 2, batch, -1)
+        for part in range(2)
+    )
+    return jnp.stack([by_real[:, 0] - by_imag[:, 1], by_real[:, 1] + by_imag[:, 0]], axis=1)
+
+
+def _outer_product(u: Array, dy: Array) -> Array:
+    """U^H dY of some frequencies, the gradient of G: (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out)."""
+    width, _, batch, d_in = u.shape
+    rows = u.reshape(width, 2 * batch, d_in)
+    turned = jnp.stack([dy[:, 1], -dy[:, 0]], axis=1)
+    parts = [jnp.einsum("fbd,fbo->fdo", rows, x.reshape(width, 2 * batch, -1)) for x in (dy, turned)]
+    return jnp.stack(parts, axis=1)
+
+
+def _spectrum(x: Array, size: int) -> Array:
+    """(B, L, D) to complex (B, D, F)."""
+    return jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size)
+
+
+def _signal(spectrum: Array, size: int, length: int) -> Array:
+    return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
+
+
+def _read(spectrum: Array, at: Any, width: int) -> Array:
+    """Some frequencies as (f, 2, B, D), real and imaginary parts on axis 1."""
+    # Spectra are turned around a block at a time, in the cache; whole ones take XLA:CPU longer than their transforms.
+    part = lax.dynamic_slice_in_dim(spectrum, at, width, axis=2)
+    return jnp.transpose(jnp.stack([part.real, part.imag]), (3, 0, 1, 2))
+
+
+def _write(spectrum: Array, part: Array, at: Any) -> Array:
+    turned = jnp.transpose(part, (1, 2, 3, 0))
+    return lax.dynamic_update_slice_in_dim(spectrum, lax.complex(turned[0], turned[1]), at, axis=2)
+
+
+def _smooth_size(at_least: int) -> int:
+    """The smallest even number from `at_least` on whose only prime factors are 2, 3 and 5."""
+    size = at_least + at_least % 2
+    while 30 ** size.bit_length() % size:
+        size += 2
+    return size
+
+
+def lag_two_sum(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """y_t = x_t + y_{t-2}, as a cumulative sum over every second step."""
+    batch, length, width = x.shape
+    pairs = jnp.pad(x, ((0, 0), (0, length % 2), (0, 0))).reshape(batch, -1, 2, width)
+    return jnp.cumsum(pairs, axis=1).reshape(batch, -1, width)[:, :length]
+
+
+@jax.custom_vjp
+def feedback(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+    """y_t = x_t + sum_j y_{t-1-j} m_y[j]: step by step on a CPU, in about 2 sqrt(L) dependent steps elsewhere."""
+    reached = m_y[: x.shape[1] - 1]  # what lies further back than the first input is zero
+    if reached.shape[0] == 0:
+        return x
+    return lax.platform_dependent(x, reached, cpu=feedback_by_steps, default=feedback_by_chunks)
+
+
+def _feedback_forward(x: Array, m_y: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = feedback(x, m_y)
+    return y, (y, m_y)
+
+
+def _feedback_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    y, m_y = saved
+    taps, length = m_y.shape[0], y.shape[1]
+    dx = jnp.flip(feedback(jnp.flip(dy, 1), jnp.swapaxes(m_y, 1, 2)), 1)
+    past = jnp.pad(y, ((0, 0), (taps, 0), (0, 0)))
+
+    def gradient(tap: Array) -> Array:
+        seen = lax.dynamic_slice_in_dim(past, taps - 1 - tap, length, axis=1)  # y_{t-1-tap}
+        return jnp.einsum("bld,ble->de", seen, dx)
+
+    return dx, lax.map(gradient, jnp.arange(taps))
+
+
+feedback.defvjp(_feedback_forward, _feedback_backward)
+
+
+def feedback_by_steps(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+    """`feedback` one step after the other."""
+    batch, length, width = x.shape
+    taps = m_y.shape[0]
+    stacked = m_y.reshape(taps * width, width)
+
+    # Not `lax.scan`, which would turn x and y around to have time in front.
+    def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        past, y = carry  # past: (B, k_y D), the latest output first
+        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + past @ stacked
+        past = jnp.concatenate([y_t, past[:, : (taps - 1) * width]], axis=1)
+        return past, lax.dynamic_update_index_in_dim(y, y_t, t, axis=1)
+
+    return lax.fori_loop(0, length, step, (jnp.zeros((batch, taps * width), x.dtype), jnp.zeros_like(x)))[1]
+
+
+def feedback_by_chunks(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+    """`feedback` with chunks that run side by side from a zero past; what their true pasts add follows by one product.
+
+    The response W to a past comes from the impulse response h, which runs along as one more chunk for each of the D
+    inputs. Output j + 1 steps before the chunk enters it through tap j at time 0, tap j + 1 at time 1, ...: W[j, t] =
+    m_y[j] h_t + W[j + 1, t - 1].
+    """
+    batch, length, width = x.shape
+    taps = m_y.shape[0]
+    chunk = _chunk_length(length, taps)
+    chunks = -(-length // chunk)
+    rows = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(batch * chunks, chunk, width)
+    impulse = jnp.zeros((width, chunk, width), x.dtype).at[:, 0].set(jnp.eye(width, dtype=x.dtype))
+    rows = feedback_by_steps(jnp.concatenate([rows, impulse]), m_y)
+    alone, h = rows[: batch * chunks].reshape(batch, chunks, chunk, width), jnp.swapaxes(rows[batch * chunks :], 0, 1)
+
+    def from_later_tap(later: Array, entered: Array) -> tuple[Array, Array]:
+        response = entered.at[1:].add(later[:-1])
+        return response, response
+
+    _, w = lax.scan(from_later_tap, jnp.zeros_like(h), jnp.einsum("kdo,toe->ktde", m_y, h), reverse=True)
+
+    latest_first = chunk - 1 - np.arange(taps)
+    ends = jnp.swapaxes(alone[:, :, latest_first], 0, 1).reshape(chunks, batch, taps * width)
+    onward = jnp.swapaxes(w[:, latest_first], 1, 2).reshape(taps * width, taps * width)
+    _, pasts = lax.scan(lambda past, end: (end + past @ onward, past), jnp.zeros_like(ends[0]), ends)
+    added = jnp.einsum("cbkd,ktde->bcte", pasts.reshape(chunks, batch, taps, width), w)
+    return (alone + added).reshape(batch, chunks * chunk, width)[:, :length]
+
+
+def _chunk_length(length: int, taps: int) -> int:
+    """sqrt(L) steps in each of sqrt(L) chunks; but a chunk holds all taps, and W beyond that at most 2048 matrices."""
+    return max(taps, min(math.isqrt(length - 1) + 1, 2048 // taps))

@@ -1,0 +1,48 @@
+"""What every test shares: strict shapes, one small task on disk for the whole session, and a way to run the command."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["WANDB_MODE"] = "offline"
+# the same small programs are compiled by many tests and by the commands they start: once is enough
+_cache = tempfile.TemporaryDirectory(prefix="lra-xla-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import pytest
+
+# a ListOps of a few short rows: prepared once, read by every test that trains
+TINY = [
+    "task=listops_short",
+    "task.sizes.train=64",
+    "task.sizes.val=24",
+    "task.sizes.test=21",
+    "task.max_length=30",
+    "debug=tiny",
+]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def tiny(data_root, tmp_path):
+    """Overrides of a run of seconds, in a folder of the test's own; extend them with the test's."""
+    return [*TINY, f"data.root={data_root}", f"output.root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def lra_command():
+    """Runs `lra ARGS` in a new process, as a user does."""
+
+    def run(*args: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "lra.cli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+    return run

@@ -1,0 +1,326 @@
+"""The packed store: what goes in comes out, nothing half-built stays, nothing damaged opens."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lra.data import store as store_module
+from lra.data.store import open_store, prepare, store_key, store_path, verify
+from lra.errors import DataError
+from lra.tasks import SPLITS, Example, Task
+from lra.tasks.listops import ListOps
+
+PROTOCOL = {"inputs": "s4", "name": "strict"}
+SIZES = {"train": 60, "val": 20, "test": 30}
+LIMITS = {"max_depth": 6, "max_args": 6, "min_length": 21, "max_length": 128}
+
+
+def listops(protocol=PROTOCOL, data_root="unused", **changes):
+    arguments = {"name": "listops_short", "source": "generated", "sizes": SIZES, "data_seed": 0} | LIMITS
+    return ListOps(protocol=protocol, data_root=data_root, **(arguments | changes))
+
+
+class Toy(Task):
+    """Examples given outright: `given` holds (inputs, label) for each split."""
+
+    name, inputs, num_classes, seq_len = "toy", "s4", 3, 4
+
+    def __init__(self, given, *, vocab_size=None, dual=False, sizes=None):
+        self.given, self.dual, self.sizes = given, dual, sizes
+        self.vocab = None if vocab_size is None else tuple(map(str, range(vocab_size)))
+
+    def examples(self, split):
+        return (Example(*pair) for pair in self.given.get(split, []))
+
+    def split_sizes(self):
+        return self.sizes
+
+    def fingerprint(self):
+        return {"toy": True}
+
+
+def ids(*values, dtype=np.int64):
+    return np.array(values, dtype)
+
+
+def left_in(data_root):
+    """What a failed build left, but for the empty lock files."""
+    packed = Path(data_root) / "packed"
+    return [path.name for path in packed.iterdir() if path.suffix != ".lock"] if packed.exists() else []
+
+
+# --- Contents ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", ["s4", "lra2020"])
+def test_store_holds_the_examples(tmp_path, inputs):
+    task = listops({"inputs": inputs, "name": inputs})
+    store = prepare(task, tmp_path)
+    assert store.path == store_path(task, tmp_path)
+    assert store.path.parent.name == "packed"
+    assert store.path.name.startswith(f"listops_short-{inputs}-")
+    for name in SPLITS:
+        split = store.splits[name]
+        assert isinstance(split.inputs, np.memmap)
+        assert (split.inputs.dtype, split.inputs.shape) == (np.uint8, (SIZES[name], task.seq_len))
+        for row, length, label, example in zip(
+            split.inputs, split.lengths, split.labels, task.examples(name), strict=True
+        ):
+            assert np.array_equal(row[:length], example.inputs)
+            assert not row[length:].any()
+            assert label == example.label
+
+
+def test_rows_of_a_store_can_be_exported_and_read_again(tmp_path):
+    store = prepare(listops(), tmp_path)
+    assert listops().export(store.splits, tmp_path) == tmp_path
+    released = prepare(listops(data_root=tmp_path, source="release"), tmp_path)
+    assert released.path != store.path
+    for name in SPLITS:
+        assert released.manifest["splits"][name]["sha256"] == store.manifest["splits"][name]["sha256"]
+    assert [file["name"] for file in released.manifest["source_files"]] == [f"basic_{name}.tsv" for name in SPLITS]
+    assert all(len(file["sha256"]) == 64 for file in released.manifest["source_files"])
+
+
+def test_manifest_tells_what_is_inside(tmp_path):
+    task = listops()
+    manifest = prepare(task, tmp_path).manifest
+    train = manifest["splits"]["train"]
+    labels = [example.label for example in task.examples("train")]
+    lengths = [len(example.inputs) for example in task.examples("train")]
+    assert train["count"] == 60
+    assert train["labels"] == [labels.count(label) for label in range(10)]
+    assert train["lengths"] == {"min": min(lengths), "mean": round(sum(lengths) / 60, 3), "max": max(lengths)}
+    assert (manifest["task"], manifest["inputs"], manifest["source"]) == ("listops_short", "s4", "generated")
+    assert tuple(manifest["vocab"]) == task.vocab
+    assert manifest["fingerprint"]["max_args"] == 6
+    assert manifest["key"].startswith(store_path(task, tmp_path).name.rsplit("-", 1)[1])
+
+
+def test_pairs_have_two_rows_and_two_lengths(tmp_path):
+    pairs = [((ids(1, 2, 3), ids(4)), 0), ((ids(5), ids(6, 7)), 2)]
+    split = prepare(Toy({"train": pairs}, vocab_size=9, dual=True), tmp_path).splits["train"]
+    assert split.inputs.tolist() == [[[1, 2, 3, 0], [4, 0, 0, 0]], [[5, 0, 0, 0], [6, 7, 0, 0]]]
+    assert split.lengths.tolist() == [[3, 1], [1, 2]]
+    assert split.labels.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (70_000, np.int32)])
+def test_smallest_type_that_holds_the_vocabulary(tmp_path, vocab_size, dtype):
+    split = prepare(Toy({"train": [(ids(vocab_size - 1), 0)]}, vocab_size=vocab_size), tmp_path).splits["train"]
+    assert split.inputs.dtype == dtype
+    assert split.inputs.tolist() == [[vocab_size - 1, 0, 0, 0]]
+
+
+def test_values_keep_the_readers_type_and_zeros(tmp_path):
+    split = prepare(Toy({"train": [(ids(0, 255, 0, dtype=np.uint8), 1)]}), tmp_path).splits["train"]
+    assert (split.inputs.dtype, split.inputs.tolist(), split.lengths.tolist()) == (np.uint8, [[0, 255, 0, 0]], [3])
+
+
+def test_split_without_examples_is_empty(tmp_path):
+    store = prepare(Toy({"train": [(ids(1), 0)]}, vocab_size=9), tmp_path)
+    assert store.splits["val"].inputs.shape == (0, 4)
+    assert verify(store).problems == ()
+
+
+# --- Keys ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data_seed": 1},
+        {"max_depth": 5},
+        {"max_args": 5},
+        {"min_args": 1},
+        {"min_length": 22},
+        {"max_length": 120},
+        {"seq_len": 200},
+        {"sizes": SIZES | {"train": 61}},
+        {"name": "other"},
+        {"protocol": {"inputs": "lra2020", "name": "lra2020"}},
+    ],
+)
+def test_every_setting_that_changes_bytes_changes_the_key(changes):
+    assert store_key(listops(**changes)) != store_key(listops())
+
+
+def test_protocols_with_the_same_inputs_share_a_store():
+    assert store_key(listops({"inputs": "s4", "name": "s4"})) == store_key(listops())
+
+
+def test_versions_change_the_key(monkeypatch):
+    before, task = store_key(listops()), listops()
+    task.reader_version += 1
+    assert store_key(task) != before
+    monkeypatch.setattr(store_module, "STORE_VERSION", 99)
+    assert store_key(listops()) != before
+
+
+# --- Building ------------------------------------------------------------------------------------------------------
+
+
+def test_second_call_opens_and_does_not_build(tmp_path, monkeypatch):
+    calls = []
+    task = listops()
+    prepare(task, tmp_path, on_progress=lambda *call: calls.append(call))
+    assert calls == [("train", 60, 60), ("val", 20, 20), ("test", 30, 30)]
+    monkeypatch.setattr(task, "examples", None)
+    monkeypatch.setattr(store_module, "_build_alone", None)  # not even the lock: data_root may be read-only by then
+    started = time.perf_counter()
+    prepare(task, tmp_path)
+    assert time.perf_counter() - started < 0.2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("reader")])
+def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
+    def examples(split):
+        yield Example(ids(1), 0)
+        raise error
+
+    task = Toy({}, vocab_size=9)
+    monkeypatch.setattr(task, "examples", examples)
+    with pytest.raises(type(error)):
+        prepare(task, tmp_path)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["_sync_file", "_write_array", "_sync_folder"])
+def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, place, full)
+    with pytest.raises(DataError, match=r"the disk is full.*data_root"):
+        prepare(listops(), tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "packed").write_text("a file in the way")
+    with pytest.raises(DataError, match=r"packed: File exists; set data_root"):
+        prepare(listops(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes", "error", "message"),
+    [
+        ([(ids(1, 2, 3, 4, 5), 0)], None, DataError, r"length 5.*task\.seq_len=4"),
+        ([(ids(1), 0)], {"train": 2}, DataError, "1 examples in train, expected 2"),
+        ([(ids(9), 0)], None, ValueError, "outside the vocabulary of 9"),
+        ([(ids(-1), 0)], None, ValueError, "outside the vocabulary of 9"),
+        ([(ids(1), 3)], None, ValueError, "label 3"),
+    ],
+)
+def test_wrong_examples_are_refused(tmp_path, given, sizes, error, message):
+    with pytest.raises(error, match=message):
+        prepare(Toy({"train": given}, vocab_size=9, sizes=sizes), tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_what_a_killed_build_left_is_swept_away(tmp_path):
+    stale = tmp_path / "packed" / f".{store_path(listops(), tmp_path).name}.building-x"
+    stale.mkdir(parents=True)
+    (stale / "train.inputs.npy").write_bytes(b"half")
+    prepare(listops(), tmp_path)
+    assert left_in(tmp_path) == [store_path(listops(), tmp_path).name]
+
+
+def test_two_processes_at_once_build_once(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from lra.data.store import prepare
+        from lra.tasks.listops import ListOps
+        sys.path.insert(0, sys.argv[2])
+        from test_store import listops
+        root = Path(sys.argv[1])
+        (root / sys.argv[3]).touch()
+        while not ((root / "a").exists() and (root / "b").exists()):
+            time.sleep(0.01)
+        def on_progress(split, done, total):
+            print("built", split)
+            time.sleep(0.3)
+        print(len(prepare(listops(), root, on_progress=on_progress).splits["test"]))
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    runs = [subprocess.Popen([*command, mark], stdout=subprocess.PIPE, text=True) for mark in "ab"]
+    said = sorted(run.communicate(timeout=60)[0].split("\n") for run in runs)
+    assert said == [["30", ""], ["built train", "built val", "built test", "30", ""]]
+
+
+# --- Opening and checking ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", ["inputs", "lengths", "labels"])
+def test_truncated_file_is_refused(tmp_path, array):
+    path = prepare(listops(), tmp_path).path
+    file = path / f"val.{array}.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"val\.{array}\.npy has .*`lra data prepare listops_short`"):
+        open_store(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "test.labels.npy").unlink(), "test.labels.npy has 0 bytes"),
+        (lambda path: (path / "manifest.json").unlink(), "no packed store"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda path: (path / "test.labels.npy").write_bytes(bytes(128 + 30)), "delete the folder"),
+    ],
+)
+def test_damaged_store_is_refused(tmp_path, spoil, message):
+    path = prepare(listops(), tmp_path).path
+    spoil(path)
+    with pytest.raises(DataError, match=message):
+        open_store(path)
+
+
+def test_other_store_version_is_refused(tmp_path):
+    path = prepare(listops(), tmp_path).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["versions"]["store"] = 0
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="store version 0"):
+        open_store(path)
+
+
+def test_sound_store_has_no_problems(tmp_path):
+    report = verify(prepare(listops(), tmp_path))
+    assert report.problems == ()
+    assert report.overlaps == {"train/val": 0, "train/test": 0, "val/test": 0}
+
+
+@pytest.mark.parametrize(("array", "what"), [("inputs", "sha256"), ("lengths", "lengths"), ("labels", "labels")])
+def test_changed_bytes_are_found(tmp_path, array, what):
+    path = prepare(listops(), tmp_path).path
+    file = path / f"train.{array}.npy"
+    changed = np.load(file)
+    changed.flat[-1] = (changed.flat[-1] + 1) % 10
+    np.save(file, changed)
+    problems = verify(open_store(path)).problems
+    assert any(problem.startswith(f"train: {what} is") for problem in problems)
+    assert any(problem.startswith("train: sha256 is") for problem in problems)
+
+
+def test_shared_examples_are_counted(tmp_path):
+    one, other, longer = (ids(1, 2), 0), (ids(3), 1), (ids(1, 2, 0), 0)  # the last differs by its length alone
+    given = {"train": [one, other], "val": [longer], "test": [one, one, longer]}
+    report = verify(prepare(Toy(given, vocab_size=9), tmp_path))
+    assert report.overlaps == {"train/val": 0, "train/test": 2, "val/test": 1}
+    assert report.problems == ()
+
+
+def test_store_can_be_moved(tmp_path):
+    path = prepare(listops(), tmp_path).path
+    moved = shutil.copytree(path, tmp_path / "elsewhere")
+    assert verify(open_store(moved)).problems == ()

@@ -1,0 +1,69 @@
+"""The TFDS builder: the packed store's examples, row for row, without TensorFlow."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lra.data import tfds
+from lra.data.store import prepare
+from lra.tasks import SPLITS, Example, Task
+from lra.tasks.listops import ListOps
+
+# TFDS and its protobuf, etils and importlib dependencies warn about their own deprecations at import and on writing.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def listops(inputs):
+    sizes = {"train": 60, "val": 20, "test": 30}
+    limits = {"max_depth": 6, "max_args": 6, "min_length": 21, "max_length": 128}
+    protocol = {"inputs": inputs, "name": "strict"}
+    return ListOps(protocol, "unused", "listops_short", "generated", sizes=sizes, data_seed=0, **limits)
+
+
+class Pairs(Task):
+    """Two sequences of ids above 255, so that type and shape differ from ListOps."""
+
+    name, inputs, num_classes, seq_len, dual = "pairs", "s4", 2, 3, True
+    vocab = tuple(map(str, range(300)))
+
+    def examples(self, split):
+        yield Example((np.array([1, 299, 3]), np.array([4])), 1)
+        yield Example((np.array([5]), np.array([6, 7])), 0)
+
+    def split_sizes(self):
+        return None
+
+    def fingerprint(self):
+        return {}
+
+
+@pytest.mark.parametrize("task", [listops("s4"), listops("lra2020"), Pairs()], ids=["s4", "lra2020", "pairs"])
+def test_builder_reads_back_the_store(tmp_path, task):
+    store = prepare(task, tmp_path)
+    builder = tfds.builder(task, tmp_path / "tfds")
+    builder.download_and_prepare()
+    assert builder.info.full_name == f"lra_{store.path.name.replace('-', '/', 1)}/{tfds.FEATURES_VERSION}"
+    assert len(list(builder.data_path.glob("*.array_record*"))) == 3
+    for name in SPLITS:
+        split, source = store.splits[name], builder.as_data_source(name)
+        records = [source[i] for i in range(len(source))]
+        np.testing.assert_array_equal(np.stack([record["inputs"] for record in records]), split.inputs)
+        np.testing.assert_array_equal(np.stack([record["length"] for record in records]), split.lengths)
+        assert [record["label"] for record in records] == split.labels.tolist()
+        assert records[0]["inputs"].dtype == split.inputs.dtype
+
+
+def test_prepared_data_is_reused(tmp_path, monkeypatch):
+    task = listops("s4")
+    tfds.builder(task, tmp_path).download_and_prepare()
+    monkeypatch.setattr(task, "examples", None)
+    again = tfds.builder(task, tmp_path)
+    again.download_and_prepare()
+    assert len(again.as_data_source("test")) == 30
+
+
+def test_module_is_imported_without_tfds():
+    check = "import sys, lra.data.tfds; sys.exit('tensorflow_datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,218 @@
+"""The STU against the published code's values, a float64 loop, and itself in every order of computation."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models.ops.stu as module
+from models.ops.filters import spectral_filters
+from models.ops.stu import causal_convolution, feedback, feedback_by_chunks, feedback_by_steps, stu
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def stu_by_loop(u, phi, sigma, m_u, m_plus, m_minus=None, m_y=None):
+    """Equations (4) to (6), feature by feature and step by step."""
+    batch, length, _ = u.shape
+    if isinstance(m_y, str):
+        m_y = np.stack([np.zeros((m_u.shape[2],) * 2), np.eye(m_u.shape[2])])
+    features = np.zeros((2, batch, length, len(sigma), u.shape[2]))
+    for t in range(length):
+        for i in range(t + 1):
+            features[0, :, t] += u[:, t - i, None, :] * phi[i, None, :, None]
+            features[1, :, t] += (-1) ** i * u[:, t - i, None, :] * phi[i, None, :, None]
+    y = np.zeros((batch, length, m_u.shape[2]))
+    for t in range(length):
+        for i in range(min(len(m_u), t + 1)):
+            y[:, t] += u[:, t - i] @ m_u[i]
+        for j in range(0 if m_y is None else min(len(m_y), t)):
+            y[:, t] += y[:, t - 1 - j] @ m_y[j]
+        for k in range(len(sigma) if t >= 2 else 0):
+            y[:, t] += sigma[k] ** 0.25 * features[0, :, t - 2, k] @ m_plus[k]
+            if m_minus is not None:
+                y[:, t] += sigma[k] ** 0.25 * features[1, :, t - 2, k] @ m_minus[k]
+    return y
+
+
+def random_arguments(length, *, batch=2, d_in=3, d_out=4, k_u=3, minus=True, k_y=None):
+    rng = np.random.default_rng(length)
+    sigma, phi = spectral_filters(length + 5, 4)  # longer than the input
+    arrays = {
+        "u": rng.normal(size=(batch, length, d_in)),
+        "phi": phi,
+        "sigma": sigma,
+        "m_u": rng.normal(size=(k_u, d_in, d_out)),
+        "m_plus": rng.normal(size=(4, d_in, d_out)),
+    }
+    if minus:
+        arrays["m_minus"] = rng.normal(size=(4, d_in, d_out))
+    if k_y:
+        arrays["m_y"] = rng.normal(size=(k_y, d_out, d_out)) / (2 * d_out * k_y)
+    return arrays
+
+
+def published(name):
+    """Golden arguments, gradients and the rest, the first two under our names and in our conventions."""
+    data = np.load(GOLDEN / f"stu_official_{name}.npz")
+    num, d_in = len(data["sigma"]), data["u"].shape[2]
+
+    def ours(prefix):
+        return {
+            "u": data[prefix + "u"],
+            "m_u": data[prefix + "m_u"].transpose(2, 1, 0),
+            "m_plus": data[prefix + "m_phi"].reshape(num, d_in, -1),
+            "m_y": data[prefix + "m_y"].transpose(1, 2, 0),
+        }
+
+    return ours(""), ours("grad_"), data
+
+
+@partial(jax.jit, static_argnames="lag2")
+def value_and_gradients(arrays, fixed, cotangent, lag2=False):
+    extra = {"m_y": "lag2"} if lag2 else {}
+    y, pull = jax.vjp(lambda x: stu(**x, **fixed, **extra), arrays)
+    return y, pull(cotangent)[0]
+
+
+def assert_near(found, expected, tolerance, what=""):
+    assert np.abs(np.asarray(found) - np.asarray(expected)).max() <= tolerance * np.abs(expected).max(), what
+
+
+@pytest.mark.parametrize("name", ["small", "long", "ky5"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_stu_equals_published_code(name, dtype, tolerance):
+    ours, grads, data = published(name)
+    with jax.enable_x64(True):
+        arrays = {key: jnp.asarray(value, dtype) for key, value in ours.items()}
+        fixed = {"phi": jnp.asarray(data["phi"]), "sigma": jnp.asarray(data["sigma"])}
+        y, found = jax.device_get(value_and_gradients(arrays, fixed, jnp.asarray(data["cotangent"], dtype)))
+    assert y.dtype == dtype
+    assert_near(y, data["y"], tolerance)
+    for key, value in grads.items():
+        assert_near(found[key], value, tolerance, key)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "lag2"),
+    [
+        (1, {"k_y": 2}, False),
+        (2, {}, True),
+        (3, {"k_y": 32}, False),
+        (7, {"k_y": 1, "k_u": 9}, False),
+        (7, {"minus": False}, True),
+        (64, {"k_y": 32}, False),
+        (64, {"batch": 1, "minus": False, "k_u": 1}, False),
+        (64, {}, True),
+    ],
+)
+def test_stu_equals_loop(length, options, lag2):
+    arguments = random_arguments(length, **options)
+    extra = {"m_y": "lag2"} if lag2 else {}
+    with jax.enable_x64(True):
+        fast = jax.jit(partial(stu, **extra))(**{key: jnp.asarray(x) for key, x in arguments.items()})
+    assert_near(fast, stu_by_loop(**arguments, **extra), 1e-12)
+
+
+def test_lag2_is_the_feedback_with_an_identity_two_back():
+    arguments = random_arguments(33)
+    with jax.enable_x64(True):
+        arrays = {key: jnp.asarray(x) for key, x in arguments.items()}
+        identity = jnp.stack([jnp.zeros((4, 4)), jnp.eye(4)])
+        cotangent = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 4)))
+        word = jax.device_get(value_and_gradients(arrays, {}, cotangent, lag2=True))
+        matrices = jax.device_get(value_and_gradients(arrays, {"m_y": identity}, cotangent))
+    assert_near(word[0], matrices[0], 1e-12)
+    for key in arrays:
+        assert_near(word[1][key], matrices[1][key], 1e-11, key)
+
+
+@pytest.mark.parametrize("num_matrices", [0, 3, 4, 64])
+def test_frequency_blocks_change_nothing(num_matrices, monkeypatch):
+    """Values and gradients, to the filters too, of the convolution in blocks equal autodiff of its definition."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        u, basis, m = (jnp.asarray(rng.normal(size=s)) for s in [(2, 11, 3), (11, 5), (5, 3, 4)])
+        cotangent = jnp.asarray(rng.normal(size=(2, 11, 4)))
+
+        def definition(u, basis, m):
+            t = jnp.arange(11)
+            toeplitz = jnp.where((t[:, None] >= t[None])[..., None], basis[t[:, None] - t[None]], 0)
+            return jnp.einsum("tsj,bsd,jdo->bto", toeplitz, u, m)
+
+        def with_gradients(function):
+            return jax.jit(lambda *x: (function(*x), jax.vjp(function, *x)[1](cotangent)))(u, basis, m)
+
+        monkeypatch.setattr(module, "_block_bytes", lambda: num_matrices * 2 * 3 * 4 * 8)
+        fast, slow = with_gradients(causal_convolution), with_gradients(definition)
+        jax.tree.map(lambda ours, reference: assert_near(ours, reference, 1e-12), fast, slow)
+
+
+@pytest.mark.parametrize(("length", "k_y"), [(2, 1), (3, 2), (7, 3), (64, 1), (65, 5), (65, 32), (32, 32), (200, 2)])
+def test_feedback_orders_agree(length, k_y):
+    rng = np.random.default_rng(length)
+    x, m_y = rng.normal(size=(2, length, 3)), rng.normal(size=(k_y, 3, 3)) / k_y
+    y = x.copy()
+    for t in range(length):
+        for j in range(min(k_y, t)):
+            y[:, t] += y[:, t - 1 - j] @ m_y[j]
+    with jax.enable_x64(True):
+        steps, chunks = (jax.jit(f)(jnp.asarray(x), jnp.asarray(m_y)) for f in (feedback_by_steps, feedback_by_chunks))
+    assert_near(steps, y, 1e-12)
+    assert_near(chunks, y, 1e-12)
+
+
+def test_feedback_gradients_equal_autodiff_of_the_chunks():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, m_y = jnp.asarray(rng.normal(size=(2, 9, 3))), jnp.asarray(rng.normal(size=(4, 3, 3)) / 4)
+        fast, slow = (
+            jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 3), (0, 1)))(x, m_y)
+            for f in (feedback, feedback_by_chunks)
+        )
+        for ours, reference in zip(fast, slow, strict=True):
+            assert_near(ours, reference, 1e-12)
+
+
+def test_future_inputs_change_nothing():
+    arguments = random_arguments(64, k_y=2)
+    with jax.enable_x64(True):
+        arrays = {key: jnp.asarray(x) for key, x in arguments.items()}
+        run = jax.jit(stu)
+        before = run(**arrays)
+        after = run(**arrays | {"u": arrays["u"].at[:, 40:].add(100.0)})
+    assert np.abs(before - after)[:, :40].max() < 1e-11
+    assert np.abs(before - after)[:, 40:].min() > 1e-3
+
+
+def test_bfloat16_inputs_keep_their_dtype_and_lose_no_more_than_rounding():
+    arguments = random_arguments(64)
+    u = jnp.asarray(arguments["u"], jnp.bfloat16)
+    arrays = {key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()} | {"u": u}
+    with jax.numpy_dtype_promotion("strict"):
+        y = stu(**arrays)
+    assert y.dtype == jnp.bfloat16
+    assert_near(np.asarray(y, np.float64), stu_by_loop(**arguments | {"u": np.asarray(u, np.float64)}), 2**-8)
+
+
+def test_filters_may_be_numpy_constants_under_jit():
+    arguments = random_arguments(64)
+    fixed = {key: arguments.pop(key) for key in ("phi", "sigma")}
+    with jax.enable_x64(True):
+        y = jax.jit(partial(stu, **fixed))(**{key: jnp.asarray(x) for key, x in arguments.items()})
+    assert_near(y, stu_by_loop(**arguments, **fixed), 1e-12)
+
+
+def test_short_filters_are_refused():
+    arguments = random_arguments(10) | {"u": np.zeros((2, 16, 3))}
+    with pytest.raises(ValueError, match=r"length 15 and the input 16; set task\.seq_len to 16"):
+        stu(**{key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()})
+
+
+def test_unknown_feedback_is_refused():
+    arrays = {key: jnp.asarray(x, jnp.float32) for key, x in random_arguments(10).items()}
+    with pytest.raises(ValueError, match=r"'lag3' is unknown.*model\.m_y"):
+        stu(**arrays, m_y="lag3")

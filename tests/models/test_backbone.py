@@ -1,0 +1,166 @@
+"""What surrounds a mixer: pooling, norms, gates, positions, and pairs of sequences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.backbone import Backbone, Norm, pool, sinusoids
+
+
+class Shift(nnx.Module):
+    """A mixer without parameters: each position gets the one before it."""
+
+    causal = True
+
+    def __init__(self, width, seq_len, rngs):
+        pass
+
+    def __call__(self, x, mask, *, train, rngs):
+        return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+class Mean(Shift):
+    """A mixer that looks ahead: each position gets the mean of the real ones."""
+
+    causal = False
+
+    def __call__(self, x, mask, *, train, rngs):
+        return jnp.broadcast_to(pool(x, mask, "mean")[:, None], x.shape)
+
+
+OPTIONS = {
+    "num_classes": 5,
+    "seq_len": 9,
+    "vocab_size": 7,
+    "depth": 2,
+    "width": 4,
+    "norm": "layer",
+    "norm_position": "pre",
+    "norm_momentum": 0.9,
+    "final_norm": False,
+    "activation": "gelu",
+    "glu": "full",
+    "mlp": "none",
+    "mlp_ratio": 2,
+    "dropout": 0.0,
+    "pool": "mean",
+    "positions": "none",
+}
+
+
+def backbone(mixer=Shift, **options):
+    return Backbone(mixer, **OPTIONS | options, rngs=nnx.Rngs(params=jax.random.key(0)))
+
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(1, 7, (3, 9)), jnp.int32)
+LENGTHS = jnp.asarray([9, 4, 1])
+
+
+@pytest.mark.parametrize("option", [{"norm": n} for n in ("batch", "layer", "rms", "none")])
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_every_norm_gives_logits(option, position):
+    assert np.isfinite(backbone(**option, norm_position=position)(IDS, LENGTHS)).all()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"glu": g} for g in ("full", "half1", "half2", "none")] + [{"mlp": m} for m in ("gelu", "relu", "swiglu")],
+)
+def test_every_branch_changes_the_function(option):
+    plain = backbone(glu="none", mlp="none")(IDS, LENGTHS)
+    changed = backbone(**{"glu": "none"} | option)(IDS, LENGTHS)
+    assert np.isfinite(changed).all()
+    assert (option == {"glu": "none"}) == np.allclose(plain, changed)
+
+
+def test_half_gates_are_those_of_s5():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    for kind in ("half1", "half2"):
+        glu = backbone(glu=kind).blocks[0].glu
+        w, b = (np.asarray(v[...], np.float64) for v in (glu.linear.kernel, glu.linear.bias))
+        y = np.asarray(jax.nn.gelu(x), np.float64)
+        gate = 1 / (1 + np.exp(-(y @ w + b)))
+        np.testing.assert_allclose(glu(x, jax.nn.gelu), (y if kind == "half1" else np.asarray(x)) * gate, atol=1e-5)
+
+
+def test_pools_read_real_positions_only():
+    x = jnp.arange(24.0).reshape(2, 4, 3)
+    mask = jnp.asarray([[True, True, True, False], [True, False, False, False]])
+    np.testing.assert_allclose(pool(x, mask, "mean"), [[3, 4, 5], [12, 13, 14]])
+    np.testing.assert_allclose(pool(x, mask, "last"), [[6, 7, 8], [12, 13, 14]])
+    np.testing.assert_allclose(pool(x, mask, "cls"), [[0, 1, 2], [12, 13, 14]])
+
+
+def test_class_token_sees_the_sequence_and_is_refused_where_it_cannot():
+    model = backbone(Mean, pool="cls")
+    other = IDS.at[0, 5].set(IDS[0, 5] % 6 + 1)
+    assert np.abs(model(IDS, LENGTHS)[0] - model(other, LENGTHS)[0]).max() > 1e-6
+    with pytest.raises(ValueError, match=r"backbone\.pool=cls"):
+        backbone(Shift, pool="cls")
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_added_positions_tell_an_order_apart(positions):
+    def swapped(model):
+        return np.abs(model(IDS[:1], LENGTHS[:1]) - model(IDS[:1, ::-1], LENGTHS[:1])).max()
+
+    assert swapped(backbone(Mean)) < 1e-5
+    assert swapped(backbone(Mean, positions=positions)) > 1e-4
+
+
+def test_sinusoids_are_vaswanis():
+    table = sinusoids(50, 6)
+    for t in (0, 1, 49):
+        for i in (0, 1, 2):
+            angle = t / 10_000 ** (2 * i / 6)
+            np.testing.assert_allclose(table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-12)
+    with pytest.raises(ValueError, match=r"even backbone\.width"):
+        sinusoids(5, 3)
+
+
+def test_batch_norm_takes_statistics_over_real_positions():
+    norm = Norm("batch", 4, 0.9, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(2.0, 3.0, (2, 5, 4))
+    mask = np.arange(5)[None] < np.asarray([5, 2])[:, None]
+    real = x[mask]
+    y = norm(jnp.asarray(x, jnp.float32), jnp.asarray(mask), train=True)
+    expected = (x - real.mean(0)) / np.sqrt(real.var(0) + 1e-5)
+    np.testing.assert_allclose(np.asarray(y)[mask], expected[mask], atol=1e-4)
+    np.testing.assert_allclose(norm.norm.mean[...], 0.1 * real.mean(0), rtol=1e-4)
+
+
+def test_dropout_acts_in_training_only_and_follows_its_key():
+    model = backbone(dropout=0.5)
+
+    def logits(seed):
+        return model(IDS, LENGTHS, train=True, rngs=nnx.Rngs(dropout=seed))
+
+    np.testing.assert_array_equal(model(IDS, LENGTHS), model(IDS, LENGTHS))
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert np.abs(logits(0) - logits(1)).max() > 1e-4
+
+
+def test_pair_goes_through_one_encoder():
+    model = backbone(num_pairs=2)
+    pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1)
+    logits = model(pairs, lengths)
+    assert logits.shape == (3, 5)
+    u, v = (np.asarray(model.features(pairs[:, i], lengths[:, i], train=False, rngs=None), np.float64) for i in (0, 1))
+    h = np.concatenate([u, v, u - v, u * v], axis=-1) @ np.asarray(model.head.hidden.kernel[...])
+    out = np.asarray(jax.nn.gelu(h)) @ np.asarray(model.head.output.kernel[...])
+    np.testing.assert_allclose(logits, out, atol=1e-5)
+
+
+def test_values_go_through_a_linear_encoder():
+    model = backbone(vocab_size=None, num_features=2)
+    assert model(jnp.ones((3, 9, 2)), LENGTHS).shape == (3, 5)
+
+
+def test_wrong_length_and_unknown_options_name_their_key():
+    with pytest.raises(ValueError, match=r"task\.seq_len=9"):
+        backbone()(IDS[:, :5], LENGTHS)
+    for key in ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position"):
+        with pytest.raises(ValueError, match=rf"backbone\.{key}=wrong is unknown; choose one of"):
+            backbone(**{key: "wrong"})

@@ -1,0 +1,178 @@
+"""The command as a user meets it: what it prints, what it refuses, and with which exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+
+def options(tmp_path, data_root):
+    return [*TINY, f"data.root={data_root}", f"output.root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def args(tmp_path, data_root):
+    return options(tmp_path, data_root)
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "table --help", "data prepare --help", "doctor --help"])
+def test_help_answers_without_heavy_imports(command):
+    code = (
+        "import sys; from lra.cli import main\n"
+        f"try: main({command.split()!r})\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'jax', 'numpy', 'pandas', 'hydra', 'wandb', 'rich', 'tensorflow_datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: lra" in done.stdout
+
+
+def test_train_prints_progress_result_and_table(lra_command, args):
+    done = lra_command("train", *args)
+    assert done.returncode == 0, done.stderr
+    assert "to beat: majority" in done.stdout
+    assert re.search(r"step +4 +validation accuracy", done.stdout)
+    assert re.search(r"test accuracy \d+\.\d+ %.*root_operator", " ".join(done.stdout.split()))
+    assert "61.04" in done.stdout  # STU's published ListOps number stands beside ours
+    assert "Traceback" not in done.stderr
+
+
+def test_multirun_fills_the_table(lra_command, args, tmp_path):
+    done = lra_command("train", "-m", *args, "model=stu,lru", "seed=0,1", timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(p.read_text()) for p in (tmp_path / "runs").rglob("record.json")]
+    assert sorted((r["model"], r["seed"], r["status"]) for r in records) == [
+        (model, seed, "finished") for model in ("lru", "stu") for seed in (0, 1)
+    ]
+    table = done.stdout[done.stdout.index("Ours, test accuracy") :]  # printed once, after the last run
+    assert len(re.findall(r"n=2", table)) == 2
+
+
+@pytest.mark.slow
+def test_multirun_through_joblib(lra_command, args, tmp_path):
+    done = lra_command("train", "-m", *args, "seed=0,1", "hydra/launcher=joblib", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").rglob("record.json"))) == 2
+
+
+def test_one_bad_run_does_not_take_the_sweep_along(lra_command, args, tmp_path):
+    done = lra_command("train", "-m", *args, "optim.lr=1e30,1e-3", "optim.clip=null", "optim.warmup=0", timeout=300)
+    assert done.returncode == 5
+    assert done.stderr.count("NaN or infinite") == 1
+    statuses = [json.loads(p.read_text())["status"] for p in (tmp_path / "runs").rglob("record.json")]
+    assert sorted(statuses) == ["diverged", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "words"),
+    [
+        ("model.num_filtrs=3", 2, "unknown key model.num_filtrs (did you mean model.num_filters"),
+        ("model=lrv", 2, "unknown model=lrv (did you mean lru?); expected one of: ar_stu, lru, stu, transformer"),
+        ("task=listop", 2, "unknown task=listop (did you mean listops"),
+        ("experiment=listops/quik", 2, "unknown experiment=listops/quik (did you mean listops/quick"),
+        ("seed=[", 2, "cannot read an override"),
+        ("seed", 2, "cannot read an override"),
+        ("trainer.steps=many", 2, "trainer.steps=many must be a whole number"),
+        ("model.num_filters=many", 2, "model.num_filters"),
+        ("task.source=release", 3, "listops-1000"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(lra_command, args, tmp_path, bad, code, words):
+    done = lra_command("train", *args, bad)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("lra: error: ")
+    assert words in done.stderr
+    assert not list(tmp_path.rglob("record.json")) or code == 3
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(args, lra_command, tmp_path):
+    long = [
+        *args,
+        "trainer.steps=100000",
+        "trainer.eval_every=100000",
+        "trainer.log_every=1",
+        "trainer.call_seconds=0.05",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "lra.cli", "train", *long], stderr=subprocess.PIPE, text=True)
+    metrics = wait_for(lambda: next((tmp_path / "runs").rglob("metrics.jsonl"), None))
+    wait_for(lambda: metrics.stat().st_size > 0)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert re.search(r"stopped by SIGINT at step \d+ of 100000.*resume=auto continues", stderr)
+    record = json.loads(metrics.with_name("record.json").read_text())
+    assert record["status"] == "preempted"
+
+    again = subprocess.Popen([sys.executable, "-m", "lra.cli", "train", *long, "resume=auto"])
+    wait_for(lambda: json.loads(metrics.with_name("record.json").read_text())["resumed_from"] == [record["step"]])
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(timeout=60) != 0
+
+
+def test_second_run_in_a_folder_in_use_is_refused(args, lra_command, tmp_path):
+    long = [*args, "trainer.steps=100000", "trainer.eval_every=100000", "trainer.log_every=1"]
+    first = subprocess.Popen([sys.executable, "-m", "lra.cli", "train", *long])
+    try:
+        wait_for(lambda: next((tmp_path / "runs").rglob("metrics.jsonl"), None))
+        done = lra_command("train", *long, "resume=auto")
+        assert done.returncode == 4
+        assert len(done.stderr.strip().splitlines()) == 1
+    finally:
+        first.kill()
+        first.wait()
+
+
+def wait_for(ready, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := ready():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line(lra_command, args):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lra.cli", "tasks"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+
+
+def test_listings_name_what_conf_holds(lra_command):
+    assert [line.split()[0] for line in lra_command("tasks").stdout.splitlines()] == ["listops", "listops_short"]
+    models = lra_command("models").stdout
+    assert {"stu", "ar_stu", "lru", "transformer"} <= {line.split()[0] for line in models.splitlines()}
+    assert "2312.06837" in models
+
+
+def test_doctor_reports_versions_devices_data_and_tracking(lra_command, tmp_path):
+    done = lra_command("doctor", "--data-root", tmp_path, env=os.environ | {"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    for word in ("jax", "flax", "cpu", "nothing prepared", "W&B"):
+        assert word in done.stdout
+
+
+def test_data_commands_prepare_verify_show_and_export(lra_command, tmp_path):
+    small = ["--set", "task.sizes={train: 30, val: 5, test: 5}", f"data.root={tmp_path}"]
+    done = lra_command("data", "prepare", "listops_short", "--export", tmp_path / "out", *small)
+    assert done.returncode == 0, done.stderr
+    assert "train 30, val 5, test 5" in done.stdout
+    assert len((tmp_path / "out" / "basic_train.tsv").read_text().splitlines()) == 31 or list(
+        (tmp_path / "out").rglob("*.tsv")
+    )
+    assert "sound" in lra_command("data", "verify", "listops_short", *small).stdout
+    shown = lra_command("data", "show", "listops_short", "-n", "2", *small).stdout
+    assert len(shown.splitlines()) == 2
+    assert "[" in shown

@@ -1,0 +1,201 @@
+"""What every model, task and experiment in conf/ has to meet. A new YAML file is tested without anybody editing this one."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+import lra
+from lra.config import arguments, build_task, model_builder, options
+from lra.errors import ConfigError
+from lra.optim import assign
+
+MODELS, TASKS, EXPERIMENTS, PROTOCOLS = (options(g) for g in ("model", "task", "experiment", "protocol"))
+SUPPLIED = {"width", "seq_len", "rngs", "self"}  # what the backbone gives a mixer
+BATCH = 3
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(request, data_root):
+    """A small model of each kind for the tiny task, its parameters moved off their start (the paper's are zero)."""
+    cfg = lra.compose([f"model={request.param}", *TINY_TASK, "backbone.depth=2", "backbone.width=16"])
+    task = build_task(cfg)
+    model = model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
+    graph, params, stats, fixed = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    keys = nnx.Rngs(noise=1)
+    params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(keys.noise(), x.shape, x.dtype), params)
+    return Built(request.param, cfg, task, graph, params, stats, fixed)
+
+
+TINY_TASK = ["task=listops_short", "task.max_length=30"]
+
+
+class Built:
+    def __init__(self, name, cfg, task, graph, params, stats, fixed):
+        self.name, self.cfg, self.task = name, cfg, task
+        self.graph, self.params, self.stats, self.fixed = graph, params, stats, fixed
+
+    def model(self, params=None):
+        return nnx.merge(self.graph, self.params if params is None else params, self.stats, self.fixed, copy=True)
+
+    def batch(self, seed=0, batch=BATCH):
+        rng = np.random.default_rng(seed)
+        inputs = rng.integers(3, len(self.task.vocab), (batch, self.task.seq_len))
+        lengths = rng.integers(5, self.task.seq_len - 5, batch)
+        inputs[np.arange(self.task.seq_len) >= lengths[:, None]] = 0
+        return jnp.asarray(inputs, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def test_logits_have_shape_and_dtype(built):
+    logits = built.model()(*built.batch())
+    assert logits.shape == (BATCH, built.task.num_classes)
+    assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+
+
+def test_every_parameter_has_a_finite_gradient_that_is_not_zero(built):
+    inputs, lengths = built.batch()
+
+    def loss(params):
+        logits = built.model(params)(inputs, lengths, train=True, rngs=nnx.Rngs(dropout=0))
+        return (jax.nn.log_softmax(logits)[:, 0] ** 2).mean()
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(built.params)):
+        assert np.isfinite(grad).all(), jax.tree_util.keystr(path)
+        assert np.abs(grad).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+def test_padding_changes_nothing(built):
+    inputs, lengths = built.batch()
+    padding = np.arange(built.task.seq_len)[None, :] >= np.asarray(lengths)[:, None]
+    other = jnp.where(padding, 7, inputs)
+    assert (other != inputs).any()
+    model = built.model()
+    np.testing.assert_allclose(model(inputs, lengths), model(other, lengths), atol=1e-5)
+
+
+def test_padding_changes_no_training_step(built):
+    """Batch statistics are taken over real positions only."""
+    inputs, lengths = built.batch()
+    padding = np.arange(built.task.seq_len)[None, :] >= np.asarray(lengths)[:, None]
+
+    def logits(x):
+        return built.model()(x, lengths, train=True, rngs=nnx.Rngs(dropout=0))
+
+    np.testing.assert_allclose(logits(inputs), logits(jnp.where(padding, 7, inputs)), atol=1e-5)
+
+
+def test_causal_mixers_ignore_the_future(built):
+    mixer = built.model().blocks[0].mixer
+    if not mixer.causal:
+        pytest.skip("looks ahead by design")
+    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16))
+    mask = jnp.ones(x.shape[:2], bool)
+    cut = built.task.seq_len // 2
+    before = mixer(x, mask, train=False, rngs=None)
+    after = mixer(x.at[:, cut:].add(1.0), mask, train=False, rngs=None)
+    np.testing.assert_allclose(before[:, :cut], after[:, :cut], atol=1e-5)
+    assert np.abs(before[:, cut:] - after[:, cut:]).max() > 1e-3
+
+
+def test_mixers_that_claim_to_look_ahead_do(built):
+    mixer = built.model().blocks[0].mixer
+    if mixer.causal:
+        pytest.skip("causal")
+    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16))
+    mask = jnp.ones(x.shape[:2], bool)
+    before, after = mixer(x, mask, train=False, rngs=None), mixer(x.at[:, -1].add(1.0), mask, train=False, rngs=None)
+    assert np.abs(before[:, 0] - after[:, 0]).max() > 1e-5
+
+
+def test_examples_of_a_batch_do_not_meet(built):
+    inputs, lengths = built.batch()
+    model = built.model()
+    alone = jnp.concatenate([model(inputs[i : i + 1], lengths[i : i + 1]) for i in range(BATCH)])
+    np.testing.assert_allclose(model(inputs, lengths), alone, atol=1e-5)
+    np.testing.assert_allclose(model(inputs[::-1], lengths[::-1]), model(inputs, lengths)[::-1], atol=1e-5)
+
+
+def test_same_seed_same_parameters(built):
+    def params(seed):
+        return nnx.state(model_builder(built.cfg, built.task)(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
+
+    first, again, other = params(0), params(0), params(1)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, other)))
+
+
+def test_second_call_does_not_compile_again(built):
+    traces = []
+
+    @jax.jit
+    def apply(params, inputs, lengths):
+        traces.append(1)
+        return built.model(params)(inputs, lengths)
+
+    for seed in range(3):
+        apply(built.params, *built.batch(seed))
+    assert len(traces) == 1
+
+
+def test_parameter_count_does_not_grow_with_length(built):
+    def count(length):
+        cfg = lra.compose(
+            [f"model={built.name}", "task=listops_short", f"task.max_length={length}", "backbone.width=16"]
+        )
+        shapes = nnx.eval_shape(lambda: model_builder(cfg, build_task(cfg))(rngs=nnx.Rngs(params=jax.random.key(0))))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+    assert count(30) == count(60)
+
+
+def test_recipe_names_parameters_that_exist(built):
+    groups, _ = assign(built.cfg.optim, built.params)
+    assert sum(group.num_params for group in groups) == sum(x.size for x in jax.tree.leaves(built.params))
+    assert set(built.cfg.optim.groups or {}) <= {group.name for group in groups}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_yaml_carries_every_argument(name):
+    """So that a typo on the command line is refused, and every default is written in one place."""
+    section = lra.compose([f"model={name}"]).model
+    wanted = set(inspect.signature(get_class(section._target_).__init__).parameters) - SUPPLIED
+    assert set(arguments(section)) - {"_target_", "_partial_"} == wanted
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_yaml_carries_every_argument(name):
+    section = lra.compose([f"task={name}"]).task
+    wanted = set(inspect.signature(get_class(section._target_).__init__).parameters)
+    assert set(arguments(section)) - {"_target_"} == wanted - {"self", "protocol", "data_root"}
+    assert set(section.budget) == {"depth", "width", "dropout", "batch_size", "steps"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_named_and_has_a_vocabulary_of_its_own(name, protocol):
+    task = build_task(lra.compose([f"task={name}", f"protocol={protocol}"]))
+    assert task.name == name
+    assert len(set(task.vocab)) == len(task.vocab)
+    assert build_task(lra.compose([f"task={name}", f"protocol={protocol}"])).fingerprint() == task.fingerprint()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_its_model_builds(name):
+    cfg = lra.compose([f"experiment={name}"])
+    task = build_task(cfg)
+    shapes = nnx.eval_shape(lambda: model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0))))
+    params = nnx.state(shapes, nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1000
+    assign(OmegaConf.to_container(cfg.optim), params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(ConfigError, match="unknown key model.frobnicate"):
+        lra.compose([f"model={name}", "model.frobnicate=1"])

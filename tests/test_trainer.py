@@ -1,0 +1,193 @@
+"""The training story: cut anywhere, stopped and resumed, it gives the same numbers; faults end it with a clear word."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lra
+from lra import trainer
+from lra.errors import ConfigError, DivergedError, PreemptedError, RunFolderError
+from lra.evaluate import predict, score
+from lra.progress import Reporter
+from lra.records import read_metrics, read_predictions, read_record, run_path
+
+
+def folder_of(overrides):
+    cfg = lra.compose(overrides)
+    return run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names))
+
+
+@pytest.fixture(scope="module")
+def whole(data_root, tmp_path_factory):
+    """A run that nothing disturbed: its overrides but for the folder, its folder, its record."""
+    from conftest import TINY
+
+    overrides = [*TINY, "trainer.steps=8", f"data.root={data_root}"]
+    here = [*overrides, f"output.root={tmp_path_factory.mktemp('whole')}"]
+    record = lra.train(here)
+    return overrides, folder_of(here), record
+
+
+def test_record_holds_what_was_run(whole):
+    _, folder, record = whole
+    stored = read_record(folder)
+    assert stored["metrics"] == record["metrics"]
+    assert stored["status"] == "finished"
+    assert stored["step"] == 8
+    assert stored["metrics"]["test"]["count"] == 21  # a last batch of 5 in batches of 8: nobody dropped, nobody twice
+    assert stored["metrics"]["val"]["count"] == 24
+    assert set(stored["reference"]) == {"majority", "root_operator"}
+    assert stored["resumed_from"] == []
+    assert stored["params"]["total"] == sum(stored["params"]["groups"].values())
+    assert stored["config"]["trainer"]["steps"] == 8
+    predictions = read_predictions(folder)
+    assert np.mean(predictions["logits"].argmax(1) == predictions["labels"]) == stored["metrics"]["test"]["accuracy"]
+
+
+def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
+    overrides, folder, record = whole
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    other = [*overrides, f"output.root={tmp_path}"]
+    assert lra.train(other)["metrics"] == record["metrics"]
+    assert read_metrics(folder_of(other)) == read_metrics(folder)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, stop_at):
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+
+    def interrupt(self, step, done, seconds, tally):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    monkeypatch.setattr(Reporter, "advance", interrupt)
+    with pytest.raises(PreemptedError, match=f"SIGTERM at step {stop_at} of 8.*resume=auto"):
+        lra.train(here)
+    assert read_record(folder_of(here))["status"] == "preempted"
+    monkeypatch.undo()
+
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [stop_at]
+    assert resumed["metrics"] == record["metrics"]
+    assert resumed["selection"] == record["selection"]
+    assert read_metrics(folder_of(here)) == read_metrics(folder)
+    np.testing.assert_array_equal(read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"])
+
+
+def test_killed_between_checkpoints_goes_back_to_the_last(whole, tmp_path, monkeypatch):
+    """Without a signal to answer: lines past the checkpoint are dropped and written again."""
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, step, done, seconds, tally):
+        if step == 7:  # checkpoints are at 2, 4, 6, 8
+            raise Killed
+
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    monkeypatch.setattr(Reporter, "advance", kill)
+    with pytest.raises(Killed):
+        lra.train(here)
+    monkeypatch.undo()
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [6]
+    assert resumed["metrics"] == record["metrics"]
+    assert read_metrics(folder_of(here)) == read_metrics(folder)
+
+
+def test_folder_that_holds_the_run_is_refused_or_shown(whole, monkeypatch):
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={folder.parents[2]}"]
+    with pytest.raises(RunFolderError, match="finished at step 8.*resume=auto"):
+        lra.train(here)
+    monkeypatch.setattr(trainer.Run, "train", lambda self: pytest.fail("trained again"))
+    assert lra.train([*here, "resume=auto"])["metrics"] == record["metrics"]
+
+
+def test_folder_that_holds_another_run_is_refused(whole, tmp_path):
+    overrides, folder, _ = whole
+    here = [*overrides, "optim.lr=0.5", f"output.root={tmp_path}"]
+    target = folder_of(here)
+    target.mkdir(parents=True)
+    (target / "record.json").write_bytes((folder / "record.json").read_bytes())
+    with pytest.raises(RunFolderError, match="holds another run"):
+        lra.train([*here, "resume=auto"])
+    assert read_record(target)["config"]["optim"]["lr"] != 0.5
+
+
+def test_folder_is_named_by_its_config_without_output_and_resume(tiny, tmp_path):
+    name = folder_of(tiny).name
+    assert folder_of([*tiny, "resume=auto", f"output.root={tmp_path / 'elsewhere'}"]).name == name
+    assert folder_of([*tiny, "optim.lr=0.1"]).name != name
+
+
+def test_loss_that_is_not_finite_ends_the_run(tiny):
+    with pytest.raises(DivergedError, match=r"NaN or infinite at step \d+ of 4; lower optim.lr"):
+        lra.train([*tiny, "optim.lr=1e30", "optim.clip=null", "optim.warmup=0"])
+    record = read_record(folder_of([*tiny, "optim.lr=1e30", "optim.clip=null", "optim.warmup=0"]))
+    assert record["status"] == "diverged"
+    assert record["metrics"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.batch_size=65", "trainer.batch_size=65 exceeds the 64 training examples"),
+        ("trainer.steps=0", "trainer.steps=0 must be a whole number of at least 1"),
+        ("resume=perhaps", "resume=perhaps is unknown"),
+        ("seed=x", "seed=x must be an integer"),
+        ("optim.lr=-1", "optim.lr=-1 must be a number above 0"),
+        ("backbone.pool=cls", "backbone.pool=cls .* causal"),
+        ("backbone.glu=whole", "backbone.glu=whole is unknown; choose one of full"),
+        ("model.num_filters=999", "model.num_filters"),
+        ("task.seq_len=5", "task.seq_len"),
+        (
+            "+optim.groups.mine={match: nowhere, lr_factor: 1, weight_decay: 0}",
+            "optim.groups.mine.match='nowhere' fits no",
+        ),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(tiny, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        lra.train([*tiny, override])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_example_is_drawn_once_an_epoch():
+    key = jax.random.key(0)
+    first, again, second = (np.asarray(trainer.epoch_order(key, e, 50)) for e in (0, 0, 1))
+    assert sorted(first) == list(range(50))
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+
+
+def test_predict_scores_each_example_once_whatever_the_batch():
+    inputs = jnp.arange(10.0)[:, None] * jnp.ones((10, 3))
+
+    def apply(x, lengths):
+        return x * lengths[:, None]
+
+    expected = np.arange(10.0)[:, None] * np.ones((10, 3)) * 2
+    for batch_size in (1, 3, 10, 16):
+        np.testing.assert_array_equal(predict(apply, inputs, jnp.full(10, 2), batch_size), expected)
+
+
+def test_score_equals_a_plain_loop():
+    rng = np.random.default_rng(0)
+    logits, labels = 50 * rng.normal(size=(7, 4)).astype(np.float32), rng.integers(0, 4, 7)
+    losses = [
+        -row[k] + np.log(sum(np.exp(v - max(row)) for v in row)) + max(row)
+        for row, k in zip(logits.astype(float), labels, strict=True)
+    ]
+    result = score(logits, labels)
+    assert result["count"] == 7
+    assert result["loss"] == pytest.approx(sum(losses) / 7)
+    assert result["accuracy"] == sum(row.argmax() == k for row, k in zip(logits, labels, strict=True)) / 7
