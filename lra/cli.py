@@ -113,17 +113,30 @@ def train_command(argv: list[str]) -> int:
 
     from lra.config import translated_errors
 
-    multirun = bool({"-m", "--multirun"} & set(argv))
     sys.argv = ["lra train", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
-    with translated_errors():
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(sweep_job if multirun else job)()
+    start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+    if not {"-m", "--multirun"} & set(argv):
+        with translated_errors():
+            start(job)()
+        return 0
+    try:
+        with translated_errors():
+            start(sweep_job)()
+    except LraError as error:
+        return fail("a run of the sweep failed, see above; the table counts those that finished", error.exit_code)
+    finally:
+        roots = [word.removeprefix("output.root=") for word in argv if word.startswith("output.root=")]
+        print_table(roots[-1:] or ["runs"], None)
     return 0
 
 
 def job(cfg) -> None:
-    """One run, from Hydra: train, then print the table of its task."""
-    record = run_job(cfg)
+    """One run, from Hydra: train, then print the table of its task. Exits, since Hydra prints what is raised."""
+    try:
+        record = run_job(cfg)
+    except LraError as error:
+        sys.exit(fail(str(error), error.exit_code))
     print_table([cfg.output.root], [record["task"]])
 
 
@@ -131,10 +144,10 @@ def sweep_job(cfg) -> None:
     """One run of a sweep. An error is shown at once; the sweep goes on with the other runs, unless it was a signal."""
     try:
         run_job(cfg)
-    except PreemptedError as error:
-        sys.exit(fail(str(error), error.exit_code))
     except LraError as error:
-        fail(str(error), error.exit_code)
+        code = fail(str(error), error.exit_code)
+        if isinstance(error, PreemptedError):
+            sys.exit(code)
         raise
 
 

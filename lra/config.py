@@ -4,10 +4,13 @@ Hydra's `_target_` is the only registry: nothing here knows a task or a model by
 """
 
 import difflib
+import inspect
 import os
 import re
 import shlex
 import sys
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from lra.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # sections of a task's or model's YAML that other groups read, not constructor arguments
-NOT_ARGUMENTS = ("budget", "recipe", "_name_")
+NOT_ARGUMENTS = ("budget", "recipe")
+SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 
 
 def options(group: str) -> list[str]:
@@ -79,11 +83,8 @@ def one_line(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return f"unknown key {key}{nearest(key, known_keys())}; `lra train --help` lists the groups, --cfg job all keys"
-    if match := re.search(r"In '[^']*': Could not find '([^']+)'", text):
-        group, _, option = match[1].rpartition("/")
-        return unknown_option(group, option)
-    if match := re.search(r"Could not load '([^']+)'", text):
-        group, _, option = match[1].rpartition("/")
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, option = match[1].partition("/")
         return unknown_option(group, option)
     if "See https" in text or "viable" in text or "mismatched input" in text:
         return f"cannot read an override: {text.split(' See https')[0]}; expected key=value"
@@ -138,13 +139,13 @@ def build_task(cfg: DictConfig):
         ConfigError: its constructor refuses a value.
     """
     return instantiate(
-        arguments(cfg.task), protocol=OmegaConf.to_container(cfg.protocol), data_root=Path(cfg.data.root)
+        "task", arguments(cfg.task), protocol=OmegaConf.to_container(cfg.protocol), data_root=Path(cfg.data.root)
     )
 
 
 def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
     """`build(rngs=...)` makes the model of a config for a task; sizes that the task fixes are filled in here."""
-    mixer = instantiate(arguments(cfg.model))
+    mixer = instantiate("model", arguments(cfg.model))
     shape = {
         "num_classes": task.num_classes,
         "seq_len": task.seq_len,
@@ -153,26 +154,45 @@ def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
     }
 
     def build(rngs):
-        return instantiate(cfg.backbone, mixer=mixer, **shape, rngs=rngs)
+        return instantiate("backbone", cfg.backbone, mixer=mixer, **shape, rngs=rngs)
 
     return build
 
 
-def instantiate(section: DictConfig, **extra):
-    """`hydra.utils.instantiate` whose errors are one line: the constructor's own ValueError, or a ConfigError."""
+def instantiate(group: str, section: DictConfig, **extra):
+    """`hydra.utils.instantiate` of a config group whose errors are one line.
+
+    Raises:
+        ConfigError: a value of the wrong type, or one that the constructor refuses with a ValueError or TypeError.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
     if os.getcwd() not in sys.path:  # a user's own mixer lies beside the shell, not in the package
         sys.path.append(os.getcwd())
     try:
+        check_types(group, section)
         return hydra_instantiate(section, _convert_="all", **extra)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, (ConfigError, ValueError)):
-            raise ConfigError(str(cause)) from None
+            raise ConfigError(" ".join(str(cause).split())) from None
         if isinstance(cause, TypeError):
             raise ConfigError(
                 f"{section._target_}: {cause}; its YAML has to carry every constructor argument"
             ) from cause
-        raise
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def check_types(group: str, section: DictConfig) -> None:
+    """Refuse a number or word where the constructor's annotation asks for another simple type."""
+    from hydra.utils import get_class
+
+    hints = {p.name: p.annotation for p in inspect.signature(get_class(section._target_)).parameters.values()}
+    for key, value in ((str(key), value) for key, value in section.items()):
+        hint = hints.get(key)
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not all(kind in SIMPLE for kind in allowed):
+            continue
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{group}.{key}={value} must be {' or '.join(SIMPLE[kind] for kind in allowed)}")

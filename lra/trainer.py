@@ -24,12 +24,14 @@ from lra import records
 from lra.checkpoint import Checkpoints
 from lra.config import build_task, model_builder
 from lra.data.store import Store, prepare
-from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
+from lra.errors import ConfigError, DivergedError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.optim import Group, adamw, schedule
 from lra.progress import Reporter, preparing
 from lra.tasks import SPLITS
 from lra.tracking import Trackers, make_trackers
+
+CHECKPOINTS = "checkpoints"  # below a run's folder
 
 
 class State(NamedTuple):
@@ -67,20 +69,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check(cfg)
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
-    config = plain(cfg)
-    path = records.run_path(cfg.output.root, config, container(cfg.names))
+    setup = Setup(cfg)  # whatever is wrong with the config shows here, before a folder is made
+    path = records.run_path(cfg.output.root, plain(cfg), container(cfg.names))
     with records.RunFolder(path) as folder:
-        finished = claim(folder, config, cfg.resume)
-        if finished is not None:
+        if (finished := claim(folder, plain(cfg), cfg.resume)) is not None:
             return finished
-        run = Run(cfg, folder)
+        run = Run(cfg, folder, setup)
         try:
             return run.train()
-        except LraError as error:
-            run.end({PreemptedError: "preempted", DivergedError: "diverged"}.get(type(error), "failed"), error)
-            raise
         except BaseException as error:
-            run.end("failed", error)
+            status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
+            run.end(status.get(type(error), "failed"), error)
             raise
 
 
@@ -94,6 +93,8 @@ def use_compilation_cache() -> None:
 def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
     """May this run use the folder? Returns the record of a run that is already finished and need not be repeated.
 
+    A run that ended before its first checkpoint, for a missing file or a full disk, left nothing to lose.
+
     Raises:
         RunFolderError: it holds a run, and `resume` does not say to continue it.
     """
@@ -102,9 +103,10 @@ def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
         return None
     if records.config_hash(record["config"]) != records.config_hash(config):
         raise RunFolderError(f"{folder.path} holds another run; choose another output.root or remove that folder")
-    if resume != "auto":
+    result = record["status"] in ("finished", "diverged") or any((folder.path / CHECKPOINTS / "last").glob("[0-9]*"))
+    if result and resume != "auto":
         raise RunFolderError(
-            f"{folder.path} holds this run already, {record['status']} at step {record.get('step')}; "
+            f"{folder.path} holds this run already, {record['status']} at step {record['step']}; "
             f"resume=auto continues it (a finished one is shown again), another output.root or seed starts a new one"
         )
     return record if record["status"] == "finished" else None
@@ -123,34 +125,38 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"trainer.{key}={value} must be a whole number of at least 1")
 
 
+class Setup:
+    """What a config builds before any data is read: task, model, optimizer. Refuses what does not fit together."""
+
+    def __init__(self, cfg: DictConfig):
+        self.task = build_task(cfg)
+        self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), cfg.seed)
+        self.tx, self.groups = adamw(container(cfg.optim), cfg.trainer.steps, self.params)
+
+
 class Run:
     """One run from data to record. `train` is the story; the other methods are its steps."""
 
-    def __init__(self, cfg: DictConfig, folder: records.RunFolder):
-        self.cfg, self.folder, self.started = cfg, folder, time.monotonic()
+    def __init__(self, cfg: DictConfig, folder: records.RunFolder, setup: Setup):
+        self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
         self.trackers = Trackers([])
-        self.record = first_record(cfg, folder.read_record())
+        self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
+        self.record = first_record(cfg, folder.read_record(), setup.groups)
 
     def train(self) -> dict[str, Any]:
-        cfg = self.cfg
-        self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
-        task = build_task(cfg)
-        store = preparing(task, partial(prepare, task, Path(cfg.data.root)))
+        cfg, setup = self.cfg, self.setup
+        store = preparing(setup.task, partial(prepare, setup.task, Path(cfg.data.root)))
         if len(store.splits["train"]) < cfg.trainer.batch_size:
             raise ConfigError(
                 f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {len(store.splits['train'])} training examples"
             )
-        self.record |= {"data": describe_data(store), "reference": task.reference_lines(store.splits)}
-
-        graph, params, stats, self.fixed = build(model_builder(cfg, task), cfg.seed)
-        tx, groups = adamw(container(cfg.optim), cfg.trainer.steps, params)
-        sizes = {group.name: group.num_params for group in groups}
-        self.record["params"] = {"total": sum(sizes.values()), "groups": sizes}
+        self.record |= {"data": describe_data(store), "reference": setup.task.reference_lines(store.splits)}
         data = {name: on_device(split) for name, split in store.splits.items()}
-        self.program = compile_program(graph, tx, task.decode, cfg.trainer.batch_size, cfg.seed)
-        state = State(jnp.int32(0), params, stats, tx.init(params), jnp.zeros(3), jnp.bool_(True))
+        self.program = compile_program(setup.graph, setup.tx, setup.task.decode, cfg.trainer.batch_size, cfg.seed)
+        opt = setup.tx.init(setup.params)
+        state = State(jnp.int32(0), setup.params, setup.stats, opt, jnp.zeros(3), jnp.bool_(True))
 
-        self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
         # `best` is the choice so far; it travels with each checkpoint, so that a resumed run chooses as if never stopped
         best = {"step": None, "accuracy": -1.0}
         if (restored := self.checkpoints.latest_step()) is not None:
@@ -161,7 +167,7 @@ class Run:
         self.trackers = make_trackers(
             cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
         )
-        self.reporter.header(self.record, self.rates(groups), self.folder.path)
+        self.reporter.header(self.record, self.rates(), self.folder.path)
 
         with Signals() as signals, self.reporter:
             state, best = self.loop(state, best, data, signals)
@@ -176,7 +182,7 @@ class Run:
         while step < cfg.steps:
             until = min(step + per_call, *(next_multiple(step, n) for n in every.values()), cfg.steps)
             start = time.perf_counter()
-            state = jax.block_until_ready(self.program.run(state, self.fixed, data["train"], jnp.int32(until)))
+            state = jax.block_until_ready(self.program.run(state, self.setup.fixed, data["train"], jnp.int32(until)))
             seconds, done = time.perf_counter() - start, until - step
             per_call, step = rate.steps_per_call(done, seconds), int(state.step)
             if not bool(state.finite):
@@ -244,14 +250,16 @@ class Run:
         return self.record
 
     def predict(self, params, stats, split: Split) -> np.ndarray:
-        apply = partial(self.program.apply, params, stats, self.fixed)
+        apply = partial(self.program.apply, params, stats, self.setup.fixed)
         return predict(apply, split.inputs, split.lengths, self.cfg.trainer.eval_batch_size)
 
     def learning_rate(self, step: int) -> float:
         return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1))
 
-    def rates(self, groups: list[Group]) -> list[tuple]:
-        return [(g.name, self.cfg.optim.lr * g.lr_factor, g.weight_decay, len(g.paths), g.num_params) for g in groups]
+    def rates(self) -> list[tuple]:
+        """Name, learning rate, decay, tensors and parameters of each group, as printed at the start."""
+        lr, groups = self.cfg.optim.lr, self.setup.groups
+        return [(g.name, lr * g.lr_factor, g.weight_decay, len(g.paths), g.num_params) for g in groups]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.folder.append_metrics({"step": step, **values})
@@ -391,9 +399,10 @@ class Signals:
             signal.signal(number, handler)
 
 
-def first_record(cfg: DictConfig, before: dict | None) -> dict[str, Any]:
+def first_record(cfg: DictConfig, before: dict | None, groups: list[Group]) -> dict[str, Any]:
     """The record at the start: what is known before the data is read."""
     devices = jax.devices()
+    sizes = {group.name: group.num_params for group in groups}
     return {
         "status": "running",
         "error": None,
@@ -406,7 +415,7 @@ def first_record(cfg: DictConfig, before: dict | None) -> dict[str, Any]:
         "selection": None,
         "reference": None,
         "data": None,
-        "params": None,
+        "params": {"total": sum(sizes.values()), "groups": sizes},
         "resumed_from": list((before or {}).get("resumed_from") or []),
         "tuning_runs": cfg.tuning_runs,
         "commit": records.git_commit(),

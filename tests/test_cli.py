@@ -67,6 +67,8 @@ def test_one_bad_run_does_not_take_the_sweep_along(lra_command, args, tmp_path):
     done = lra_command("train", "-m", *args, "optim.lr=1e30,1e-3", "optim.clip=null", "optim.warmup=0", timeout=300)
     assert done.returncode == 5
     assert done.stderr.count("NaN or infinite") == 1
+    assert "a run of the sweep failed" in done.stderr
+    assert "1 diverged" in done.stdout  # beside the score of the one that finished
     statuses = [json.loads(p.read_text())["status"] for p in (tmp_path / "runs").rglob("record.json")]
     assert sorted(statuses) == ["diverged", "finished"]
 
@@ -81,7 +83,9 @@ def test_one_bad_run_does_not_take_the_sweep_along(lra_command, args, tmp_path):
         ("seed=[", 2, "cannot read an override"),
         ("seed", 2, "cannot read an override"),
         ("trainer.steps=many", 2, "trainer.steps=many must be a whole number"),
-        ("model.num_filters=many", 2, "model.num_filters"),
+        ("model.num_filters=many", 2, "model.num_filters=many must be a whole number"),
+        ("model.negative_filters=3", 2, "model.negative_filters=3 must be true or false"),
+        ("backbone.dropout=much", 2, "backbone.dropout=much must be a number"),
         ("task.source=release", 3, "listops-1000"),
     ],
 )

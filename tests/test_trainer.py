@@ -140,7 +140,6 @@ def test_loss_that_is_not_finite_ends_the_run(tiny):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.batch_size=65", "trainer.batch_size=65 exceeds the 64 training examples"),
         ("trainer.steps=0", "trainer.steps=0 must be a whole number of at least 1"),
         ("resume=perhaps", "resume=perhaps is unknown"),
         ("seed=x", "seed=x must be an integer"),
@@ -155,10 +154,19 @@ def test_loss_that_is_not_finite_ends_the_run(tiny):
         ),
     ],
 )
-def test_bad_values_are_refused_in_one_line(tiny, override, message):
+def test_bad_values_are_refused_in_one_line(tiny, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         lra.train([*tiny, override])
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*"))  # no folder was made
+
+
+def test_run_that_failed_before_its_first_checkpoint_may_be_repeated(tiny):
+    with pytest.raises(ConfigError, match="trainer.batch_size=65 exceeds the 64 training examples"):
+        lra.train([*tiny, "trainer.batch_size=65"])
+    assert read_record(folder_of([*tiny, "trainer.batch_size=65"]))["status"] == "failed"
+    with pytest.raises(ConfigError, match="exceeds"):  # not: the folder holds a run
+        lra.train([*tiny, "trainer.batch_size=65"])
 
 
 def test_every_example_is_drawn_once_an_epoch():

@@ -1,0 +1,107 @@
+"""What the documents tell people to type works: every command of the README, and the two-file walks through."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# what makes a documented run one of seconds; it keeps its task, its model and its own words
+SMALL = ["task.sizes={train: 64, val: 24, test: 21}", "task.min_length=21", "task.max_length=30", "debug=tiny"]
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), flags=re.M | re.S)
+
+
+def commands(path):
+    lines = [line.split(" #")[0].strip() for block in blocks(path, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("lra ")]
+
+
+def run(words, cwd, timeout=300):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lra.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
+
+
+def shortened(command, data_root):
+    """The words of a documented command, made short by overrides at its end."""
+    words = shlex.split(command)[1:]
+    small = [*SMALL, f"data.root={data_root}"]
+    if words[0] == "train" and "--cfg" not in words:
+        return [*words, *small, "trainer.steps=2"]
+    if words[:2] in (["data", "prepare"], ["data", "verify"], ["data", "show"]):
+        return [*words, "--set", *small]
+    return words
+
+
+def test_readme_shows_the_commands_the_project_is_about():
+    shown = "\n".join(commands("README.md"))
+    for wanted in (
+        "lra train task=listops model=stu",
+        "lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2",
+        "lra train experiment=listops/stu",
+        "resume=auto",
+        "lra data prepare listops",
+        "lra tasks",
+        "lra models",
+        "lra table",
+    ):
+        assert wanted in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("README.md"))
+def test_readme_command_works(command, data_root, tmp_path):
+    if "my_results.csv" in command:
+        (tmp_path / "my_results.csv").write_text("model,task,accuracy,source\nMine,listops,61.5,my thesis\n")
+    if "results/runs" in command:
+        (tmp_path / "results").symlink_to(ROOT / "results")
+    done = run(shortened(command, data_root), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_first_line_of_the_readme_names_an_experiment_that_exists():
+    (line,) = [line for line in blocks("README.md", "bash")[0].splitlines() if "lra train" in line]
+    assert (ROOT / "conf" / "experiment" / (re.search(r"experiment=(\S+)", line)[1] + ".yaml")).exists()
+
+
+def test_python_example_of_the_readme_works(data_root, tmp_path):
+    (code,) = blocks("README.md", "python")
+    overrides = [*SMALL, f"data.root={data_root}", "trainer.steps=2"]
+    code = code.replace('"trainer.steps=100"', ", ".join(map(repr, overrides)))
+    code = code.replace('"strict")', f'"strict", {overrides!r})')
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nassert splits['train'].inputs.shape[0] == 64"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "root_operator" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("page", "group", "name"), [("add_a_model.md", "model", "ema"), ("add_a_task.md", "task", "parity")]
+)
+def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp_path):
+    """The two files of the page, put beside the user's shell, train as the page says."""
+    (code,), (yaml,) = blocks(f"docs/{page}", "python"), blocks(f"docs/{page}", "yaml")
+    (tmp_path / f"{name}.py").write_text(code)
+    conf = tmp_path / "myconf" / group
+    conf.mkdir(parents=True)
+    (conf / f"{name}.yaml").write_text(re.sub(r"_target_: \S+\.(\w+\.\w+)", r"_target_: \1", yaml))
+    words = ["train", "--config-dir", "myconf", f"{group}={name}", "debug=tiny", f"data.root={data_root}"]
+    if group == "model":
+        words += SMALL[:3]
+    done = run(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout
