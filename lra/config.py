@@ -188,7 +188,10 @@ def check_types(group: str, section: DictConfig) -> None:
     """Refuse a number or word where the constructor's annotation asks for another simple type."""
     from hydra.utils import get_class
 
-    hints = {p.name: p.annotation for p in inspect.signature(get_class(section._target_)).parameters.values()}
+    hints = {
+        p.name: p.annotation
+        for p in inspect.signature(inspect.getattr_static(get_class(section._target_), "__init__")).parameters.values()
+    }
     for key, value in ((str(key), value) for key, value in section.items()):
         hint = hints.get(key)
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
