@@ -5,10 +5,12 @@ calls log, evaluate, save, and answer signals. The order of batches and every ra
 alone, so neither the length of a call nor an interruption changes a result.
 """
 
+import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,10 +23,10 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from lra import records
-from lra.checkpoint import Checkpoints
-from lra.config import build_task, model_builder
+from lra.checkpoint import Checkpoints, holds_checkpoint
+from lra.config import CONF, build_task, model_builder
 from lra.data.store import Store, prepare
-from lra.errors import ConfigError, DivergedError, PreemptedError, RunFolderError
+from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.optim import Group, adamw, schedule
 from lra.progress import Reporter, preparing
@@ -43,6 +45,15 @@ class State(NamedTuple):
     opt: Any
     tally: jax.Array  # (3,) float32: sums of loss, correct, count since the last logged line
     finite: jax.Array  # () bool: no NaN or Inf so far
+
+
+class Best(NamedTuple):
+    """The weights that a protocol may choose, saved with each state, so that a resumed run chooses as if never stopped."""
+
+    params: Any
+    stats: Any
+    step: int = 0
+    accuracy: float = -1.0  # on validation
 
 
 class Split(NamedTuple):
@@ -76,16 +87,22 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             return finished
         run = Run(cfg, folder, setup)
         try:
-            return run.train()
+            with Signals() as signals:
+                return run.train(signals)
         except BaseException as error:
             status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
             run.end(status.get(type(error), "failed"), error)
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise LraError(
+                    f"out of memory at trainer.batch_size={cfg.trainer.batch_size}, backbone.width={cfg.backbone.width}, "
+                    f"depth {cfg.backbone.depth}; lower one of them"
+                ) from error
             raise
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs under the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another place."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
 
@@ -103,8 +120,8 @@ def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
         return None
     if records.config_hash(record["config"]) != records.config_hash(config):
         raise RunFolderError(f"{folder.path} holds another run; choose another output.root or remove that folder")
-    result = record["status"] in ("finished", "diverged") or any((folder.path / CHECKPOINTS / "last").glob("[0-9]*"))
-    if result and resume != "auto":
+    worth_keeping = record["status"] in ("finished", "diverged") or holds_checkpoint(folder.path / CHECKPOINTS)
+    if worth_keeping and resume != "auto":
         raise RunFolderError(
             f"{folder.path} holds this run already, {record['status']} at step {record['step']}; "
             f"resume=auto continues it (a finished one is shown again), another output.root or seed starts a new one"
@@ -113,16 +130,33 @@ def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse values that would fail late."""
+    """Refuse values that would fail late or be taken for something else."""
     if cfg.resume not in ("never", "auto"):
         raise ConfigError(f"resume={cfg.resume} is unknown; choose never or auto")
-    if not isinstance(cfg.seed, int):
-        raise ConfigError(f"seed={cfg.seed} must be an integer")
-    for key in ("steps", "batch_size", "eval_batch_size", "eval_every", "checkpoint_every", "log_every"):
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed={cfg.seed} must be an integer from 0 to 2^32 - 1")
+    for key in (
+        "steps",
+        "batch_size",
+        "eval_batch_size",
+        "train_eval_examples",
+        "eval_every",
+        "checkpoint_every",
+        "log_every",
+    ):
         value = cfg.trainer[key]
         optional = key.endswith("_every") and value is None
         if not optional and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"trainer.{key}={value} must be a whole number of at least 1")
+    if not isinstance(cfg.trainer.call_seconds, (int, float)) or cfg.trainer.call_seconds <= 0:
+        raise ConfigError(f"trainer.call_seconds={cfg.trainer.call_seconds} must be a number above 0")
+    if cfg.protocol.select not in ("best", "last"):
+        raise ConfigError(f"protocol.select={cfg.protocol.select} is unknown; choose best or last")
+    named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
+    if named.exists() and OmegaConf.load(named) != cfg.protocol:
+        raise ConfigError(
+            f"protocol.name={cfg.protocol.name} with other values is another protocol; give it a name of its own"
+        )
 
 
 class Setup:
@@ -130,7 +164,8 @@ class Setup:
 
     def __init__(self, cfg: DictConfig):
         self.task = build_task(cfg)
-        self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), cfg.seed)
+        model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
+        self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
         self.tx, self.groups = adamw(container(cfg.optim), cfg.trainer.steps, self.params)
 
 
@@ -139,11 +174,12 @@ class Run:
 
     def __init__(self, cfg: DictConfig, folder: records.RunFolder, setup: Setup):
         self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
+        self.before = folder.read_record() or {}
         self.trackers = Trackers([])
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
-        self.record = first_record(cfg, folder.read_record(), setup.groups)
+        self.record = first_record(cfg, self.before, setup.groups)
 
-    def train(self) -> dict[str, Any]:
+    def train(self, signals: "Signals") -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
         store = preparing(setup.task, partial(prepare, setup.task, Path(cfg.data.root)))
         if len(store.splits["train"]) < cfg.trainer.batch_size:
@@ -152,28 +188,46 @@ class Run:
             )
         self.record |= {"data": describe_data(store), "reference": setup.task.reference_lines(store.splits)}
         data = {name: on_device(split) for name, split in store.splits.items()}
-        self.program = compile_program(setup.graph, setup.tx, setup.task.decode, cfg.trainer.batch_size, cfg.seed)
-        opt = setup.tx.init(setup.params)
-        state = State(jnp.int32(0), setup.params, setup.stats, opt, jnp.zeros(3), jnp.bool_(True))
+        self.program = compile_program(setup, cfg.trainer.batch_size)
 
-        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
-        # `best` is the choice so far; it travels with each checkpoint, so that a resumed run chooses as if never stopped
-        best = {"step": None, "accuracy": -1.0}
-        if (restored := self.checkpoints.latest_step()) is not None:
-            state, best = self.checkpoints.restore(state)
-            self.record["resumed_from"].append(restored)
+        state, best = self.restore()
         self.folder.truncate_metrics(int(state.step))
         self.save_record(step=int(state.step))
         self.trackers = make_trackers(
             cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
         )
         self.reporter.header(self.record, self.rates(), self.folder.path)
-
-        with Signals() as signals, self.reporter:
+        with signals.noted(), self.reporter:
             state, best = self.loop(state, best, data, signals)
         return self.finish(state, best, data)
 
-    def loop(self, state: State, best: dict, data: dict[str, Split], signals: "Signals") -> tuple[State, dict]:
+    def restore(self) -> tuple[State, Best]:
+        """The state to start from: the newest checkpoint's, or a new one.
+
+        Raises:
+            RunFolderError: the checkpoint was trained on other data.
+        """
+        setup = self.setup
+        state = State(
+            jnp.int32(0), setup.params, setup.stats, setup.tx.init(setup.params), jnp.zeros(3), jnp.bool_(True)
+        )
+        best = Best(copy(setup.params), copy(setup.stats))  # not the arrays of the state, whose memory is given away
+        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
+        if (step := self.checkpoints.latest_step()) is None:
+            return state, best
+        if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
+            raise RunFolderError(f"{self.folder.path} was trained on other data; choose another output.root")
+        (state, weights), progress = self.checkpoints.restore((state, best[:2]))
+        self.record["resumed_from"].append(step)
+        self.record["selection"] = progress["selection"]
+        return state, Best(weights[0], weights[1], **progress["best"])
+
+    def save(self, step: int, state: State, best: Best) -> None:
+        progress = {"best": {"step": best.step, "accuracy": best.accuracy}, "selection": self.record["selection"]}
+        self.checkpoints.save(step, (state, best[:2]), progress)
+        self.save_record(step=step)
+
+    def loop(self, state: State, best: Best, data: dict[str, Split], signals: "Signals") -> tuple[State, Best]:
         """Train to the last step: run to the next boundary, then log, evaluate and save where they are due."""
         cfg = self.cfg.trainer
         every = intervals(cfg)
@@ -196,12 +250,12 @@ class Run:
                 state = self.log(step, state)
             if "eval" in due:
                 best = self.evaluate(step, state, best, data["val"])
-            if "checkpoint" in due or signals.received:
-                self.checkpoints.save(step, state, best)
-                self.save_record(step=step)
-            if signals.received and step < cfg.steps:
+            stop = signals.received
+            if "checkpoint" in due or stop:
+                self.save(step, state, best)
+            if stop and step < cfg.steps:
                 raise PreemptedError(
-                    f"stopped by {signals.received} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
+                    f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
                 )
         self.record["time"] |= rate.summary(cfg.batch_size)
@@ -214,36 +268,33 @@ class Run:
         self.write(step, values)
         return state._replace(tally=jnp.zeros_like(state.tally))
 
-    def evaluate(self, step: int, state: State, best: dict, val: Split) -> dict:
+    def evaluate(self, step: int, state: State, best: Best, val: Split) -> Best:
         """Score validation; keep the weights if they are the best so far."""
         result = score(self.predict(state.params, state.stats, val), np.asarray(val.labels))
         self.write(step, {"val/loss": result["loss"], "val/accuracy": result["accuracy"]})
-        improved = result["accuracy"] > best["accuracy"]
+        improved = result["accuracy"] > best.accuracy
         if improved:
-            self.checkpoints.save_best(step, (state.params, state.stats))
-            best = {"step": step, "accuracy": result["accuracy"]}
+            best = Best(copy(state.params), copy(state.stats), step, result["accuracy"])
         self.reporter.evaluation(step, result, improved)
-        return best | {"last_step": step, "last_accuracy": result["accuracy"]}
-
-    def finish(self, state: State, best: dict, data: dict[str, Split]) -> dict[str, Any]:
-        """Choose the weights as the protocol says, score the whole test split once, write predictions and record."""
         rule = self.cfg.protocol.select
-        weights = (state.params, state.stats)
-        if rule == "best":
-            weights = self.checkpoints.restore_best(weights)
+        chosen = (best.step, best.accuracy) if rule == "best" else (step, result["accuracy"])
+        self.record["selection"] = {
+            "rule": rule,
+            "step": chosen[0],
+            "val_accuracy": chosen[1],
+            "last_step": step,
+            "last_val_accuracy": result["accuracy"],
+        }
+        return best
+
+    def finish(self, state: State, best: Best, data: dict[str, Split]) -> dict[str, Any]:
+        """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
+        weights = best[:2] if self.cfg.protocol.select == "best" else (state.params, state.stats)
         sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
         logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
         labels = {name: np.asarray(split.labels)[: len(logits[name])] for name, split in data.items()}
         self.folder.write_predictions(logits["test"], labels["test"], np.arange(len(labels["test"])))
         self.record["metrics"] = {name: score(logits[name], labels[name]) for name in SPLITS}
-        chosen = best["step"] if rule == "best" else best["last_step"]
-        self.record["selection"] = {
-            "rule": rule,
-            "step": chosen,
-            "val_accuracy": self.record["metrics"]["val"]["accuracy"],
-            "last_step": best["last_step"],
-            "last_val_accuracy": best["last_accuracy"],
-        }
         self.record["step"] = int(state.step)
         self.end("finished", None)
         self.reporter.finished(self.record, self.trackers.sync_hint)
@@ -267,7 +318,8 @@ class Run:
 
     def save_record(self, **changes) -> None:
         self.record |= changes
-        self.record["time"]["wall_s"] = round(time.monotonic() - self.started, 2)
+        earlier = (self.before.get("time") or {}).get("wall_s", 0.0)
+        self.record["time"]["wall_s"] = round(earlier + time.monotonic() - self.started, 2)
         self.folder.write_record(self.record)
 
     def end(self, status: str, error: BaseException | None) -> None:
@@ -278,18 +330,18 @@ class Run:
         self.trackers.finish(status)
 
 
-def build(builder: Callable[..., nnx.Module], seed: int) -> tuple:
+def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
     """Make the model; returns (graph, params, batch statistics, everything else that is fixed)."""
     try:
-        model = builder(rngs=nnx.Rngs(params=jax.random.key(seed)))
+        model = builder(rngs=nnx.Rngs(params=key))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 
-def compile_program(graph, tx: optax.GradientTransformation, decode, batch_size: int, seed: int) -> Program:
+def compile_program(setup: Setup, batch_size: int) -> Program:
     """The two jitted functions of a run; `run` gives its state's memory to its result."""
-    order_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+    graph, tx, decode = setup.graph, setup.tx, setup.task.decode
 
     def loss(params, stats, fixed, batch: Split, key):
         model = nnx.merge(graph, params, stats, fixed, copy=True)  # batch norm writes to its own variables
@@ -300,7 +352,7 @@ def compile_program(graph, tx: optax.GradientTransformation, decode, batch_size:
         return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
 
     def step(state: State, fixed, batch: Split) -> State:
-        key = jax.random.fold_in(dropout_key, state.step)
+        key = jax.random.fold_in(setup.dropout_key, state.step)
         grads, (stats, tally) = jax.grad(loss, has_aux=True)(state.params, state.stats, fixed, batch, key)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -316,11 +368,11 @@ def compile_program(graph, tx: optax.GradientTransformation, decode, batch_size:
         def body(carry):
             state, order = carry
             epoch, position = jnp.divmod(state.step, steps_per_epoch)
-            order = jax.lax.cond(position == 0, lambda: epoch_order(order_key, epoch, count), lambda: order)
+            order = jax.lax.cond(position == 0, lambda: epoch_order(setup.order_key, epoch, count), lambda: order)
             rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
             return step(state, fixed, jax.tree.map(lambda x: x[rows], data)), order
 
-        carry = (state, epoch_order(order_key, state.step // steps_per_epoch, count))
+        carry = (state, epoch_order(setup.order_key, state.step // steps_per_epoch, count))
         return jax.lax.while_loop(lambda c: (c[0].step < until) & c[0].finite, body, carry)[0]
 
     @jax.jit
@@ -333,6 +385,10 @@ def compile_program(graph, tx: optax.GradientTransformation, decode, batch_size:
 def epoch_order(key: jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:
     """The order (n,) in which an epoch draws the examples: a function of (key, epoch) alone."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)
+
+
+def copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def on_device(split) -> Split:
@@ -377,31 +433,45 @@ class Rate:
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it stops; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM stop at once; inside `noted` they are noted, so that the loop can save first.
+
+    A second SIGINT stops at once there too.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.patient = False
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        self.received: str | None = None
-        self.before = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
+                self.before[number] = signal.signal(number, self.handle)
         except ValueError:  # only the main thread may listen; elsewhere the default stands
             pass
         return self
-
-    def note(self, number, frame) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def handle(self, number: int, frame: Any) -> None:
+        if not self.patient or (self.received and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
 
-def first_record(cfg: DictConfig, before: dict | None, groups: list[Group]) -> dict[str, Any]:
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+
+def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     """The record at the start: what is known before the data is read."""
-    devices = jax.devices()
+    device = jax.devices()[0]
     sizes = {group.name: group.num_params for group in groups}
     return {
         "status": "running",
@@ -416,12 +486,12 @@ def first_record(cfg: DictConfig, before: dict | None, groups: list[Group]) -> d
         "reference": None,
         "data": None,
         "params": {"total": sum(sizes.values()), "groups": sizes},
-        "resumed_from": list((before or {}).get("resumed_from") or []),
+        "resumed_from": list(before.get("resumed_from") or []),
         "tuning_runs": cfg.tuning_runs,
         "commit": records.git_commit(),
         "versions": records.versions(),
-        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
-        "time": {},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": 1},  # a run uses one
+        "time": dict(before.get("time") or {}),
         "memory": None,
     }
 
@@ -440,7 +510,9 @@ def container(cfg: DictConfig) -> dict[str, Any]:
 def describe_data(store: Store) -> dict[str, Any]:
     parts = store.manifest["splits"].items()
     splits = {name: {"count": part["count"], "sha256": part["sha256"]} for name, part in parts}
-    return {"source": store.manifest["source"], "key": store.manifest["key"], "splits": splits}
+    # by content, so that the same files copied elsewhere are the same data
+    key = hashlib.sha256("".join(splits[name]["sha256"] for name in SPLITS).encode()).hexdigest()
+    return {"source": store.manifest["source"], "key": key, "splits": splits}
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Backbone(nnx.Module):
         self.encoder = (
             nnx.Linear(num_features, width, rngs=rngs)
             if vocab_size is None
-            else nnx.Embed(vocab_size, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+            else Embedding(vocab_size, width, rngs=rngs)
         )
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
         self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if positions == "learned" else None
@@ -143,6 +143,18 @@ class Backbone(nnx.Module):
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
         return pool(x, mask, self.pool)
+
+
+class Embedding(nnx.Module):
+    """Ids (B, L) -> (B, L, D) as a product with one-hot rows: the gradient of a look-up is a sum in no fixed order on a GPU."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(rngs.params.normal((vocab_size, width)))
+
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        table = self.table[...]
+        rows = jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype)
+        return jnp.matmul(rows, table, precision="highest")  # tf32 would round the table
 
 
 class Block(nnx.Module):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ from lra import trainer
 from lra.errors import ConfigError, DivergedError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.progress import Reporter
-from lra.records import read_metrics, read_predictions, read_record, run_path
+from lra.records import load_records, read_metrics, read_predictions, read_record, run_path
+
+# two epochs and a half of 16 steps, dropout on, checkpoints out of step with evaluations
+LONG = ["trainer.steps=40", "backbone.dropout=0.1", "trainer.eval_every=4", "trainer.checkpoint_every=10"]
 
 
 def folder_of(overrides):
@@ -26,7 +31,7 @@ def whole(data_root, tmp_path_factory):
     """A run that nothing disturbed: its overrides but for the folder, its folder, its record."""
     from conftest import TINY
 
-    overrides = [*TINY, "trainer.steps=8", f"data.root={data_root}"]
+    overrides = [*TINY, *LONG, f"data.root={data_root}"]
     here = [*overrides, f"output.root={tmp_path_factory.mktemp('whole')}"]
     record = lra.train(here)
     return overrides, folder_of(here), record
@@ -37,13 +42,13 @@ def test_record_holds_what_was_run(whole):
     stored = read_record(folder)
     assert stored["metrics"] == record["metrics"]
     assert stored["status"] == "finished"
-    assert stored["step"] == 8
+    assert stored["step"] == 40
     assert stored["metrics"]["test"]["count"] == 21  # a last batch of 5 in batches of 8: nobody dropped, nobody twice
     assert stored["metrics"]["val"]["count"] == 24
     assert set(stored["reference"]) == {"majority", "root_operator"}
     assert stored["resumed_from"] == []
     assert stored["params"]["total"] == sum(stored["params"]["groups"].values())
-    assert stored["config"]["trainer"]["steps"] == 8
+    assert stored["config"]["trainer"]["steps"] == 40
     predictions = read_predictions(folder)
     assert np.mean(predictions["logits"].argmax(1) == predictions["labels"]) == stored["metrics"]["test"]["accuracy"]
 
@@ -56,7 +61,7 @@ def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
     assert read_metrics(folder_of(other)) == read_metrics(folder)
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7])
+@pytest.mark.parametrize("stop_at", [1, 13, 37])
 def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, stop_at):
     overrides, folder, record = whole
     here = [*overrides, f"output.root={tmp_path}"]
@@ -67,7 +72,7 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
     monkeypatch.setattr(Reporter, "advance", interrupt)
-    with pytest.raises(PreemptedError, match=f"SIGTERM at step {stop_at} of 8.*resume=auto"):
+    with pytest.raises(PreemptedError, match=f"SIGTERM at step {stop_at} of 40.*resume=auto"):
         lra.train(here)
     assert read_record(folder_of(here))["status"] == "preempted"
     monkeypatch.undo()
@@ -80,33 +85,63 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
     np.testing.assert_array_equal(read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"])
 
 
-def test_killed_between_checkpoints_goes_back_to_the_last(whole, tmp_path, monkeypatch):
-    """Without a signal to answer: lines past the checkpoint are dropped and written again."""
+@pytest.mark.parametrize("kill_at", [17, 30, 39])
+def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
+    """SIGKILL, which nothing can answer: the run goes back to its last checkpoint and writes the lines after it again."""
     overrides, folder, record = whole
     here = [*overrides, f"output.root={tmp_path}"]
+    code = f"""
+import os, signal
+import lra
+from lra import trainer
+from lra.progress import Reporter
+trainer.Rate.steps_per_call = lambda self, done, seconds: 1
+Reporter.advance = lambda self, step, *_: step == {kill_at} and os.kill(os.getpid(), signal.SIGKILL)
+lra.train({here!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert load_records([tmp_path])[0]["status"] == "dead"
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [(kill_at - 1) // 10 * 10]
+    assert resumed["metrics"] == record["metrics"]
+    assert resumed["selection"] == record["selection"]
+    assert read_metrics(folder_of(here)) == read_metrics(folder)
+    np.testing.assert_array_equal(read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"])
 
-    class Killed(BaseException):
-        pass
 
-    def kill(self, step, done, seconds, tally):
-        if step == 7:  # checkpoints are at 2, 4, 6, 8
-            raise Killed
-
-    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
-    monkeypatch.setattr(Reporter, "advance", kill)
-    with pytest.raises(Killed):
+def test_checkpoint_of_other_data_is_refused(whole, tmp_path, monkeypatch):
+    overrides, _, _ = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    monkeypatch.setattr(trainer.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         lra.train(here)
     monkeypatch.undo()
-    resumed = lra.train([*here, "resume=auto"])
-    assert resumed["resumed_from"] == [6]
-    assert resumed["metrics"] == record["metrics"]
-    assert read_metrics(folder_of(here)) == read_metrics(folder)
+    described = trainer.describe_data
+    monkeypatch.setattr(trainer, "describe_data", lambda store: described(store) | {"splits": {}})
+    with pytest.raises(RunFolderError, match="other data"):
+        lra.train([*here, "resume=auto"])
+
+
+def test_last_weights_are_scored_where_the_protocol_says_so(whole, tmp_path):
+    overrides, _, _ = whole
+    record = lra.train([*overrides, "protocol=lra2020", f"output.root={tmp_path}"])
+    assert record["selection"]["rule"] == "last"
+    assert record["selection"]["step"] == 40
+    assert record["metrics"]["val"]["accuracy"] == record["selection"]["last_val_accuracy"]
+
+
+def test_best_weights_are_those_of_the_best_evaluation(whole):
+    _, folder, record = whole
+    scores = {row["step"]: row["val/accuracy"] for row in read_metrics(folder) if "val/accuracy" in row}
+    assert record["selection"]["val_accuracy"] == max(scores.values()) == record["metrics"]["val"]["accuracy"]
+    assert record["selection"]["step"] == min(step for step, score in scores.items() if score == max(scores.values()))
+    assert list(scores) == list(range(4, 41, 4))
 
 
 def test_folder_that_holds_the_run_is_refused_or_shown(whole, monkeypatch):
     overrides, folder, record = whole
     here = [*overrides, f"output.root={folder.parents[2]}"]
-    with pytest.raises(RunFolderError, match="finished at step 8.*resume=auto"):
+    with pytest.raises(RunFolderError, match="finished at step 40.*resume=auto"):
         lra.train(here)
     monkeypatch.setattr(trainer.Run, "train", lambda self: pytest.fail("trained again"))
     assert lra.train([*here, "resume=auto"])["metrics"] == record["metrics"]
@@ -143,6 +178,10 @@ def test_loss_that_is_not_finite_ends_the_run(tiny):
         ("trainer.steps=0", "trainer.steps=0 must be a whole number of at least 1"),
         ("resume=perhaps", "resume=perhaps is unknown"),
         ("seed=x", "seed=x must be an integer"),
+        ("trainer.train_eval_examples=0", "trainer.train_eval_examples=0 must be a whole number"),
+        ("trainer.call_seconds=x", "trainer.call_seconds=x must be a number above 0"),
+        ("protocol.select=bset", "protocol.select=bset is unknown"),
+        ("protocol.select=last", "protocol.name=strict with other values"),
         ("optim.lr=-1", "optim.lr=-1 must be a number above 0"),
         ("backbone.pool=cls", "backbone.pool=cls .* causal"),
         ("backbone.glu=whole", "backbone.glu=whole is unknown; choose one of full"),
