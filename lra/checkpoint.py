@@ -1,6 +1,7 @@
 """Saved states of a run, the last two, each complete or absent. Orbax does the writing."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from lra.errors import LraError
 
+SPARE_BYTES = 2**20  # for metadata, the record and the metrics
+
 
 class Checkpoints:
     """Orbax checkpoints `folder/<step>`."""
@@ -18,6 +21,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.ocp, self.folder = ocp, folder.absolute()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the trace of every thread of a failed save
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             # a state of some MB takes milliseconds, and what save() returned from is on disk
@@ -33,20 +37,27 @@ class Checkpoints:
         Raises:
             LraError: the disk is full or refuses; the checkpoints before this one are whole.
         """
-        ocp = self.ocp
+        ocp, leaves = self.ocp, jax.tree.leaves(state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.leaves(state)),
-            progress=ocp.args.JsonSave(json.loads(json.dumps(progress))),
+            state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(json.loads(json.dumps(progress)))
         )
+        # asked first, since a disk that fills up while orbax writes leaves traces of its threads on the terminal
+        if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in leaves) + SPARE_BYTES:
+            raise self._refused(step, "the disk is full")
         try:
             self.manager.save(step, args=args, force=True)
         except (OSError, ValueError) as error:  # orbax wraps a full disk in ValueError
-            free = shutil.disk_usage(self.folder).free // 2**20
-            detail = " ".join(str(error).split())[:200]
-            raise LraError(
-                f"cannot write the checkpoint of step {step} in {self.folder} ({free} MiB free): {detail}; "
-                f"the checkpoints before it are whole: make room and run the same command with resume=auto"
-            ) from error
+            for half_written in self.folder.glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
+            full = "RESOURCE_EXHAUSTED" in str(error)
+            raise self._refused(step, "the disk is full" if full else " ".join(str(error).split())[:200]) from error
+
+    def _refused(self, step: int, reason: str) -> LraError:
+        free = shutil.disk_usage(self.folder).free // 2**20
+        return LraError(
+            f"cannot write the checkpoint of step {step} in {self.folder} ({free} MiB free): {reason}; "
+            f"those before it are whole: make room and run the same command with resume=auto"
+        )
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, None where there is none."""

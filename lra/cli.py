@@ -3,15 +3,18 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from lra.errors import LraError, PreemptedError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
 
 TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
@@ -94,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--metric", choices=("test", "val"), default="test", help="which split's accuracy (test)")
     table.set_defaults(run=table_command)
 
+    plot = commands.add_parser("plot", help="draw the learning curves of finished runs")
+    plot.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs (runs)")
+    plot.add_argument("--task", action="append", help="only this task; repeatable")
+    plot.add_argument("--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)")
+    plot.set_defaults(run=plot_command)
+
     doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
     doctor.add_argument(
         "--data-root", default=None, metavar="DIR", help="where to look for data ($LRA_DATA, else data)"
@@ -111,23 +120,25 @@ def train_command(argv: list[str]) -> int:
         return 0 if argv else 2
     import hydra
 
-    from lra.config import translated_errors
+    from lra.config import tidy, translated_errors
 
+    argv = tidy(argv)
     sys.argv = ["lra train", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
     start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
     if not {"-m", "--multirun"} & set(argv):
-        with translated_errors():
+        with translated_errors(argv):
             start(job)()
         return 0
     try:
-        with translated_errors():
+        with translated_errors(argv):
             start(sweep_job)()
     except LraError as error:
-        return fail("a run of the sweep failed, see above; the table counts those that finished", error.exit_code)
+        return fail(str(error), error.exit_code)
     finally:
-        roots = [word.removeprefix("output.root=") for word in argv if word.startswith("output.root=")]
-        print_table(roots[-1:] or ["runs"], None)
+        root = ["runs", *(word.partition("=")[2] for word in argv if word.startswith("output.root="))][-1]
+        if Path(root).exists():  # else no run began
+            print_table([root], None)
     return 0
 
 
@@ -148,7 +159,7 @@ def sweep_job(cfg) -> None:
         code = fail(str(error), error.exit_code)
         if isinstance(error, PreemptedError):
             sys.exit(code)
-        raise
+        raise type(error)("a run of the sweep failed, see above; the table counts those that finished") from None
 
 
 def run_job(cfg) -> dict:
@@ -158,7 +169,10 @@ def run_job(cfg) -> dict:
     from lra.trainer import train
 
     hydra_cfg = HydraConfig.get()
-    return train(with_names(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task))
+    folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
+    shown = [folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder for folder in folders]
+    flags = [word for folder in shown for word in ("--config-dir", str(folder))]
+    return train(with_names(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
 
 
 def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
@@ -186,12 +200,20 @@ def table_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def plot_command(args: argparse.Namespace) -> int:
+    from lra.plots import curves
+
+    print(curves(args.paths, args.output, args.task))
+    return 0
+
+
 def list_options(args: argparse.Namespace) -> int:
-    """Names with the first comment line of their YAML."""
+    """Names with the first sentence of the comment on top of their YAML."""
     for file in sorted((CONF / args.group).glob("*.yaml")):
-        head = file.read_text().splitlines()[0]
-        about = head.removeprefix("#").strip() if head.startswith("#") else ""
-        print(f"{file.stem:<16} {about.removeprefix(f'conf/{args.group}/{file.name} -- ')}")
+        head = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+        about = " ".join(line.removeprefix("#").strip() for line in head)
+        about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
+        print(f"{file.stem:<16} {re.split(SENTENCE_END, about)[0]}")
     return 0
 
 

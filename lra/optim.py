@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lra.config import Range, check_ranges, shown
 from lra.errors import ConfigError
 
 
@@ -40,9 +41,9 @@ def adamw(cfg: Mapping[str, Any], steps: int, params: Any) -> tuple[optax.Gradie
     Decay is decoupled and multiplied by the group's learning rate, as in Loshchilov & Hutter 2019 and optax.adamw.
 
     Raises:
-        ConfigError: a rate is not positive where it has to be, or a group's pattern matches no parameter.
+        ConfigError: a number out of its range, a malformed group, or one whose pattern matches no parameter.
     """
-    check_rates(cfg)
+    check(cfg)
     groups, labels = assign(cfg, params)
     parts = [optax.clip_by_global_norm(cfg["clip"])] if cfg["clip"] else []
     parts.append(optax.scale_by_adam(b1=cfg["b1"], b2=cfg["b2"], eps=cfg["eps"]))
@@ -94,9 +95,28 @@ def summary(paths: Any) -> str:
     return ", ".join(sorted({re.sub(r"/\d+/", "/*/", path) for path in jax.tree.leaves(paths)}))
 
 
-def check_rates(cfg: Mapping[str, Any]) -> None:
-    for key, low in (("lr", 0.0), ("warmup", -1e-12), ("weight_decay", -1e-12)):
-        if not isinstance(cfg[key], (int, float)) or not cfg[key] > low:
-            raise ConfigError(f"optim.{key}={cfg[key]} must be a number {'above' if key == 'lr' else 'of at least'} 0")
-    if cfg["warmup"] > 1:
-        raise ConfigError(f"optim.warmup={cfg['warmup']} is a share of all steps, between 0 and 1")
+def check(cfg: Mapping[str, Any]) -> None:
+    """Refuse numbers out of their range and groups that are not {match, lr_factor, weight_decay}."""
+    check_ranges(cfg, "optim.")
+    if cfg["no_decay"] is not None:
+        check_pattern("optim.no_decay", cfg["no_decay"])
+    groups = {} if cfg["groups"] is None else cfg["groups"]
+    if not isinstance(groups, Mapping):
+        form = "{name: {match, lr_factor, weight_decay}, ...}"
+        raise ConfigError(f"optim.groups={shown(groups)} must be a mapping, {form}")
+    for name, rule in groups.items():
+        key = f"optim.groups.{name}"
+        if name in ("default", "no_decay"):
+            raise ConfigError(f"{key} has the name of a built-in group; choose another")
+        if not isinstance(rule, Mapping) or set(rule) != {"match", "lr_factor", "weight_decay"}:
+            raise ConfigError(f"{key}={shown(rule)} must have exactly match, lr_factor and weight_decay")
+        check_pattern(f"{key}.match", rule["match"])
+        for factor in ("lr_factor", "weight_decay"):
+            Range("[0, inf)").check(f"{key}.{factor}", rule[factor])
+
+
+def check_pattern(key: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{key}={shown(pattern)} must be a regular expression: {error}") from error

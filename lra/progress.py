@@ -1,5 +1,6 @@
 """What a run shows on the terminal: a header, a live bar, one line an evaluation, and the result."""
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ class Reporter:
 
     def __init__(self, steps: int, batch_size: int, *, live: bool):
         self.steps, self.batch_size = steps, batch_size
+        self.training = ""  # the last word on training, for outputs without a bar
         self.console = Console(highlight=False)
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -58,11 +60,13 @@ class Reporter:
         loss, correct, count = (float(x) for x in tally)
         rate = done * self.batch_size / seconds
         self.bar.update(self.row, completed=step, loss=loss / count, accuracy=correct / count, rate=rate)
+        left = datetime.timedelta(seconds=round((self.steps - step) * self.batch_size / rate))
+        self.training = f"loss {loss / count:.3f} accuracy {correct / count:.3f}  {rate:,.0f} examples/s  {left} left"
 
     def evaluation(self, step: int, result: dict, improved: bool) -> None:
         """A line an evaluation; a star where the weights are the best so far."""
-        line = f"step {step:>7,}  validation accuracy {100 * result['accuracy']:.2f} %  loss {result['loss']:.4f}"
-        self.console.print(line + (" *" if improved else ""))
+        validation = f"validation loss {result['loss']:.3f} accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
+        self.console.print(f"step {step:>6}/{self.steps}  {self.training}  {validation}", soft_wrap=True)
 
     def finished(self, record: dict, sync_hint: str | None) -> None:
         """The result, beside the lines it has to beat, and how to upload what W&B kept offline."""

@@ -31,7 +31,6 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     memory          {peak_bytes}
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import io
@@ -39,31 +38,27 @@ import json
 import math
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 
-from lra.errors import LraError, RunFolderError
+from lra.errors import RunFolderError
+from lra.files import disk_errors, write_all, write_atomically
 
 SCHEMA = 1
-SPLITS = ("train", "val", "test")
 STATUSES = ("running", "finished", "preempted", "diverged", "failed")
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
 
 _REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
 _GRACE_S = 0.5  # `load_records` touches the lock of a running run for microseconds; a starting run must outlive that
-_NOT_IDENTITY = ("output", "resume", "tracker", "tuning_runs")  # the result is the same whatever they say
-_NOT_IDENTITY_IN_DATA = ("root", "processes")
+_NOT_IDENTITY = ("output", "resume", "tracker", "tuning_runs", "data.root")  # where a run is kept and told of
 
 
 class RunFolder:
@@ -76,7 +71,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
             for leftover in self.path.glob(".*.tmp"):  # a writer was killed between write and rename
@@ -109,10 +104,10 @@ class RunFolder:
         """Add one line to metrics.jsonl; `row` names its `step`. A line the disk refuses leaves no trace."""
         line = json.dumps(to_json({**row, "step": int(row["step"])}), allow_nan=False).encode() + b"\n"
         path = self.path / METRICS
-        with _disk_errors(path), open(path, "ab", buffering=0) as file:
+        with disk_errors(path), open(path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             try:
-                _write_all(file.fileno(), line)
+                write_all(file.fileno(), line)
             except OSError:
                 file.truncate(start)
                 raise
@@ -139,9 +134,6 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
-
-    def read_predictions(self) -> dict[str, np.ndarray] | None:
-        return read_predictions(self.path)
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -224,13 +216,11 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out: `output`, `resume`, `tracker`, `tuning_runs`, `data.root` and `data.processes`, which do not change the
-    result, and the top-level keys in `without` (`without=["seed"]`: the identity of an experiment over seeds).
+    Left out are `output`, `resume`, `tracker`, `tuning_runs` and `data.root`, and the keys in `without`, dotted like
+    these. Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value
+    of it is another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
     """
-    config = to_json(config)
-    kept = {key: value for key, value in config.items() if key not in (*_NOT_IDENTITY, *without)}
-    if isinstance(kept.get("data"), dict):
-        kept["data"] = {key: value for key, value in kept["data"].items() if key not in _NOT_IDENTITY_IN_DATA}
+    kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
     return hashlib.sha256(json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
@@ -290,28 +280,6 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy and JAX, scalars and arrays
         return to_json(value.tolist())
     raise TypeError(f"a {type(value).__name__} has no JSON form: {value!r}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that every reader, and the disk after a crash, has the old content or the new, whole.
-
-    Raises:
-        LraError: the disk is full or refuses; the old content stays.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _disk_errors(path):
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                _write_all(descriptor, content)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
 
 
 def warn(message: str) -> None:
@@ -385,24 +353,6 @@ def _holder(path: Path) -> str:
     return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, on file systems that know how."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _drop_torn_tail(path: Path) -> None:
     """A crash in the middle of an append leaves half a line, to which the next append would be glued."""
     if not path.exists() or not (content := path.read_bytes()) or content.endswith(b"\n"):
@@ -410,24 +360,13 @@ def _drop_torn_tail(path: Path) -> None:
     os.truncate(path, content.rfind(b"\n") + 1)
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """An OSError inside the block becomes one line that names the file and the room that is left."""
-    try:
-        yield
-    except OSError as error:
-        raise LraError(
-            f"cannot write {path}: {error.strerror or error} ({_free_space(path)} free); make room or set another "
-            "output, what was written before is intact"
-        ) from error
-
-
-def _free_space(path: Path) -> str:
-    existing = next((p for p in (path, *path.parents) if p.is_dir()), Path("."))
-    try:
-        return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
-    except OSError:
-        return "unknown space"
+def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> dict[str, Any]:
+    """`config` less the dotted keys in `left_out`."""
+    kept = {key: value for key, value in config.items() if prefix + key not in left_out}
+    return {
+        key: _without(value, left_out, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
 
 
 def _plain_numbers(value: Any) -> Any:

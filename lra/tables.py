@@ -2,8 +2,9 @@
 
 A cell of ours is the median test accuracy in percent over the seeds of one configuration, with a bootstrap interval of
 the mean and the number of seeds. Runs of one task that differ in protocol, data source or data never share a row. Of
-several configurations of one model the best by validation is shown, and the cell says so. Runs that did not finish are
-counted below the table, never in it. `csv` is the same table in long form with every number behind a cell.
+several configurations of one model the best by validation is shown, and the cell says so; keys that cannot change a
+result (`NO_EFFECT`) do not make two. Runs that did not finish are counted below the table, never in it. `csv` is the
+same table in long form with every number behind a cell.
 """
 
 import csv
@@ -19,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from lra.errors import ConfigError, LraError
-from lra.records import config_hash, load_records, write_atomically
+from lra.files import write_atomically
+from lra.records import config_hash, load_records
 
-TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "scifar")  # the customary order
 FORMATS = ("terminal", "markdown", "latex", "csv")
 PUBLISHED = ("featured", "all", "none")
 LONG = (
@@ -31,6 +32,13 @@ LONG = (
 )
 RESAMPLES = 10_000
 LEARNED_BY = 3.0  # standard errors above the majority class
+
+# of the keys in `config_hash`, those that cannot change a result: runs that differ in them are one configuration
+NO_EFFECT = (
+    *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
+    *("trainer.checkpoint_every", "trainer.eval_batch_size"),
+)
+SHORT = "_short"  # `x_short` is a smaller tier of task `x`; the only thing known here of any task's name
 
 Record = Mapping[str, Any]
 
@@ -84,7 +92,6 @@ def table_command(
     format: str = "terminal",
     output: str | Path | None = None,
     metric: str = "test",
-    tiers: Mapping[str, str] | None = None,
     width: int | None = None,
     color: bool = False,
 ) -> str:
@@ -101,7 +108,6 @@ def table_command(
         published=published,
         user_csv=csv,
         metric=metric,
-        tiers=tiers,
     )
     text = render(table, format, width=width, color=color)
     if output is not None:
@@ -118,7 +124,6 @@ def make_table(
     published: str = "featured",
     user_csv: Sequence[str | Path] = (),
     metric: str = "test",
-    tiers: Mapping[str, str] | None = None,
 ) -> Table:
     """The table of these records.
 
@@ -127,16 +132,18 @@ def make_table(
         published: featured (one row a model), all or none of results/published.csv.
         user_csv: files with columns model, task, accuracy (percent or FAIL) and perhaps variant and source.
         metric: the split whose accuracy is shown.
-        tiers: small task -> the full-size task whose published numbers stand beside it; by default `x_short` -> `x`.
     """
     if published not in PUBLISHED:
         raise ConfigError(f"published={published} is unknown; choose {', '.join(PUBLISHED)}")
     chosen = [r for r in records if _chosen(r, tasks, models, protocol)]
     scored = [r for r in chosen if _counts(r, metric)]
-    others = _published_rows(published)
+    known = read_results(published_path())
+    others = [row for row in known if published == "all" or (published == "featured" and row["featured"] == "1")]
     users = {str(path): read_results(path) for path in user_csv}
-    shown = tasks or _order({r["task"] for r in scored} | {row["task"] for rows in users.values() for row in rows})
-    table = Table(_columns(shown or TASKS[:6], tiers, {row["task"] for row in others}))
+    customary = list(dict.fromkeys(row["task"] for row in known))  # the file's own order; LRA's six tasks lead it
+    ours = {r["task"] for r in scored} | {row["task"] for rows in users.values() for row in rows}
+    shown = tasks or _ordered(ours, customary) or customary[:6]
+    table = Table(_columns(shown, {row["task"] for row in others}))
     _add_ours(table, scored, metric)
     _add_reference(table, scored)
     _add_results(table, "published", "Published", others)
@@ -182,7 +189,7 @@ def published_path() -> Path:
     for path in (here.parent / "results" / "published.csv", here / "published.csv"):
         if path.exists():
             return path
-    raise LraError(f"published.csv is neither in {here} nor in {here.parent / 'results'}; reinstall, or published=none")
+    raise LraError(f"published.csv is neither in {here} nor in {here.parent / 'results'}; reinstall")
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
@@ -286,7 +293,7 @@ def _best_config(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The runs of the configuration with the best mean validation accuracy, one a seed, and notes for the reader."""
     configs: dict[str, dict[Any, Record]] = defaultdict(dict)
     for record in group:
-        configs[config_hash(record["config"], without=["seed"])][record["seed"]] = record
+        configs[config_hash(record["config"], without=["seed", *NO_EFFECT])][record["seed"]] = record
     best = max(configs.values(), key=lambda runs: statistics.mean(_accuracy(r, "val") or 0.0 for r in runs.values()))
     notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
     if (tried := _tuning_runs(best.values())) > 1:
@@ -349,12 +356,6 @@ def _add_reference(table: Table, records: Sequence[Record]) -> None:
 # ---- the numbers of others
 
 
-def _published_rows(published: str) -> list[dict[str, str]]:
-    if published == "none":
-        return []
-    return [row for row in read_results(published_path()) if published == "all" or row["featured"] == "1"]
-
-
 def _result(path: str | Path, line: int, row: Mapping[str | None, Any]) -> dict[str, str]:
     if None in row:
         raise LraError(f"{path}, line {line}: more values than columns; put values with commas in double quotes")
@@ -409,20 +410,18 @@ def _long(kind: str, result: Mapping[str, str]) -> dict[str, Any]:
 # ---- columns and remarks
 
 
-def _order(tasks: Iterable[str]) -> list[str]:
+def _ordered(tasks: Iterable[str], customary: Sequence[str]) -> list[str]:
     """The customary order; a tier stands before its full-size task, what is unknown at the end."""
-    places = {task: place for place, task in enumerate(TASKS)}
-    return sorted(
-        tasks, key=lambda task: (places.get(task.removesuffix("_short"), len(places)), task not in places, task)
-    )
+    places = {task: place for place, task in enumerate(customary)}
+    return sorted(tasks, key=lambda task: (places.get(task.removesuffix(SHORT), len(places)), task in places, task))
 
 
-def _columns(tasks: Sequence[str], tiers: Mapping[str, str] | None, published: set[str]) -> dict[str, str]:
+def _columns(tasks: Sequence[str], published: set[str]) -> dict[str, str]:
     """Headings; a tier whose full-size task has no column of its own gets one for the published numbers."""
     columns: dict[str, str] = {}
     for task in tasks:
         columns[task] = task
-        full = task.removesuffix("_short") if tiers is None else tiers.get(task, task)
+        full = task.removesuffix(SHORT)
         if full not in tasks and full in published:
             columns[full] = f"{full} (published, full size)"
     return columns
@@ -433,7 +432,7 @@ def _add_remarks(table: Table, scored: Sequence[Record], rest: Sequence[Record])
         table.remarks.append(
             "Ours: median over n seeds [95 % bootstrap interval of the mean, which for 2 or 3 seeds is their range]."
         )
-        table.remarks.append(_provenance(scored))
+        table.remarks.append(_provenance(scored, table.columns))
     else:
         table.remarks.append("No finished runs here yet. Make one: lra train task=listops_short model=stu")
     if rest:
@@ -446,12 +445,13 @@ def _add_remarks(table: Table, scored: Sequence[Record], rest: Sequence[Record])
         table.remarks.append("FAIL: reported as not learned, at chance or out of memory.")
 
 
-def _provenance(records: Sequence[Record]) -> str:
+def _provenance(records: Sequence[Record], order: Iterable[str]) -> str:
     tasks: dict[str, set[str]] = defaultdict(set)
     for r in records:
         source, key = _data(r)
         tasks[r["task"]].add(f"{source or 'unknown'} {key[:8]}".strip())
-    return "Data: " + ", ".join(f"{task} {' and '.join(sorted(tasks[task]))}" for task in _order(tasks)) + "."
+    known = (f"{task} {' and '.join(sorted(tasks[task]))}" for task in order if task in tasks)
+    return f"Data: {', '.join(known)}."
 
 
 def _left_out(records: Sequence[Record]) -> str:

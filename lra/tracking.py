@@ -5,18 +5,16 @@ fails, a prompt, retries on a dead network, hooks on exit and Ctrl-C, a last upl
 dies of it: it waits at most `FINISH_S`, at its end, then leaves the mirror to finish alone, for at most `LINGER_S`.
 
 Which mode: `off` in the config is final; else WANDB_MODE in the environment; else the config's online or offline;
-`auto` is online when W&B finds a login and its server answers, offline otherwise. Online that cannot be is offline,
-with a warning. Offline runs lie in <folder>/wandb; `sync_hint` is the line that uploads them.
+`auto` is online when W&B, asked in the mirror, is not set to offline, finds a login and its server answers; offline
+otherwise. Online that cannot be is offline, with a warning. Offline runs lie in <folder>/wandb; `sync_hint` is the line
+that uploads them.
 """
 
-import configparser
 import importlib.metadata
 import importlib.util
 import json
-import netrc
 import os
 import queue
-import re
 import secrets
 import shlex
 import signal
@@ -30,13 +28,13 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from typing import Any
 
 from lra.errors import ConfigError
-from lra.records import RunFolder, config_hash, to_json, warn
+from lra.records import config_hash, to_json, warn
 
 REACH_S = 2.0  # for the server's first answer
+ASK_S = 30.0  # for W&B to start and say its state to `lra doctor`
 FINISH_S = 4.0  # the longest a run waits for its mirror, once, at the end
 LINGER_S = 600.0  # after which a mirror whose run is over gives up
 
@@ -44,37 +42,10 @@ _MODES = {"online": "online", "run": "online", "shared": "online", "offline": "o
 _MODES |= {"disabled": "off", "off": "off"}
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """What the training loop tells about itself. No method raises or blocks for long."""
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None: ...
-
-    def summary(self, values: Mapping[str, Any]) -> None: ...
-
-    def finish(self, status: str) -> None: ...
-
-
-class JsonlTracker:
-    """Writes metrics.jsonl. The summary and the status are record.json's, which the trainer writes itself."""
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self.folder.append_metrics({"step": step, **values})
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def finish(self, status: str) -> None:
-        pass
-
-
 class Trackers:
-    """Tells each of several trackers the same."""
+    """Who is told beside metrics.jsonl: nobody, or W&B's mirror. No method raises or blocks for long."""
 
-    def __init__(self, trackers: Iterable[Tracker]):
+    def __init__(self, trackers: Iterable["WandbTracker"]):
         self.trackers = list(trackers)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -92,7 +63,7 @@ class Trackers:
     @property
     def sync_hint(self) -> str | None:
         """The line that uploads what W&B kept offline; None where there is nothing to upload."""
-        return next((tracker.sync_hint for tracker in self.trackers if isinstance(tracker, WandbTracker)), None)
+        return next((tracker.sync_hint for tracker in self.trackers), None)
 
 
 class WandbTracker:
@@ -110,7 +81,7 @@ class WandbTracker:
         try:
             (folder / "wandb").mkdir(parents=True, exist_ok=True)
             run = {**run, "id": run_id(folder, run["config"])}
-            self._mirror = _start_mirror()
+            self._mirror = _start_mirror(mode)
         except OSError as error:
             self._drop(f"cannot start ({error})")
         self._send({"folder": str(folder.absolute()), "mode": mode, "run": run})
@@ -215,44 +186,39 @@ def run_id(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def doctor_line() -> str:
-    """W&B's state in one line, for `lra doctor`; takes at most `REACH_S`."""
+    """W&B's state in one line, for `lra doctor`; asked in a process of its own, as a run's mirror would ask."""
     try:
         installed = f"wandb {importlib.metadata.version('wandb')}"
     except importlib.metadata.PackageNotFoundError:
         return "not installed (pip install wandb); runs are recorded in their folders only"
-    login, environment = find_login(), os.environ.get("WANDB_MODE")
-    forced = f", WANDB_MODE={environment} decides" if environment else ""
-    if login is None:
-        return f"{installed}, not logged in (wandb login): runs are mirrored offline{forced}"
-    answers = reachable(server())
-    mode = "answers: runs are mirrored online" if answers else "does not answer: runs are mirrored offline"
-    return f"{installed}, logged in by {login}, {server()} {mode}{forced}"
-
-
-# ---- what W&B itself would find, without the second its import takes
-
-
-def server() -> str:
-    """URL of the W&B server: WANDB_BASE_URL, else W&B's settings files, else the installed version's default."""
-    return (os.environ.get("WANDB_BASE_URL") or _settings().get("base_url") or _default_server()).rstrip("/")
-
-
-def find_login() -> str | None:
-    """Where W&B's login is found, in W&B's own order (environment, netrc, settings files), or None."""
-    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(variable):
-            return variable
-    path = _netrc_path()
-    hosts = {urlsplit(server()).netloc}
-    if server() == _default_server():
-        hosts.add("api.wandb.ai")  # the default before it moved; W&B still takes logins under this name
+    mode = wanted_mode("auto")
+    if mode in ("off", "offline"):
+        fate = "not mirrored" if mode == "off" else "mirrored offline"
+        return f"{installed}, WANDB_MODE={os.environ['WANDB_MODE']}: runs are {fate}"
     try:
-        logins = netrc.netrc(path)
-    except (OSError, netrc.NetrcParseError):
-        logins = None
-    if logins and any((entry := logins.authenticators(host)) and entry[2] for host in hosts):
-        return str(path)
-    return "W&B's settings file" if _settings().get("api_key") else None
+        asked = subprocess.run(
+            [sys.executable, "-m", "lra.tracking", "doctor"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ASK_S,
+            env=_environment(mode),
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{installed}, does not start ({_brief(error)}): runs are not mirrored"
+    return f"{installed}, {asked.stdout.strip()}"
+
+
+def _doctor_main() -> None:
+    try:
+        import wandb
+
+        server, obstacle = wandb.setup().settings.base_url, _obstacle(wandb)
+    except Exception as error:
+        print(f"fails ({_brief(error)}): runs are not mirrored online")
+    else:
+        print(f"{obstacle}: runs are mirrored offline" if obstacle else f"{server} answers: runs are mirrored online")
 
 
 def reachable(url: str) -> bool:
@@ -279,46 +245,17 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _default_server() -> str:
-    """Read from W&B's source, for it has changed between versions."""
-    spec = importlib.util.find_spec("wandb")
-    source = Path(spec.origin).parent / "sdk" / "lib" / "urls.py" if spec and spec.origin else None
-    text = source.read_text() if source and source.exists() else ""
-    found = re.search(r'^DEFAULT_BASE_URL\s*=\s*"([^"]+)"', text, re.MULTILINE)
-    return found.group(1) if found else "https://api.wandb.ai"
-
-
-def _settings() -> dict[str, str]:
-    """W&B's settings files, those of the working folder over the user's; {} where there are none."""
-    root = Path(os.environ.get("WANDB_DIR") or ".")
-    shared = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read([shared / "settings", root / "wandb" / "settings", root / ".wandb" / "settings"])
-        return dict(parser.items("default"))
-    except (OSError, configparser.Error):
-        return {}
-
-
-def _netrc_path() -> Path:
-    candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    paths = [Path(name).expanduser() for name in candidates]
-    return next((path for path in paths if path.exists()), paths[0])
-
-
 # ---- the mirror: a process per run
 
 _LET_GO: list[subprocess.Popen[bytes]] = []  # kept, for Python warns when it forgets a child that still runs
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a mirror that is gone must not end the run by SIGPIPE
 
 
-def _start_mirror() -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start_mirror(mode: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """The mirror, and the line to it.
 
     It gets a session of its own: Ctrl-C reaches the run alone, and the mirror hears of the end from the run.
     """
-    package = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     ours, its = socket.socketpair()
     ours.setblocking(False)
     with its:
@@ -326,10 +263,19 @@ def _start_mirror() -> tuple[subprocess.Popen[bytes], socket.socket]:
             [sys.executable, "-m", "lra.tracking"],
             stdin=its.fileno(),
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"},
+            env=_environment(mode),
             start_new_session=True,
         )
     return process, ours
+
+
+def _environment(mode: str) -> dict[str, str]:
+    """A second process's: it finds this package, W&B is silent there and knows no mode but ours (auto: its own)."""
+    package = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    rest = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    chosen = {} if mode == "auto" else {"WANDB_MODE": mode}
+    return {**rest, **chosen, "PYTHONPATH": path, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
 
 def mirror(messages: Iterator[dict[str, Any]]) -> None:
@@ -354,27 +300,40 @@ def mirror(messages: Iterator[dict[str, Any]]) -> None:
 
 
 def _open_run(wandb: Any, run: dict[str, Any], folder: str, mode: str) -> Any:
-    if mode == "online" and find_login() is None:
-        warn("W&B is not logged in (wandb login); this run is kept offline")
-    elif mode == "online" and not reachable(server()):
-        warn(f"W&B's server {server()} does not answer; this run is kept offline")
-    elif mode == "online" or (mode == "auto" and find_login() and _settings_allow() and reachable(server())):
+    if mode != "offline":
         try:
-            return _init(wandb, run, folder, "online")
+            if (obstacle := _obstacle(wandb)) is None:
+                return _init(wandb, run, folder, "online")
+            if mode == "online":
+                warn(f"W&B is {obstacle}; this run is kept offline")
         except Exception as error:
             warn(f"W&B refuses: {_brief(error)}; this run is kept offline")
             wandb.teardown()  # its service still counts the run as open
     return _init(wandb, run, folder, "offline")
 
 
+def _obstacle(wandb: Any) -> str | None:
+    """Why a run here cannot be online, by W&B's own settings, login and server; None if it can.
+
+    W&B asks nobody for a key where stdin is no terminal, which holds for the mirror and the doctor's process.
+    """
+    settings = wandb.setup().settings
+    if _MODES.get(settings.mode) != "online":
+        return f"set to {settings.mode} (wandb online)"
+    try:
+        found = wandb.login(verify=False)  # True would wait for the server, and longer than we do
+    except wandb.UsageError:
+        found = False
+    if not found:
+        return "not logged in (wandb login)"
+    if not reachable(settings.base_url):
+        return f"without an answer from {settings.base_url}"
+    return None
+
+
 def _brief(error: Exception) -> str:
     """An error of W&B's may hold the whole page that a wrong server sent."""
     return textwrap.shorten(str(error), 160, placeholder=" ...")
-
-
-def _settings_allow() -> bool:
-    """`wandb offline` and `wandb disabled` are remembered in the settings files."""
-    return _MODES.get(_settings().get("mode", "online")) == "online" and _settings().get("disabled") != "true"
 
 
 def _init(wandb: Any, run: dict[str, Any], folder: str, mode: str) -> Any:
@@ -415,4 +374,7 @@ def _mirror_main() -> None:
 
 
 if __name__ == "__main__":
-    _mirror_main()
+    if sys.argv[1:] == ["doctor"]:
+        _doctor_main()
+    else:
+        _mirror_main()

@@ -35,8 +35,8 @@ class Attention(nnx.Module):
         max_len: int | None,
         rngs: nnx.Rngs,
     ):
-        if width % num_heads:
-            raise ValueError(f"model.num_heads={num_heads} does not divide backbone.width={width}")
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"model.num_heads={num_heads} must be at least 1 and divide backbone.width={width}")
         if positions == "rotary" and (width // num_heads) % 2:
             raise ValueError(
                 f"model.positions=rotary needs an even head width, found backbone.width/model.num_heads = {width // num_heads}"

@@ -25,7 +25,7 @@ class LRU(nnx.Module):
         gamma_norm: scale each state's input by sqrt(1 - |lam|^2) at the start (learned from there).
         bidirectional: a second scan from the end; C reads both.
     Raises:
-        ValueError: the ring is not 0 <= r_min < r_max <= 1.
+        ValueError: the ring is not 0 <= r_min < r_max <= 1, or a size or angle is not positive.
     """
 
     def __init__(
@@ -43,6 +43,10 @@ class LRU(nnx.Module):
     ):
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1")
+        if state_size < 1:
+            raise ValueError(f"model.state_size={state_size} must be at least 1")
+        if not 0 < max_phase < math.inf:
+            raise ValueError(f"model.max_phase={max_phase} must be an angle above 0")
         self.causal, self.bidirectional = not bidirectional, bidirectional
         key = rngs.params
         # uniform in area between the circles: |lam|^2 is uniform; kept away from 0, where log(-log) diverges

@@ -1,5 +1,6 @@
 """What the documents tell people to type works: every command of the README, and the two-file walks through."""
 
+import json
 import os
 import re
 import shlex
@@ -105,3 +106,5 @@ def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp
     done = run(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert name in done.stdout
+    (record,) = tmp_path.glob("runs/**/record.json")
+    assert shlex.split(json.loads(record.read_text())["command"]) == ["lra", *words]

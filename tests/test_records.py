@@ -17,7 +17,7 @@ import pytest
 
 from lra import records
 from lra.errors import LraError, RunFolderError
-from lra.records import RunFolder, config_hash, load_records, run_path
+from lra.records import RunFolder, config_hash, load_records, read_predictions, run_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,9 +146,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_predictions_come_back_with_their_rows(tmp_path):
     logits, labels, rows = np.eye(3, 4), np.array([0, 1, 3]), np.array([7, 5, 6])
     with RunFolder(tmp_path) as folder:
-        assert folder.read_predictions() is None
+        assert read_predictions(tmp_path) is None
         folder.write_predictions(logits, labels, rows)
-        found = folder.read_predictions()
+        found = read_predictions(tmp_path)
         with pytest.raises(ValueError, match=r"rows \(n,\)"):
             folder.write_predictions(logits, labels, rows[:2])
     assert found["logits"].dtype == np.float32
@@ -293,7 +293,7 @@ def test_the_identity_of_a_run_ignores_where_it_runs(tmp_path):
     config = {
         "seed": 0,
         "optim": {"lr": 1e-3, "betas": (0.9, 0.999), "clip": 1.0},
-        "data": {"root": "/a", "processes": 2, "seed": 1},
+        "data": {"root": "/a", "seed": 1},
         "output": {"root": "runs"},
         "resume": "never",
         "tracker": {"wandb": "off"},
@@ -301,7 +301,7 @@ def test_the_identity_of_a_run_ignores_where_it_runs(tmp_path):
     }
     same = {
         **config,
-        "data": {"seed": 1, "root": "/b", "processes": None},
+        "data": {"seed": 1, "root": "/b"},
         "output": {"root": "/scratch"},
         "resume": "auto",
         "tracker": {"wandb": "online"},
@@ -316,6 +316,16 @@ def test_the_identity_of_a_run_ignores_where_it_runs(tmp_path):
         assert config_hash({**config, **other}) != config_hash(config)
     assert config_hash({**config, "seed": 1}, without=["seed"]) == config_hash(config, without=["seed"])
     assert config_hash({"lr": True}) != config_hash({"lr": 1})
+    deep = {**config, "optim": {**config["optim"], "lr": 2e-3}}
+    assert config_hash(deep, without=["optim.lr"]) == config_hash(config, without=["optim.lr"]) != config_hash(config)
+    assert config_hash(config, without=["lr", "data.lr", "opt"]) == config_hash(config)
+
+
+def test_the_hash_of_a_config_is_for_ever():
+    """Folders of recorded runs are named after it: if this fails, resuming and the table lose them."""
+    config = {"seed": 3, "optim": {"lr": 1e-3, "clip": 1.0}, "data": {"root": "/a"}, "trainer": {"progress": True}}
+    config |= {"output": {"root": "runs"}, "resume": "auto", "tracker": {"wandb": "off"}, "tuning_runs": 2}
+    assert config_hash(config)[:8] == "ec307d7f"
 
 
 def test_where_a_run_lives():
@@ -335,7 +345,7 @@ def checkout(tmp_path):
     """A repository with a copy of the module, and a function that asks the copy for its commit."""
     home, package = tmp_path / "repo", tmp_path / "repo" / "lra"
     package.mkdir(parents=True)
-    for name in ("records.py", "errors.py"):
+    for name in ("records.py", "errors.py", "files.py"):
         shutil.copy(ROOT / "lra" / name, package)
     (package / "__init__.py").touch()
 

@@ -1,6 +1,5 @@
 """Does W&B get what it should, and is a run unharmed by what W&B does? Where it matters, with the real W&B, offline."""
 
-import json
 import os
 import socket
 import subprocess
@@ -15,17 +14,7 @@ import pytest
 
 from lra import tracking
 from lra.errors import ConfigError
-from lra.records import RunFolder
-from lra.tracking import (
-    JsonlTracker,
-    Tracker,
-    Trackers,
-    WandbTracker,
-    doctor_line,
-    find_login,
-    make_trackers,
-    wanted_mode,
-)
+from lra.tracking import Trackers, WandbTracker, doctor_line, make_trackers, wanted_mode
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "k" * 40  # of the right form, opens nothing
@@ -71,6 +60,19 @@ def silent_server(monkeypatch):
     thread.join()
     for connection in seen:
         connection.close()
+
+
+@pytest.fixture
+def answering_server(monkeypatch):
+    """A server that answers whatever is asked, and is not W&B's."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NotWandb)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 class NotWandb(BaseHTTPRequestHandler):
@@ -165,17 +167,10 @@ def test_a_server_that_never_answers_costs_the_run_nothing(tmp_path, monkeypatch
     assert len(kept_offline(tmp_path)) == 1
 
 
-def test_a_server_that_is_not_wandb_is_one_warning(tmp_path, monkeypatch, capfd):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), NotWandb)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+def test_a_server_that_is_not_wandb_is_one_warning(tmp_path, monkeypatch, capfd, answering_server):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     _, seconds = a_run(tmp_path, "auto")
     assert seconds < tracking.FINISH_S + 1
-    server.shutdown()
-    server.server_close()
-    thread.join()
     (line,) = capfd.readouterr().err.splitlines()
     assert len(line) < 300
     assert line.startswith("lra: warning: W&B refuses: ")
@@ -187,6 +182,26 @@ def test_online_without_a_login_warns_and_keeps_the_run_offline(tmp_path, capfd)
     a_run(tmp_path, "online")
     assert "W&B is not logged in (wandb login)" in capfd.readouterr().err
     assert len(kept_offline(tmp_path)) == 1
+
+
+def test_a_key_of_the_wrong_form_is_one_warning(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    a_run(tmp_path, "auto")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("lra: warning: W&B refuses: WANDB_API_KEY invalid")
+    assert len(kept_offline(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("option", "warnings"), [("auto", 0), ("online", 1)])
+def test_the_mirror_knows_no_mode_but_ours(tmp_path, nobody, monkeypatch, capfd, option, warnings):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "nonsense")  # W&B would refuse to start
+    wandb_says(nobody, "mode = offline")
+    a_run(tmp_path / "run", option)
+    lines = capfd.readouterr().err.splitlines()
+    warning = "lra: warning: W&B is without an answer from http://127.0.0.1:9; this run is kept offline"
+    assert lines == [warning] * warnings
+    assert len(kept_offline(tmp_path / "run")) == 1
 
 
 def test_a_wandb_that_cannot_be_imported_is_one_warning(tmp_path, monkeypatch, capfd):
@@ -209,7 +224,7 @@ def test_a_wandb_that_is_not_installed_is_one_warning(tmp_path, monkeypatch, cap
 def start_instead(monkeypatch, code):
     """Give the next tracker another process than the mirror."""
 
-    def start():
+    def start(mode):
         ours, its = socket.socketpair()
         ours.setblocking(False)
         with its:
@@ -290,53 +305,54 @@ def test_a_folder_that_takes_no_files_is_one_warning(tmp_path, capsys):
     assert capsys.readouterr().err.count("W&B cannot start") == 1
 
 
-def test_a_login_is_found_where_wandb_finds_it(nobody, monkeypatch):
-    assert find_login() is None
-    settings = nobody / ".config" / "wandb" / "settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(f"[default]\napi_key = {KEY}\n")
-    assert find_login() == "W&B's settings file"
-    netrc = nobody / ".netrc"
-    netrc.write_text(f"machine elsewhere login user password {KEY}\n")
-    netrc.chmod(0o600)
-    assert find_login() == "W&B's settings file"
-    netrc.write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
-    assert find_login() == str(netrc)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert find_login() == "WANDB_API_KEY"
-
-
-def test_the_default_server_is_the_installed_versions_own(monkeypatch):
-    monkeypatch.delenv("WANDB_BASE_URL")
-    code = "import wandb; print(wandb.Settings().base_url)"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert tracking.server() == theirs
-
-
-def test_a_login_from_before_the_default_server_moved_still_counts(nobody, monkeypatch):
-    monkeypatch.delenv("WANDB_BASE_URL")
-    (nobody / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    (nobody / ".netrc").chmod(0o600)
-    assert find_login() == str(nobody / ".netrc")
+def wandb_says(home, line):
+    """One line of the user's W&B settings, as `wandb offline` and `wandb login` write them."""
+    (home / ".config" / "wandb").mkdir(parents=True)
+    (home / ".config" / "wandb" / "settings").write_text(f"[default]\n{line}\n")
 
 
 def test_doctor_says_what_would_happen(monkeypatch):
-    assert "not logged in (wandb login): runs are mirrored offline" in doctor_line()
+    assert doctor_line().endswith(", not logged in (wandb login): runs are mirrored offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert "127.0.0.1:9 does not answer: runs are mirrored offline" in doctor_line()
-    monkeypatch.setattr(tracking, "reachable", lambda url: True)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert doctor_line().endswith(", without an answer from http://127.0.0.1:9: runs are mirrored offline")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
     line = doctor_line()
-    assert "answers: runs are mirrored online, WANDB_MODE=offline decides" in line
-    assert KEY not in line
-    assert "\n" not in line
+    assert "invalid" in line
+    assert line.endswith("runs are not mirrored online")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert doctor_line().endswith(", WANDB_MODE=offline: runs are mirrored offline")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert doctor_line().endswith(", WANDB_MODE=disabled: runs are not mirrored")
+
+
+def test_a_login_and_a_wish_are_found_where_wandb_keeps_them(nobody, answering_server):
+    online = f", http://{answering_server} answers: runs are mirrored online"
+    (nobody / ".netrc").write_text(f"machine {answering_server} login user password {KEY}\n")
+    (nobody / ".netrc").chmod(0o600)
+    assert doctor_line().endswith(online)
+    wandb_says(nobody, "mode = offline")
+    assert doctor_line().endswith(", set to offline (wandb online): runs are mirrored offline")
+
+
+def test_doctor_survives_a_wandb_that_does_not(tmp_path, monkeypatch):
+    package = tmp_path / "broken" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no protobuf\\nhere')\n")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    assert "fails (no protobuf here): runs are not mirrored online" in doctor_line()
+    (package / "__init__.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(tracking, "ASK_S", 0.5)
+    assert "does not start" in doctor_line()
 
 
 class FakeWandb(types.ModuleType):
-    """Remembers what it is told; `refuses` names modes whose init fails."""
+    """Has a login, and remembers what it is told; `refuses` names modes whose init fails."""
+
+    UsageError = ValueError
 
     def __init__(self, refuses=()):
         super().__init__("wandb")
+        self.settings = types.SimpleNamespace(mode="online", base_url="http://127.0.0.1:9")
         self.refuses, self.modes, self.told, self.summary = refuses, [], [], {}
 
     def Settings(self, **settings):
@@ -349,6 +365,12 @@ class FakeWandb(types.ModuleType):
         if mode in self.refuses:
             raise RuntimeError("bad\nkey")
         return self
+
+    def setup(self):
+        return self
+
+    def login(self, verify):
+        return True
 
     def teardown(self):
         self.modes.append("closed")
@@ -388,21 +410,12 @@ def test_the_mirror_passes_on_values_and_the_last_word(mirror, status, told):
 
 
 def test_a_reachable_server_is_used_and_a_refusal_falls_back(mirror, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracking, "reachable", lambda url: True)
     assert mirror([], mode="auto").modes == ["online"]
     assert mirror([], mode="offline").modes == ["offline"]
     assert capsys.readouterr().err == ""
     assert mirror([], mode="auto", refuses=["online"]).modes == ["online", "closed", "offline"]
     assert capsys.readouterr().err == "lra: warning: W&B refuses: bad key; this run is kept offline\n"
-
-
-def test_wandb_offline_typed_once_is_respected(mirror, nobody, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "reachable", lambda url: True)
-    (nobody / ".config" / "wandb").mkdir(parents=True)
-    (nobody / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert mirror([], mode="auto").modes == ["offline"]
 
 
 def test_any_http_answer_is_an_answer(silent_server, monkeypatch):
@@ -423,14 +436,9 @@ def test_any_http_answer_is_an_answer(silent_server, monkeypatch):
         thread.join()
 
 
-def test_json_lines_and_the_fan_out(tmp_path):
-    with RunFolder(tmp_path) as folder:
-        trackers = Trackers([JsonlTracker(folder), JsonlTracker(folder)])
-        trackers.log(5, {"x": 1.0})
-        trackers.summary({"y": 1})
-        trackers.finish("finished")
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"step": 5, "x": 1.0}
-    ] * 2
-    assert all(isinstance(tracker, Tracker) for tracker in (trackers, *trackers.trackers))
+def test_nobody_to_tell_is_fine(tmp_path):
+    trackers = Trackers([])
+    trackers.log(5, {"x": 1.0})
+    trackers.summary({"y": 1})
+    trackers.finish("finished")
     assert trackers.sync_hint is None

@@ -8,11 +8,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import lra
 from lra import trainer
-from lra.errors import ConfigError, DivergedError, PreemptedError, RunFolderError
+from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.progress import Reporter
 from lra.records import load_records, read_metrics, read_predictions, read_record, run_path
@@ -109,6 +110,29 @@ lra.train({here!r})
     np.testing.assert_array_equal(read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"])
 
 
+def test_checkpoint_that_cannot_be_written_ends_in_one_line_and_spares_the_one_before(whole, tmp_path, monkeypatch):
+    overrides, _, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    save = ocp.CheckpointManager.save
+
+    def disk_fills_up(self, step, *args, **kwargs):
+        if step == 20:
+            (self.directory / "20.orbax-checkpoint-tmp").mkdir()
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", disk_fills_up)
+    with pytest.raises(LraError, match=r"checkpoint of step 20 .*the disk is full; those before it are whole"):
+        lra.train(here)
+    folder = folder_of(here)
+    assert read_record(folder)["status"] == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["10"]
+    monkeypatch.undo()
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [10]
+    assert resumed["metrics"] == record["metrics"]
+
+
 def test_checkpoint_of_other_data_is_refused(whole, tmp_path, monkeypatch):
     overrides, _, _ = whole
     here = [*overrides, f"output.root={tmp_path}"]
@@ -177,7 +201,7 @@ def test_loss_that_is_not_finite_ends_the_run(tiny):
     [
         ("trainer.steps=0", "trainer.steps=0 must be a whole number of at least 1"),
         ("resume=perhaps", "resume=perhaps is unknown"),
-        ("seed=x", "seed=x must be an integer"),
+        ("seed=x", "seed=x must be a whole number"),
         ("trainer.train_eval_examples=0", "trainer.train_eval_examples=0 must be a whole number"),
         ("trainer.call_seconds=x", "trainer.call_seconds=x must be a number above 0"),
         ("protocol.select=bset", "protocol.select=bset is unknown"),

@@ -9,15 +9,13 @@ that changes its bytes, so another setting is another store and old data is neve
 A store is built in a temporary folder beside its place and renamed when complete: there is no half store.
 """
 
-import errno
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +24,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt
 
 from lra.errors import DataError
+from lra.files import disk_errors, sync_folder
 from lra.tasks import SPLITS, Example, Task
 
 STORE_VERSION = 1  # raise it when the same task gives other bytes here
@@ -97,22 +96,9 @@ def prepare(task: Task, data_root: str | Path, *, on_progress: Progress | None =
     """
     path = store_path(task, data_root)
     if not path.exists():
-        with _clear_os_errors(path):
+        with disk_errors(path, "data.root", DataError):
             _build_alone(task, path, on_progress or (lambda split, done, total: None))
     return open_store(path)
-
-
-@contextmanager
-def _clear_os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{path}: the disk is full; free some space or set data_root to another disk") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            place = error.filename or path
-            raise DataError(f"{place}: {error.strerror}; set data_root to a folder you may read and write") from error
-        raise
 
 
 def _build_alone(task: Task, path: Path, on_progress: Progress) -> None:
@@ -129,7 +115,7 @@ def _build_alone(task: Task, path: Path, on_progress: Progress) -> None:
             _build(task, building, on_progress)
             building.chmod(0o755)  # mkdtemp's folder is for its owner only
             building.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -157,7 +143,7 @@ def _build(task: Task, folder: Path, on_progress: Progress) -> None:
         json.dump(manifest, file, indent=1)
         file.write("\n")
         _sync_file(file)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _pack(task: Task, name: str, folder: Path, expected: int | None, on_progress: Progress) -> dict[str, Any]:
@@ -233,15 +219,6 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 def _sync_file(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _file_sizes(folder: Path, name: str) -> dict[str, int]:

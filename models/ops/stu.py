@@ -61,7 +61,7 @@ def stu(
             f"the filters have length {phi.shape[0]} and the input {length}; set task.seq_len to {length} or more"
         )
     if isinstance(m_y, str) and m_y != "lag2":
-        raise ValueError(f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.m_y)")
+        raise ValueError(f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)")
     # By hand, here and below: NumPy filters are float64, and under strict promotion even `promote_types` refuses.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
     basis = _basis(jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype), length, m_u.shape[0], m_minus is not None)

@@ -193,20 +193,22 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("place", ["_sync_file", "_write_array", "_sync_folder"])
+@pytest.mark.parametrize("place", ["_sync_file", "_write_array", "sync_folder"])
 def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store_module, place, full)
-    with pytest.raises(DataError, match=r"the disk is full.*data_root"):
+    with pytest.raises(
+        DataError, match=r"No space left on device .* free\); make room there or set another data\.root"
+    ):
         prepare(listops(), tmp_path)
     assert left_in(tmp_path) == []
 
 
 def test_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "packed").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"packed: File exists; set data_root"):
+    with pytest.raises(DataError, match=r"packed: File exists .*set another data\.root"):
         prepare(listops(), tmp_path)
 
 

@@ -214,5 +214,5 @@ def test_short_filters_are_refused():
 
 def test_unknown_feedback_is_refused():
     arrays = {key: jnp.asarray(x, jnp.float32) for key, x in random_arguments(10).items()}
-    with pytest.raises(ValueError, match=r"'lag3' is unknown.*model\.m_y"):
+    with pytest.raises(ValueError, match=r"'lag3' is unknown.*model\.k_y"):
         stu(**arrays, m_y="lag3")
