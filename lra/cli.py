@@ -32,7 +32,7 @@ Train one model on one task and print the comparison table. Every key of conf/ c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 preempted."""
+    """Entry point; returns the exit code: 0 done, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 stopped and saved, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"]:
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LraError as error:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
+        return fail(
+            "interrupted; the same command with resume=auto goes on from the last checkpoint, if there is one", 130
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
