@@ -32,7 +32,10 @@ Train one model on one task and print the comparison table. Every key of conf/ c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 stopped and saved, 130 interrupted."""
+    """Entry point; returns the exit code.
+
+    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 stopped and saved, 130 interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"]:

@@ -36,7 +36,7 @@ LEARNED_BY = 3.0  # standard errors above the majority class
 # of the keys in `config_hash`, those that cannot change a result: runs that differ in them are one configuration
 NO_EFFECT = (
     *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
-    *("trainer.checkpoint_every", "trainer.eval_batch_size"),
+    *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.log_every"),
 )
 SHORT = "_short"  # `x_short` is a smaller tier of task `x`; the only thing known here of any task's name
 

@@ -1,74 +1,35 @@
 """The training story, told once, for every task and model.
 
-Prepare the data, place it on the device, then run many steps as one jitted loop that draws its batches by index; between two
-calls log, evaluate, save, and answer signals. The order of batches and every random number are functions of (seed, step)
-alone, so neither the length of a call nor an interruption changes a result.
+Prepare the data, place it on the device, then run many steps in one jitted call (`lra.program`); between two calls log,
+evaluate, save, and answer signals. Neither the length of a call nor an interruption changes a result.
 """
 
 import hashlib
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from lra import records
 from lra.checkpoint import Checkpoints, holds_checkpoint
-from lra.config import CONF, build_task, model_builder
+from lra.config import CONF
 from lra.data.store import Store, prepare
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
-from lra.optim import Group, adamw, schedule
+from lra.optim import Group, schedule
+from lra.program import Best, Setup, Split, State, compile_program, copy, on_device
 from lra.progress import Reporter, preparing
+from lra.signals import Signals
 from lra.tasks import SPLITS
 from lra.tracking import Trackers, make_trackers
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
-
-
-class State(NamedTuple):
-    """What changes from step to step; everything a resumed run needs."""
-
-    step: jax.Array  # () int32, steps done
-    params: Any  # nnx.Param
-    stats: Any  # nnx.BatchStat
-    opt: Any
-    tally: jax.Array  # (3,) float32: sums of loss, correct, count since the last logged line
-    finite: jax.Array  # () bool: no NaN or Inf so far
-
-
-class Best(NamedTuple):
-    """The weights that a protocol may choose, saved with each state, so that a resumed run chooses as if never stopped."""
-
-    params: Any
-    stats: Any
-    step: int = 0
-    accuracy: float = -1.0  # on validation
-
-
-class Split(NamedTuple):
-    """A split on the device."""
-
-    inputs: jax.Array
-    lengths: jax.Array
-    labels: jax.Array
-
-
-class Program(NamedTuple):
-    """The jitted functions of one (model, task, optimizer)."""
-
-    run: Callable[..., State]  # (state, fixed, train, until) -> state
-    apply: Callable[..., jax.Array]  # (params, stats, fixed, inputs, lengths) -> logits
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -145,16 +106,6 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-class Setup:
-    """What a config builds before any data is read: task, model, optimizer. Refuses what does not fit together."""
-
-    def __init__(self, cfg: DictConfig):
-        self.task = build_task(cfg)
-        model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
-        self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
-        self.tx, self.groups = adamw(container(cfg.optim), cfg.trainer.steps, self.params)
-
-
 class Run:
     """One run from data to record. `train` is the story; the other methods are its steps."""
 
@@ -165,7 +116,7 @@ class Run:
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
         self.record = first_record(cfg, self.before, setup.groups)
 
-    def train(self, signals: "Signals") -> dict[str, Any]:
+    def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
         store = preparing(setup.task, partial(prepare, setup.task, Path(cfg.data.root)))
         if len(store.splits["train"]) < cfg.trainer.batch_size:
@@ -213,7 +164,7 @@ class Run:
         self.checkpoints.save(step, (state, best[:2]), progress)
         self.save_record(step=step)
 
-    def loop(self, state: State, best: Best, data: dict[str, Split], signals: "Signals") -> tuple[State, Best]:
+    def loop(self, state: State, best: Best, data: dict[str, Split], signals: Signals) -> tuple[State, Best]:
         """Train to the last step: run to the next boundary, then log, evaluate and save where they are due."""
         cfg = self.cfg.trainer
         every = intervals(cfg)
@@ -244,7 +195,8 @@ class Run:
                     f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
                 )
-        self.record["time"] |= rate.summary(cfg.batch_size)
+        if rate.steps:
+            self.record["time"] |= rate.summary(cfg.batch_size)
         return state, best
 
     def log(self, step: int, state: State) -> State:
@@ -316,71 +268,6 @@ class Run:
         self.trackers.finish(status)
 
 
-def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
-    """Make the model; returns (graph, params, batch statistics, everything else that is fixed)."""
-    try:
-        model = builder(rngs=nnx.Rngs(params=key))
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-
-
-def compile_program(setup: Setup, batch_size: int) -> Program:
-    """The two jitted functions of a run; `run` gives its state's memory to its result."""
-    graph, tx, decode = setup.graph, setup.tx, setup.task.decode
-
-    def loss(params, stats, fixed, batch: Split, key):
-        model = nnx.merge(graph, params, stats, fixed, copy=True)  # batch norm writes to its own variables
-        logits = model(decode(batch.inputs), batch.lengths, train=True, rngs=nnx.Rngs(dropout=key))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        correct = (logits.argmax(axis=-1) == batch.labels).sum()
-        tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(batch_size)])
-        return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
-
-    def step(state: State, fixed, batch: Split) -> State:
-        key = jax.random.fold_in(setup.dropout_key, state.step)
-        grads, (stats, tally) = jax.grad(loss, has_aux=True)(state.params, state.stats, fixed, batch, key)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(tally[0]) & jnp.isfinite(optax.tree.norm(grads))
-        return State(state.step + 1, params, stats, opt, state.tally + tally, finite)
-
-    @partial(jax.jit, donate_argnums=0)
-    def run(state: State, fixed, data: Split, until: jax.Array) -> State:
-        """Steps until `until` or the first loss that is not finite."""
-        count = len(data.labels)
-        steps_per_epoch = count // batch_size  # the tail of each epoch's order is left out, another one each epoch
-
-        def body(carry):
-            state, order = carry
-            epoch, position = jnp.divmod(state.step, steps_per_epoch)
-            order = jax.lax.cond(position == 0, lambda: epoch_order(setup.order_key, epoch, count), lambda: order)
-            rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-            return step(state, fixed, jax.tree.map(lambda x: x[rows], data)), order
-
-        carry = (state, epoch_order(setup.order_key, state.step // steps_per_epoch, count))
-        return jax.lax.while_loop(lambda c: (c[0].step < until) & c[0].finite, body, carry)[0]
-
-    @jax.jit
-    def apply(params, stats, fixed, inputs, lengths):
-        return nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
-
-    return Program(run, apply)
-
-
-def epoch_order(key: jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:
-    """The order (n,) in which an epoch draws the examples: a function of (key, epoch) alone."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), count)
-
-
-def copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
-
-
-def on_device(split) -> Split:
-    return Split(*(jnp.asarray(x) for x in (split.inputs, split.lengths, split.labels.astype(np.int32))))
-
-
 def intervals(cfg: DictConfig) -> dict[str, int]:
     """Steps between two logged lines, evaluations and checkpoints."""
     evaluate = cfg.eval_every or max(cfg.steps // 20, 1)
@@ -409,50 +296,13 @@ class Rate:
         self.seconds, self.steps = self.seconds + seconds, self.steps + done
         return max(1, round(self.call_seconds * done / seconds))
 
-    def summary(self, batch_size: int) -> dict[str, float | None]:
-        rate = self.steps / self.seconds if self.seconds else None
+    def summary(self, batch_size: int) -> dict[str, float]:
+        rate = self.steps / self.seconds
         return {
             "train_s": round(self.seconds, 2),
-            "steps_per_s": rate and round(rate, 3),
-            "examples_per_s": rate and round(rate * batch_size, 1),
+            "steps_per_s": round(rate, 3),
+            "examples_per_s": round(rate * batch_size, 1),
         }
-
-
-class Signals:
-    """SIGINT and SIGTERM stop at once; inside `noted` they are noted, so that the loop can save first.
-
-    A second SIGINT stops at once there too.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.patient = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        except ValueError:  # only the main thread may listen; elsewhere the default stands
-            pass
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: Any) -> None:
-        if not self.patient or (self.received and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        self.patient = True
-        try:
-            yield
-        finally:
-            self.patient = False
 
 
 def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lra.records import load_records
+
 ROOT = Path(__file__).parents[1]
 # what makes a documented run one of seconds; it keeps its task, its model and its own words
 SMALL = ["task.sizes={train: 64, val: 24, test: 21}", "task.min_length=21", "task.max_length=30", "debug=tiny"]
@@ -108,3 +110,26 @@ def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp
     assert name in done.stdout
     (record,) = tmp_path.glob("runs/**/record.json")
     assert shlex.split(json.loads(record.read_text())["command"]) == ["lra", *words]
+
+
+def test_results_are_computed_from_the_records_beside_them(tmp_path):
+    """The table in results/ is what the records give, and the README quotes rows of it."""
+    done = run(["table", "results/runs", "--task", "listops_short", "--format", "markdown"], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "results" / "listops_short.md").read_text()
+    quoted = re.search(
+        r"<!-- rows of results/listops_short.md -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S
+    )[1]
+    rows = [" ".join(line.split()) for line in quoted.splitlines() if line.startswith("|")][2:]
+    table = {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert len(rows) >= 5
+    assert set(rows) <= table
+
+
+def test_records_in_results_come_from_clean_commits():
+    records = load_records([ROOT / "results" / "runs"])
+    assert len(records) >= 9
+    for record in records:
+        assert record["status"] == "finished"
+        assert re.fullmatch(r"[0-9a-f]{7,}", record["commit"]), record["path"]
+        assert record["command"].startswith("lra train")

@@ -15,6 +15,7 @@ import lra
 from lra import trainer
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
+from lra.program import epoch_order
 from lra.progress import Reporter
 from lra.records import load_records, read_metrics, read_predictions, read_record, run_path
 
@@ -95,6 +96,7 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
 import os, signal
 import lra
 from lra import trainer
+from lra.program import epoch_order
 from lra.progress import Reporter
 trainer.Rate.steps_per_call = lambda self, done, seconds: 1
 Reporter.advance = lambda self, step, *_: step == {kill_at} and os.kill(os.getpid(), signal.SIGKILL)
@@ -234,7 +236,7 @@ def test_run_that_failed_before_its_first_checkpoint_may_be_repeated(tiny):
 
 def test_every_example_is_drawn_once_an_epoch():
     key = jax.random.key(0)
-    first, again, second = (np.asarray(trainer.epoch_order(key, e, 50)) for e in (0, 0, 1))
+    first, again, second = (np.asarray(epoch_order(key, e, 50)) for e in (0, 0, 1))
     assert sorted(first) == list(range(50))
     np.testing.assert_array_equal(first, again)
     assert (first != second).any()
