@@ -11,7 +11,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from lra.errors import LraError, PreemptedError
+from lra.errors import ConfigError, LraError, PreemptedError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train_command(argv[1:])
         if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        args = parser().parse_args(argv)
+        args = parser().parse_args(argv or ["--help"])
         return args.run(args)
     except LraError as error:
         return fail(str(error), error.exit_code)
@@ -189,6 +189,9 @@ def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
 def table_command(args: argparse.Namespace) -> int:
     from lra.tables import table_command
 
+    missing = [path for path in args.paths if path != "runs" and not Path(path).exists()]
+    if missing:
+        raise ConfigError(f"{missing[0]}: no such folder; name one that holds runs (runs is the default)")
     text = table_command(
         args.paths,
         tasks=args.task,
@@ -240,8 +243,11 @@ def data_prepare(args: argparse.Namespace) -> int:
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
         print(f"{task.name}: {store.manifest['source']}, {counts}, in {store.path}")
         if args.tfds:
+            import tensorflow_datasets as tfds
+
             from lra.data.tfds import builder
 
+            tfds.disable_progress_bar()
             made = builder(task, root / "tfds")
             made.download_and_prepare(file_format="array_record")
             print(f"{task.name}: TFDS dataset {made.info.full_name} in {made.data_path}")

@@ -9,12 +9,14 @@ import numpy as np
 
 from lra.errors import LraError
 from lra.records import load_records, read_metrics
+from lra.tables import shown_runs
 
 
 def curves(paths: Iterable[str | Path], output: str | Path, tasks: Sequence[str] | None = None) -> Path:
     """Draw validation accuracy over steps into `output` (png, pdf or svg), a panel a task.
 
-    A thin line is a run, a thick one the median of its model's runs; dashed lines are the test split's reference lines.
+    The runs are those that the table counts: a thin line each, a thick one for the median of a model's. Dashed lines are the
+    test split's reference lines.
 
     Raises:
         LraError: no finished run below `paths`, or a file type that cannot be drawn.
@@ -24,15 +26,15 @@ def curves(paths: Iterable[str | Path], output: str | Path, tasks: Sequence[str]
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in load_records(paths):
-        if record["status"] == "finished" and (tasks is None or record["task"] in tasks):
-            panels[record["task"]].append(record)
+    wanted = [r for r in load_records(paths) if r["status"] == "finished" and (tasks is None or r["task"] in tasks)]
+    panels: dict[str, dict[str, list[Any]]] = defaultdict(dict)
+    for (label, task), (runs, _) in shown_runs(wanted).items():
+        panels[task][label] = runs
     if not panels:
         raise LraError(f"no finished run below {', '.join(map(str, paths))}; `lra train` makes one")
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (task, records) in zip(axes[0], sorted(panels.items()), strict=True):
-        _panel(axis, task, records)
+    for axis, (task, rows) in zip(axes[0], sorted(panels.items()), strict=True):
+        _panel(axis, task, rows)
     try:
         figure.savefig(output, dpi=130)
     except ValueError as error:
@@ -42,27 +44,18 @@ def curves(paths: Iterable[str | Path], output: str | Path, tasks: Sequence[str]
     return Path(output)
 
 
-def _panel(axis: Any, task: str, records: list[dict[str, Any]]) -> None:
-    by_model: dict[str, list[np.ndarray]] = defaultdict(list)
-    for record in records:
-        label = record["model"] if record["protocol"] == "strict" else f"{record['model']} [{record['protocol']}]"
-        rows = [(m["step"], 100 * m["val/accuracy"]) for m in read_metrics(record["path"]) if "val/accuracy" in m]
-        by_model[label].append(np.asarray(rows))
-    for number, (label, runs) in enumerate(sorted(by_model.items())):
+def _panel(axis: Any, task: str, rows: dict[str, list[Any]]) -> None:
+    for number, (label, records) in enumerate(rows.items()):
+        logs = [read_metrics(record["path"]) for record in records]
+        runs = [np.asarray([(m["step"], 100 * m["val/accuracy"]) for m in log if "val/accuracy" in m]) for log in logs]
         for run in runs:
             axis.plot(*run.T, color=f"C{number}", linewidth=0.7, alpha=0.5)
-        steps, median = median_curve(runs)
-        axis.plot(steps, median, color=f"C{number}", linewidth=2, label=f"{label}, n={len(runs)}")
-    for name, value in (records[0]["reference"] or {}).items():
+        axis.plot(*median_curve(runs), color=f"C{number}", linewidth=2, label=f"{label}, n={len(runs)}")
+    reference = next(iter(rows.values()))[0]["reference"]
+    for name, value in reference.items():
         axis.axhline(100 * value, color="grey", linewidth=1, linestyle="--")
-        axis.annotate(
-            name.replace("_", " "),
-            (1, 100 * value),
-            xycoords=("axes fraction", "data"),
-            fontsize=7,
-            ha="right",
-            va="bottom",
-        )
+        place = {"xy": (1, 100 * value), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axis.annotate(name.replace("_", " "), fontsize=7, **place)
     axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
     axis.legend(fontsize=8)
 

@@ -60,6 +60,9 @@ class Setup:
 
     def __init__(self, cfg: DictConfig):
         self.task = build_task(cfg)
+        count = (self.task.split_sizes() or {}).get("train")
+        if count is not None and count < cfg.trainer.batch_size:
+            raise ConfigError(f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {count} training examples")
         model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
         self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
         self.tx, self.groups = adamw(

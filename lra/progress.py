@@ -16,7 +16,8 @@ class Reporter:
     def __init__(self, steps: int, batch_size: int, *, live: bool):
         self.steps, self.batch_size = steps, batch_size
         self.training = ""  # the last word on training, for outputs without a bar
-        self.console = Console(highlight=False)
+        # a pipe or a log wraps nothing
+        self.console = Console(highlight=False, soft_wrap=not Console().is_terminal)
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -43,10 +44,11 @@ class Reporter:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
         self.console.print(table)
         self.console.print(
-            "to beat: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in record["reference"].items())
+            "to beat: "
+            + ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in record["reference"].items())
         )
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
-        self.console.print(f"folder: {folder}{resumed}", soft_wrap=True)
+        self.console.print(f"folder: {folder}{resumed}")
 
     def __enter__(self) -> "Reporter":
         self.bar.start()
@@ -66,18 +68,18 @@ class Reporter:
     def evaluation(self, step: int, result: dict, improved: bool) -> None:
         """A line an evaluation; a star where the weights are the best so far."""
         validation = f"validation loss {result['loss']:.3f} accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
-        self.console.print(f"step {step:>6}/{self.steps}  {self.training}  {validation}", soft_wrap=True)
+        self.console.print(f"step {step:>6}/{self.steps}  {self.training}  {validation}")
 
     def finished(self, record: dict, sync_hint: str | None) -> None:
         """The result, beside the lines it has to beat, and how to upload what W&B kept offline."""
         test, selection = record["metrics"]["test"], record["selection"]
-        lines = ", ".join(f"{name} {100 * x:.1f} %" for name, x in record["reference"].items())
+        lines = ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in record["reference"].items())
         self.console.print(
             f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] on {test['count']:,} examples, weights of step "
             f"{selection['step']:,} ({selection['rule']}); reference lines: {lines}"
         )
         if sync_hint:
-            self.console.print(f"W&B offline; to upload: {sync_hint}", soft_wrap=True)
+            self.console.print(f"W&B offline; to upload: {sync_hint}")
 
 
 def preparing(task, work: Callable[..., Any]) -> Any:

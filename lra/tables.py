@@ -255,18 +255,22 @@ def _data(record: Record) -> tuple[str, str]:
     return str(data.get("source", "")), str(data.get("key", ""))
 
 
-def _add_ours(table: Table, records: Sequence[Record], metric: str) -> None:
-    labels = _labels(records)
+def shown_runs(records: Sequence[Record]) -> dict[tuple[str, str], tuple[list[Record], list[str]]]:
+    """The finished runs that stand for each (row name, task), one a seed of the best configuration, and notes on them."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record, label in zip(records, labels, strict=True):
+    for record, label in zip(records, _labels(records), strict=True):
         groups[label, record["task"]].append(record)
-    rows = {label: Row(label) for label in sorted(set(labels))}
-    for (label, task), group in groups.items():
+    return {place: _best_config(group) for place, group in sorted(groups.items())}
+
+
+def _add_ours(table: Table, records: Sequence[Record], metric: str) -> None:
+    rows: dict[str, Row] = {}
+    for (label, task), (runs, notes) in shown_runs(records).items():
         if task in table.columns:
-            runs, notes = _best_config(group)
             numbers = _numbers(runs, metric, notes)
             table.long.append(numbers)
-            rows[label].cells[task] = _cell(numbers) + "".join(table.mark(note) for note in notes)
+            row = rows.setdefault(label, Row(label))
+            row.cells[task] = _cell(numbers) + "".join(table.mark(note) for note in notes)
     protocols = {r["protocol"] for r in records}
     table.add(f"Ours, {metric} accuracy in %, protocol {' and '.join(sorted(protocols))}", rows.values())
 
@@ -530,8 +534,9 @@ def _markdown(table: Table) -> str:
 
 def _latex(table: Table) -> str:
     body = _frame(table, "{}").to_latex(index=False, escape=True, column_format="l" + "l" * len(table.columns))
-    notes = "\n".join(f"{_escaped(line)}\\\\" for line in _below(table))
-    return f"{body}\n{{\\footnotesize\\noindent\n{notes}\n}}\n"
+    # paragraphs, since a line break would read the next line's [1] as its length
+    notes = "\n\n".join(rf"\noindent {_escaped(line)}" for line in _below(table))
+    return f"{body}\n{{\\footnotesize\n{notes}\n\n}}\n"
 
 
 def _escaped(text: str) -> str:

@@ -45,7 +45,7 @@ def test_train_prints_progress_result_and_table(lra_command, args):
     assert done.returncode == 0, done.stderr
     assert "to beat: majority" in done.stdout
     assert re.search(r"step +4 +validation accuracy", done.stdout)
-    assert re.search(r"test accuracy \d+\.\d+ %.*root_operator", " ".join(done.stdout.split()))
+    assert re.search(r"test accuracy \d+\.\d+ %.*root operator", " ".join(done.stdout.split()))
     assert "61.04" in done.stdout  # STU's published ListOps number stands beside ours
     assert "Traceback" not in done.stderr
 

@@ -78,7 +78,7 @@ def test_first_line_of_the_readme_names_an_experiment_that_exists():
 def test_python_example_of_the_readme_works(data_root, tmp_path):
     (code,) = blocks("README.md", "python")
     overrides = [*SMALL, f"data.root={data_root}", "trainer.steps=2"]
-    code = code.replace('"trainer.steps=100"', ", ".join(map(repr, overrides)))
+    code = code.replace('"trainer.steps=100", "resume=auto"', ", ".join(map(repr, overrides)))
     code = code.replace('"strict")', f'"strict", {overrides!r})')
     done = subprocess.run(
         [sys.executable, "-c", code + "\nassert splits['train'].inputs.shape[0] == 64"],

@@ -6,6 +6,8 @@ import pytest
 import lra
 from lra.errors import LraError
 from lra.plots import curves, median_curve
+from lra.records import load_records
+from lra.tables import shown_runs
 
 
 def test_median_is_taken_where_all_runs_were_evaluated():
@@ -23,6 +25,9 @@ def test_finished_runs_are_drawn_and_nothing_is_an_error(tiny, tmp_path):
     with pytest.raises(LraError, match="no finished run below"):
         curves([tmp_path], tmp_path / "curves.png")
     lra.train(tiny)
+    lra.train([*tiny, "optim.lr=0.1"])  # another configuration is not another seed
+    finished = load_records([tmp_path])
+    assert [len(runs) for runs, _ in shown_runs(finished).values()] == [1]
     assert curves([tmp_path], tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(LraError, match="cannot draw"):
         curves([tmp_path], tmp_path / "curves.doc")
