@@ -44,7 +44,7 @@ def test_train_prints_progress_result_and_table(lra_command, args):
     done = lra_command("train", *args)
     assert done.returncode == 0, done.stderr
     assert "to beat: majority" in done.stdout
-    assert re.search(r"step +4 +validation accuracy", done.stdout)
+    assert re.search(r"step +4/4 +loss .* accuracy .* examples/s +.* left +validation loss", done.stdout)
     assert re.search(r"test accuracy \d+\.\d+ %.*root operator", " ".join(done.stdout.split()))
     assert "61.04" in done.stdout  # STU's published ListOps number stands beside ours
     assert "Traceback" not in done.stderr
