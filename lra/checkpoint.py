@@ -72,9 +72,6 @@ class Checkpoints:
         restored = self.manager.restore(self.latest_step(), args=args)
         return jax.tree.unflatten(treedef, restored["state"]), restored["progress"]
 
-    def close(self) -> None:
-        self.manager.close()
-
 
 def holds_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a whole checkpoint, without the second that orbax takes to import."""

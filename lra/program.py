@@ -61,13 +61,18 @@ class Setup:
     def __init__(self, cfg: DictConfig):
         self.task = build_task(cfg)
         count = (self.task.split_sizes() or {}).get("train")
-        if count is not None and count < cfg.trainer.batch_size:
-            raise ConfigError(f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {count} training examples")
+        if count is not None:
+            check_batch_size(cfg, count)
         model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
         self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
         self.tx, self.groups = adamw(
             cast(dict[str, Any], OmegaConf.to_container(cfg.optim)), cfg.trainer.steps, self.params
         )
+
+
+def check_batch_size(cfg: DictConfig, count: int) -> None:
+    if count < cfg.trainer.batch_size:
+        raise ConfigError(f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {count} training examples")
 
 
 def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:

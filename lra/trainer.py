@@ -23,7 +23,7 @@ from lra.data.store import Store, prepare
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.optim import Group, schedule
-from lra.program import Best, Setup, Split, State, compile_program, copy, on_device
+from lra.program import Best, Setup, Split, State, check_batch_size, compile_program, copy, on_device
 from lra.progress import Reporter, preparing
 from lra.signals import Signals
 from lra.tasks import SPLITS
@@ -119,10 +119,7 @@ class Run:
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
         store = preparing(setup.task, partial(prepare, setup.task, Path(cfg.data.root)))
-        if len(store.splits["train"]) < cfg.trainer.batch_size:
-            raise ConfigError(
-                f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {len(store.splits['train'])} training examples"
-            )
+        check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
         self.record |= {"data": describe_data(store), "reference": setup.task.reference_lines(store.splits)}
         data = {name: on_device(split) for name, split in store.splits.items()}
         self.program = compile_program(setup, cfg.trainer.batch_size)
