@@ -29,13 +29,11 @@ def load(task: str, protocol: str = "strict", overrides: Sequence[str] = ()) -> 
     Raises:
         LraError: unknown name, or missing or malformed data.
     """
-    from pathlib import Path
-
-    from lra.config import build_task, compose
+    from lra.config import build_task, compose, data_arguments
     from lra.data.store import prepare
 
     cfg = compose([f"task={task}", f"protocol={protocol}", *overrides])
-    return prepare(build_task(cfg), Path(cfg.data.root)).splits
+    return prepare(build_task(cfg), **data_arguments(cfg)).splits
 
 
 def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:

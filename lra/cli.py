@@ -46,10 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except LraError as error:
         return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail(
-            "interrupted; the same command with resume=auto goes on from the last checkpoint, if there is one", 130
-        )
+    except KeyboardInterrupt as error:
+        go_on = "the same command with resume=auto goes on from the last checkpoint, if there is one"
+        return fail(str(error) or f"interrupted; {go_on}", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -72,19 +71,25 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare and inspect the tasks' data")
     actions = data.add_subparsers(metavar="ACTION", required=True)
     prepare = actions.add_parser("prepare", help="generate or read the data of tasks into the packed store")
-    verify = actions.add_parser("verify", help="recompute hashes, counts and overlaps of prepared data")
-    show = actions.add_parser("show", help="print some examples as text")
-    for action, run in ((prepare, data_prepare), (verify, data_verify), (show, data_show)):
+    verify = actions.add_parser("verify", help="recompute hashes, counts, balance; report defects and overlaps")
+    info = actions.add_parser("info", help="what a task is, where its files and its packed store are; prepares nothing")
+    show = actions.add_parser("show", help="print some examples; pictures also as a PNG")
+    for action, run in ((prepare, data_prepare), (verify, data_verify), (info, data_info), (show, data_show)):
         action.add_argument("tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists")
         action.add_argument(
             "--set", nargs="+", default=[], metavar="KEY=VALUE", help="config overrides, as for `lra train`"
         )
+        if action is not info:
+            action.add_argument("--download", action="store_true", help="fetch the publisher's files where missing")
+            action.add_argument("--allow-partial", action="store_true", help="take fewer examples than there should be")
         action.set_defaults(run=run)
     prepare.add_argument(
         "--tfds", action="store_true", help="also as a TFDS dataset (array_record) under data.root/tfds"
     )
     prepare.add_argument("--export", metavar="DIR", type=Path, help="also in the release's own file format")
-    show.add_argument("-n", type=int, default=3, help="how many examples (3)")
+    show.add_argument("-n", type=int, default=5, help="how many examples (5)")
+    show.add_argument("--split", choices=("train", "val", "test"), default="train", help="of which split (train)")
+    show.add_argument("--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)")
 
     for name, group in (("tasks", "task"), ("models", "model")):
         listing = commands.add_parser(name, help=f"list the {name}")
@@ -107,6 +112,12 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--task", action="append", help="only this task; repeatable")
     plot.add_argument("--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)")
     plot.set_defaults(run=plot_command)
+
+    bench = commands.add_parser("bench", help="measure how fast it is here")
+    bench.add_argument("suite", choices=("data",), help="what to measure")
+    bench.add_argument("--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)")
+    bench.add_argument("--output", metavar="FILE", type=Path, help="also keep the result as JSON")
+    bench.set_defaults(run=bench_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
     doctor.add_argument(
@@ -225,30 +236,41 @@ def list_options(args: argparse.Namespace) -> int:
     return 0
 
 
+def composed(args: argparse.Namespace):
+    """(config, task) of each named task."""
+    from lra.config import build_task, compose
+
+    flags = ("download", "allow_partial")
+    switches = [f"data.{flag}=true" for flag in flags if getattr(args, flag, False)]
+    for name in args.tasks:
+        cfg = compose([f"task={name}", *switches, *args.set])
+        yield cfg, build_task(cfg)
+
+
 def prepared(args: argparse.Namespace):
     """(task, store, data root) of each named task, prepared where it is not yet."""
-    from lra.config import build_task, compose
+    from lra.config import data_arguments
     from lra.data.store import prepare
     from lra.progress import preparing
 
-    for name in args.tasks:
-        cfg = compose([f"task={name}", *args.set])
-        task = build_task(cfg)
-        root = Path(cfg.data.root)
-        yield task, preparing(task, partial(prepare, task, root)), root
+    for cfg, task in composed(args):
+        yield task, preparing(task, partial(prepare, task, **data_arguments(cfg))), Path(cfg.data.root)
 
 
 def data_prepare(args: argparse.Namespace) -> int:
     for task, store, root in prepared(args):
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
-        print(f"{task.name}: {store.manifest['source']}, {counts}, in {store.path}")
+        partial_data = ", PARTIAL" if store.manifest["partial"] else ""
+        print(f"{task.name}: {store.manifest['source']}{partial_data}, {counts}, in {store.path}")
+        for note in store.manifest["notes"]:
+            print(f"  note: {note}")
         if args.tfds:
             import tensorflow_datasets as tfds
 
             from lra.data.tfds import builder
 
             tfds.disable_progress_bar()
-            made = builder(task, root / "tfds")
+            made = builder(task, root / "tfds", store)
             made.download_and_prepare(file_format="array_record")
             print(f"{task.name}: TFDS dataset {made.info.full_name} in {made.data_path}")
         if args.export:
@@ -257,33 +279,56 @@ def data_prepare(args: argparse.Namespace) -> int:
 
 
 def data_verify(args: argparse.Namespace) -> int:
-    from lra.data.store import verify
+    from lra.data.report import verify_lines
 
     sound = True
     for task, store, _ in prepared(args):
-        report = verify(store)
-        sound = sound and not report.problems
-        for problem in report.problems:
-            print(f"{task.name}: {problem}")
-        shared = ", ".join(f"{pair} {count}" for pair, count in report.overlaps.items())
-        print(f"{task.name}: {'sound' if not report.problems else 'NOT sound'}; equal examples: {shared}")
+        for line, problem in verify_lines(task, store):
+            print(line)
+            sound = sound and not problem
     return 0 if sound else 3
 
 
-def data_show(args: argparse.Namespace) -> int:
-    for task, store, _ in prepared(args):
-        split = store.splits["train"]
-        for row in range(min(args.n, len(split))):
-            print(
-                f"{task.name} train {row} label {split.labels[row]}: {task.to_text(split.inputs[row][: split.lengths[row]])}"
-            )
+def data_info(args: argparse.Namespace) -> int:
+    from lra.data.report import info_lines
+
+    for cfg, task in composed(args):
+        print("\n".join(info_lines(task, cfg.protocol.name, Path(cfg.data.root))))
     return 0
+
+
+def data_show(args: argparse.Namespace) -> int:
+    from lra.data.report import show_lines, write_sheet
+
+    if args.n < 1:
+        raise ConfigError(f"-n {args.n}: expected 1 or more")
+    for task, store, root in prepared(args):
+        split = store.splits[args.split]
+        print("\n".join(show_lines(task, args.split, split, args.n)))
+        if task.picture_shape:
+            file = args.png or root / "shown" / f"{task.name}.png"
+            print(f"{task.name}: as a picture in {write_sheet(task, split, args.n, file)}")
+    return 0
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    from lra import bench
+
+    result = bench.run(args.suite, data_root_of(args))
+    print(bench.render(result), end="")
+    if args.output:
+        bench.save(result, args.output)
+    return 0
+
+
+def data_root_of(args: argparse.Namespace) -> Path:
+    return Path(args.data_root or os.environ.get("LRA_DATA", "data"))
 
 
 def doctor_command(args: argparse.Namespace) -> int:
     from lra.doctor import report
 
-    print(report(Path(args.data_root or os.environ.get("LRA_DATA", "data"))))
+    print(report(data_root_of(args)))
     return 0
 
 

@@ -150,6 +150,9 @@ def with_names(
     for key in ("data.root", "output.root"):
         if not isinstance(root := OmegaConf.select(cfg, key), str):
             raise ConfigError(f"{key}={shown(root)} must be the path of a folder")
+    for key in ("data.download", "data.allow_partial"):
+        if not isinstance(switch := OmegaConf.select(cfg, key), bool):
+            raise ConfigError(f"{key}={shown(switch)} must be true or false")
     return cfg
 
 
@@ -279,14 +282,25 @@ def build_task(cfg: DictConfig):
     )
 
 
+def data_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """What `lra.data.store.prepare` takes besides the task."""
+    return {
+        "data_root": Path(cfg.data.root),
+        "download": cfg.data.download,
+        "allow_partial": cfg.data.allow_partial,
+    }
+
+
 def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
     """`build(rngs=...)` makes the model of a config for a task; sizes that the task fixes are filled in here."""
     mixer = instantiate("model", arguments(cfg.model))
     shape = {
         "num_classes": task.num_classes,
         "seq_len": task.seq_len,
-        "vocab_size": None if task.vocab is None else len(task.vocab),
+        "vocab_size": task.num_tokens,
+        "num_features": task.num_features,
         "num_pairs": 2 if task.dual else 1,
+        "num_targets": task.num_targets,
     }
 
     def build(rngs):

@@ -10,10 +10,10 @@ import numpy as np
 def predict(
     apply: Callable[[jax.Array, jax.Array], jax.Array], inputs: jax.Array, lengths: jax.Array, batch_size: int
 ) -> np.ndarray:
-    """Logits (n, C) float32 of every example, in order.
+    """Logits (n, C) or (n, T, C) float32 of every example, in order.
 
     Args:
-        apply: jitted (inputs (B, ...), lengths (B,)) -> logits (B, C).
+        apply: jitted (inputs (B, ...), lengths (B,)) -> logits (B, C) or (B, T, C).
         inputs, lengths: a whole split, on the device.
     The last batch is filled up with example 0, whose extra logits are dropped, so that one shape is compiled.
     """
@@ -27,13 +27,17 @@ def predict(
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
-    """Accuracy (fraction), mean cross-entropy in nats and count of a split, in float64."""
+    """Accuracy (fraction), mean cross-entropy in nats and count of examples of a split, in float64.
+
+    Args:
+        logits: (n, C), or (n, T, C) where an example has T labels; then `accuracy` is that of a label, and `exact` the
+            fraction of examples with all labels right.
+        labels: (n,) or (n, T).
+    """
     logits, labels = logits.astype(np.float64), np.asarray(labels, np.int64)
-    top = logits.max(axis=1)
-    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    losses = log_sum - logits[np.arange(len(labels)), labels]
-    return {
-        "accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
-        "loss": float(losses.mean()),
-        "count": len(labels),
-    }
+    top = logits.max(axis=-1)
+    log_sum = top + np.log(np.exp(logits - top[..., None]).sum(axis=-1))
+    losses = log_sum - np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    right = logits.argmax(axis=-1) == labels
+    scores = {"accuracy": float(np.mean(right)), "loss": float(losses.mean()), "count": len(labels)}
+    return scores if labels.ndim == 1 else scores | {"exact": float(np.mean(right.all(axis=1)))}

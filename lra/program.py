@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
     inputs: jax.Array
     lengths: jax.Array
-    labels: jax.Array
+    labels: jax.Array  # (n,), or (n, T) where a task asks for several
 
 
 class Program(NamedTuple):
@@ -93,7 +93,7 @@ def compile_program(setup: Setup, batch_size: int) -> Program:
         logits = model(decode(batch.inputs), batch.lengths, train=True, rngs=nnx.Rngs(dropout=key))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         correct = (logits.argmax(axis=-1) == batch.labels).sum()
-        tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(batch_size)])
+        tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(losses.size)])
         return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
 
     def step(state: State, fixed, batch: Split) -> State:

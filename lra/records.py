@@ -58,7 +58,14 @@ RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "prediction
 
 _REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
 _GRACE_S = 0.5  # `load_records` touches the lock of a running run for microseconds; a starting run must outlive that
-_NOT_IDENTITY = ("output", "resume", "tracker", "tuning_runs", "data.root")  # where a run is kept and told of
+_NOT_IDENTITY = (
+    "output",
+    "resume",
+    "tracker",
+    "tuning_runs",
+    "data.root",
+    "data.download",
+)  # where a run is kept and told of
 
 
 class RunFolder:
@@ -119,11 +126,14 @@ class RunFolder:
             write_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write_predictions(self, logits: Any, labels: Any, rows: Any) -> None:
-        """Replace predictions.npz: logits (n, C), labels (n,) and the row of the split each belongs to (n,)."""
+        """Replace predictions.npz: logits (n, C), labels (n,) and the row of the split each belongs to (n,).
+
+        Where an example has T labels: logits (n, T, C), labels (n, T).
+        """
         logits, labels, rows = np.asarray(logits, np.float32), np.asarray(labels), np.asarray(rows)
-        if logits.ndim != 2 or labels.shape != logits.shape[:1] or rows.shape != logits.shape[:1]:
+        if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1] or rows.shape != logits.shape[:1]:
             raise ValueError(
-                f"expected logits (n, C), labels (n,), rows (n,); got {logits.shape}, {labels.shape}, {rows.shape}"
+                f"expected logits (n[, T], C), labels (n[, T]), rows (n,); got {logits.shape}, {labels.shape}, {rows.shape}"
             )
         buffer = io.BytesIO()
         np.savez(buffer, logits=logits, labels=labels, rows=rows)
@@ -216,9 +226,10 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs` and `data.root`, and the keys in `without`, dotted like
-    these. Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value
-    of it is another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root` and `data.download`, and the keys in
+    `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
+    `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
+    configuration is `tables.NO_EFFECT`.
     """
     kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
     return hashlib.sha256(json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -288,6 +288,7 @@ def _labels(records: Sequence[Record]) -> list[str]:
         source, key = _data(r)
         parts = [r["protocol"]] if len(protocols) > 1 else []
         parts += [source] if len(sources[r["task"], r["protocol"]]) > 1 else []
+        parts += ["partial data"] if (r.get("data") or {}).get("partial") else []
         parts += [f"data {key[:8]}"] if len(keys[r["task"], r["protocol"], source]) > 1 else []
         labels.append(r["model"] + (f" [{', '.join(parts)}]" if parts else ""))
     return labels
@@ -300,11 +301,19 @@ def _best_config(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
         configs[config_hash(record["config"], without=["seed", *NO_EFFECT])][record["seed"]] = record
     best = max(configs.values(), key=lambda runs: statistics.mean(_accuracy(r, "val") or 0.0 for r in runs.values()))
     notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
+    if any(_selected_on_test(r) for r in best.values()):
+        notes.append("weights chosen on the test split, which is all the validation this protocol has")
     if (tried := _tuning_runs(best.values())) > 1:
         notes.append(f"settings chosen by {tried} runs")
     if repeated := len(group) - sum(len(runs) for runs in configs.values()):
         notes.append(f"{repeated} repeated {'run' if repeated == 1 else 'runs'} of the same seed left out")
     return list(best.values()), notes
+
+
+def _selected_on_test(record: Record) -> bool:
+    splits = (record.get("data") or {}).get("splits") or {}
+    rule = (record.get("selection") or {}).get("rule")
+    return rule == "best" and "val" in splits and splits["val"]["sha256"] == splits["test"]["sha256"]
 
 
 def _tuning_runs(runs: Iterable[Record]) -> int:

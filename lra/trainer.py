@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra import records
 from lra.checkpoint import Checkpoints, holds_checkpoint
-from lra.config import CONF
+from lra.config import CONF, data_arguments
 from lra.data.store import Store, prepare
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
@@ -118,10 +118,11 @@ class Run:
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
-        store = preparing(setup.task, partial(prepare, setup.task, Path(cfg.data.root)))
+        store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
-        self.record |= {"data": describe_data(store), "reference": setup.task.reference_lines(store.splits)}
-        data = {name: on_device(split) for name, split in store.splits.items()}
+        self.record |= {"data": describe_data(store), "reference": store.manifest["reference"]}
+        placed = {id(split): on_device(split) for split in store.splits.values()}  # one that serves twice is there once
+        data = {name: placed[id(split)] for name, split in store.splits.items()}
         self.program = compile_program(setup, cfg.trainer.batch_size)
 
         state, best = self.restore()
@@ -139,7 +140,7 @@ class Run:
         """The state to start from: the newest checkpoint's, or a new one.
 
         Raises:
-            RunFolderError: the checkpoint was trained on other data.
+            RunFolderError: the checkpoint was trained on other data or with another vocabulary.
         """
         setup = self.setup
         state = State(
@@ -152,12 +153,15 @@ class Run:
         if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
             raise RunFolderError(f"{self.folder.path} was trained on other data; choose another output.root")
         (state, weights), progress = self.checkpoints.restore((state, best[:2]))
+        if tuple(progress["vocab"] or ()) != (setup.task.vocab or ()):
+            raise RunFolderError(f"{self.folder.path} was trained with another vocabulary; choose another output.root")
         self.record["resumed_from"].append(step)
         self.record["selection"] = progress["selection"]
         return state, Best(weights[0], weights[1], **progress["best"])
 
     def save(self, step: int, state: State, best: Best) -> None:
         progress = {"best": {"step": best.step, "accuracy": best.accuracy}, "selection": self.record["selection"]}
+        progress |= {"vocab": self.setup.task.vocab, "protocol": container(self.cfg.protocol)}  # what the weights mean
         self.checkpoints.save(step, (state, best[:2]), progress)
         self.save_record(step=step)
 
@@ -345,7 +349,7 @@ def describe_data(store: Store) -> dict[str, Any]:
     splits = {name: {"count": part["count"], "sha256": part["sha256"]} for name, part in parts}
     # by content, so that the same files copied elsewhere are the same data
     key = hashlib.sha256("".join(splits[name]["sha256"] for name in SPLITS).encode()).hexdigest()
-    return {"source": store.manifest["source"], "key": key, "splits": splits}
+    return {"source": store.manifest["source"], "key": key, "partial": store.manifest["partial"], "splits": splits}
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, Any]:

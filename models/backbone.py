@@ -22,6 +22,7 @@ ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "s
 GLUS = ("full", "half1", "half2", "none")
 MLPS = ("none", "gelu", "relu", "swiglu")
 POOLS = ("mean", "last", "cls")
+PAIR_HEADS = ("interact", "concat")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 
 
@@ -34,6 +35,8 @@ class Backbone(nnx.Module):
         seq_len: L, the padded length of the inputs.
         vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
         num_pairs: 1, or 2 where an example is a pair of sequences that share this encoder.
+        num_targets: 1, or T where the last T positions have a class each; they are not pooled then, and have to be real.
+        pair_head: interact | concat, what the head of a pair sees of its two features u and v (S4's or the LRA paper's).
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: what follows the mixer; GLU `full` doubles the width and gates, `half1`/`half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
@@ -52,6 +55,8 @@ class Backbone(nnx.Module):
         vocab_size: int | None,
         num_features: int = 1,
         num_pairs: int = 1,
+        num_targets: int = 1,
+        pair_head: str = "interact",
         depth: int,
         width: int,
         norm: str,
@@ -70,7 +75,7 @@ class Backbone(nnx.Module):
         check_option("backbone.pool", pool, POOLS)
         check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
-        self.pool, self.num_pairs, self.seq_len = pool, num_pairs, seq_len
+        self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
         length = seq_len + (pool == "cls")
         self.encoder = (
             nnx.Linear(num_features, width, rngs=rngs)
@@ -101,11 +106,15 @@ class Backbone(nnx.Module):
                 "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"
             )
         self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
-        self.head = Head(width, num_classes, num_pairs, rngs=rngs)
+        self.head: Any = (
+            nnx.Linear(width, num_classes, rngs=rngs)
+            if num_pairs == 1
+            else PairHead(width, num_classes, pair_head, rngs=rngs)
+        )
 
     def __call__(
         self, inputs: Array, lengths: Int[Array, "*B"], *, train: bool = False, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "B C"]:
+    ) -> Float[Array, "B *T C"]:
         """Logits of a batch.
 
         Args:
@@ -115,7 +124,7 @@ class Backbone(nnx.Module):
             rngs: a stream named `dropout`, needed in training.
         """
         if self.num_pairs == 1:
-            return self.head(self.features(inputs, lengths, train=train, rngs=rngs)[:, None])
+            return self.head(self.features(inputs, lengths, train=train, rngs=rngs))
         # both documents go through as one batch, so that they share batch-norm statistics
         flat_inputs = inputs.reshape(-1, *inputs.shape[2:])
         flat = self.features(flat_inputs, lengths.reshape(-1), train=train, rngs=rngs)
@@ -123,8 +132,8 @@ class Backbone(nnx.Module):
 
     def features(
         self, inputs: Array, lengths: Int[Array, " B"], *, train: bool, rngs: nnx.Rngs | None
-    ) -> Float[Array, "B D"]:
-        """Pooled representation of each sequence."""
+    ) -> Float[Array, "B *T D"]:
+        """Pooled representation of each sequence, or that of each of its last T positions."""
         if inputs.shape[1] != self.seq_len:
             raise ValueError(
                 f"inputs have length {inputs.shape[1]}, the model was built for task.seq_len={self.seq_len}"
@@ -142,7 +151,7 @@ class Backbone(nnx.Module):
             x = block(x, mask, train=train, rngs=rngs)
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
-        return pool(x, mask, self.pool)
+        return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
 
 
 class Embedding(nnx.Module):
@@ -262,18 +271,19 @@ class MLP(nnx.Module):
         return self.down(drop(y))
 
 
-class Head(nnx.Module):
-    """Pooled features -> logits: linear for one sequence, [u, v, u-v, u*v] and a two-layer MLP for a pair (S4's)."""
+class PairHead(nnx.Module):
+    """Features u, v of a pair -> logits: [u, v, u-v, u*v] (S4's) or [u, v] (the LRA paper's), and a two-layer MLP."""
 
-    def __init__(self, width: int, num_classes: int, num_pairs: int, *, rngs: nnx.Rngs):
-        self.hidden = None if num_pairs == 1 else nnx.Linear(4 * width, 2 * width, rngs=rngs)
-        self.output = nnx.Linear(width if num_pairs == 1 else 2 * width, num_classes, rngs=rngs)
+    def __init__(self, width: int, num_classes: int, kind: str, *, rngs: nnx.Rngs):
+        check_option("backbone.pair_head", kind, PAIR_HEADS)
+        self.kind = kind
+        self.hidden = nnx.Linear((4 if kind == "interact" else 2) * width, 2 * width, rngs=rngs)
+        self.output = nnx.Linear(2 * width, num_classes, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B P D"]) -> Float[Array, "B C"]:
-        if self.hidden is None:
-            return self.output(features[:, 0])
+    def __call__(self, features: Float[Array, "B 2 D"]) -> Float[Array, "B C"]:
         u, v = features[:, 0], features[:, 1]
-        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate([u, v, u - v, u * v], axis=-1))))
+        seen = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
+        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(seen, axis=-1))))
 
 
 def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:

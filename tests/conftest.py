@@ -31,6 +31,19 @@ def data_root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.fixture(scope="session")
+def publishers(tmp_path_factory) -> Path:
+    """A data root with a few examples of every publisher, in its own format."""
+    import tiny_pictures
+    import tiny_texts
+
+    root = tmp_path_factory.mktemp("publishers")
+    tiny_texts.imdb(root)
+    tiny_texts.aan(root)
+    tiny_pictures.cifar(root)
+    return root
+
+
 @pytest.fixture
 def tiny(data_root, tmp_path):
     """Overrides of a run of seconds, in a folder of the test's own; extend them with the test's."""

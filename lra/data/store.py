@@ -1,10 +1,12 @@
 """Where do a run's examples come from, and are they still what they were?
 
 A packed store is one folder: for each split an integer array of padded inputs (memory-mapped), their lengths and their
-labels, and a manifest that says what is in it and what it was made from. The folder's name carries a hash of everything
-that changes its bytes, so another setting is another store and old data is never reused by mistake.
+labels, and a manifest that says what is in it and what it was made from. The folder's name carries a hash of the settings
+that change its bytes and one of the source files (their names, sizes and times), so another setting or another file is
+another store and old data is never reused by mistake. Where the source files are gone, the store made from them is used.
 
-    <data_root>/packed/<task>-<inputs>-<key>/{train,val,test}.{inputs,lengths,labels}.npy, manifest.json
+    <data_root>/packed/<task>-<inputs>-<settings>[-<sources>][-partial]/
+        {train,val,test}.{inputs,lengths,labels}.npy, manifest.json
 
 A store is built in a temporary folder beside its place and renamed when complete: there is no half store.
 """
@@ -12,38 +14,44 @@ A store is built in a temporary folder beside its place and renamed when complet
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int, Integer, UInt
+from jaxtyping import Int, Integer
 
+from lra.data.sources import signature
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
-from lra.tasks import SPLITS, Example, Task
+from lra.tasks import SPLITS, Example, Progress, Task
 
-STORE_VERSION = 1  # raise it when the same task gives other bytes here
+STORE_VERSION = 2  # raise it when the same task gives other bytes here
 ARRAYS = ("inputs", "lengths", "labels")
-ROWS_PER_WRITE = 1024
-
-Progress = Callable[[str, int, int | None], None]  # split, examples done, examples in all where known
+BYTES_PER_WRITE = 2**22
+PARTIAL = "-partial"  # end of the name of a store with too few examples
 
 
 @dataclass(frozen=True)
 class Split:
     """The examples of one split; pairs have a second axis of 2 in `inputs` and `lengths`."""
 
-    inputs: Integer[np.ndarray, "n *pair L"]  # memory-mapped, padded with 0
+    inputs: Integer[np.ndarray, "n *pair_L_F"]  # memory-mapped, padded with 0
     lengths: Int[np.ndarray, "n *pair"]
-    labels: UInt[np.ndarray, " n"] | Int[np.ndarray, " n"]
+    labels: Integer[np.ndarray, "n *targets"]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def batch(self, rows: Int[np.ndarray, " B"]) -> "Split":
+        """These rows, copied into memory."""
+        # a plain view of the mapped memory: memmap's own indexing is slower
+        return Split(self.inputs.view(np.ndarray)[rows], self.lengths[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -55,76 +63,152 @@ class Store:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found: `problems` is empty for a sound store; `overlaps` counts examples shared by two splits."""
+    """What `verify` found: `problems` is empty for a sound store.
+
+    `overlaps` counts, for "train/test", the rows of test whose inputs also occur in train; for a task of pairs
+    `documents` counts the rows of test of which one document or both occur in train.
+    """
 
     problems: tuple[str, ...]
-    overlaps: Mapping[str, int]  # "train/test": rows of test whose inputs also occur in train
+    overlaps: Mapping[str, int]
+    documents: Mapping[str, int]
 
 
 # --- Names ---------------------------------------------------------------------------------------------------------
 
 
-def store_key(task: Task) -> str:
-    """SHA-256 of everything that changes the bytes of the store, as hexadecimal digits."""
-    identity = {
-        "store_version": STORE_VERSION,
-        "reader_version": task.reader_version,
-        "task": task.name,
-        "vocab": task.vocab,
-        "seq_len": task.seq_len,
-        "fingerprint": task.fingerprint(),
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def settings_key(task: Task) -> str:
+    """SHA-256 of the settings that change the bytes of the store, as hexadecimal digits."""
+    return _digest(
+        {
+            "store_version": STORE_VERSION,
+            "reader_version": task.reader_version,
+            "task": task.name,
+            "vocab": task.vocab,
+            "seq_len": task.seq_len,
+            "same": dict(task.same),
+            "fingerprint": task.fingerprint(),
+        }
+    )
+
+
+def store_name(task: Task) -> str:
+    """Name of the store's folder: task, encoding, hash of the settings and, where there are source files, of those.
+
+    Raises:
+        DataError: the source files are not there.
+    """
+    sources = signature(task.source_files())
+    return settings_name(task) + (f"-{_digest(sources)[:8]}" if sources else "")
 
 
 def store_path(task: Task, data_root: str | Path) -> Path:
-    """Where the store of `task` is, or would be."""
-    return Path(data_root) / "packed" / f"{task.name}-{task.inputs}-{store_key(task)[:12]}"
+    """Where the store of `task` is, or would be; without its source files, where one made from them is.
+
+    Raises:
+        DataError: neither the source files nor a store made from such files is there.
+    """
+    packed = Path(data_root) / "packed"
+    try:
+        return packed / store_name(task)
+    except DataError:
+        made = [path for path in packed.glob(f"{settings_name(task)}-*") if not path.name.endswith(PARTIAL)]
+        if not made:
+            raise
+        return max(made, key=lambda path: path.stat().st_mtime)
+
+
+def existing(task: Task, data_root: str | Path) -> Path:
+    """Where the store of `task` is: the whole one, else a partial one, else where it would be."""
+    path = store_path(task, data_root)
+    partial = path.with_name(path.name + PARTIAL)
+    return partial if partial.exists() and not path.exists() else path
+
+
+def settings_name(task: Task) -> str:
+    """The part of the store's name that does not depend on the source files."""
+    return f"{task.name}-{task.inputs}-{settings_key(task)[:12]}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- Building ------------------------------------------------------------------------------------------------------
 
 
-def prepare(task: Task, data_root: str | Path, *, on_progress: Progress | None = None) -> Store:
+def prepare(
+    task: Task,
+    data_root: str | Path,
+    *,
+    download: bool = False,
+    allow_partial: bool = False,
+    on_progress: Progress | None = None,
+) -> Store:
     """Open the packed store of `task`, building it first where it is missing.
 
     Several processes may call this at once: one builds, the others wait for it. A build that fails or is interrupted
     leaves nothing behind; what a killed one left is swept away by the next.
 
+    Args:
+        download: fetch the publisher's files where they are missing.
+        allow_partial: accept fewer examples than there should be; such a store is kept apart and says so.
     Raises:
         DataError: the sources are missing or malformed, the store cannot be written, or it is damaged.
     """
-    path = store_path(task, data_root)
+    on_progress = on_progress or (lambda what, done, total: None)
+    try:
+        path = store_path(task, data_root)
+    except DataError:
+        task.fetch(download=download, on_progress=on_progress)
+        path = store_path(task, data_root)
     if not path.exists():
-        with disk_errors(path, "data.root", DataError):
-            _build_alone(task, path, on_progress or (lambda split, done, total: None))
+        partial = path.with_name(path.name + PARTIAL)
+        if allow_partial and partial.exists():
+            path = partial
+        else:
+            with disk_errors(path, "data.root", DataError):
+                path = _build_alone(task, path, partial if allow_partial else None, on_progress)
     return open_store(path)
 
 
-def _build_alone(task: Task, path: Path, on_progress: Progress) -> None:
+def _build_alone(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
+    """Build under a lock; returns where the store is: `path`, or `partial` where that is given and rows are missing."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}.lock"):
-        if path.exists():  # built while we waited
-            return
+        for made in (path, partial):
+            if made is not None and made.exists():  # built while we waited
+                return made
         for stale in path.parent.glob(f".{path.name}.building-*"):  # of a killed process: only the lock's holder builds
             shutil.rmtree(stale, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
         try:
-            _build(task, building, on_progress)
+            is_partial = _build(task, building, partial is not None, on_progress)
             building.chmod(0o755)  # mkdtemp's folder is for its owner only
-            building.rename(path)
+            made = partial if partial is not None and is_partial else path
+            building.rename(made)
             sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
+    task.packed()
+    return made
 
 
-def _build(task: Task, folder: Path, on_progress: Progress) -> None:
+def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress) -> bool:
+    """Write all splits and the manifest into `folder`; returns whether examples are missing."""
     counts = task.split_sizes() or {}
-    # A task without validation examples would have them carved from train here, before packing, under its fingerprint.
-    splits = {name: _pack(task, name, folder, counts.get(name), on_progress) for name in SPLITS}
+    entries = {
+        name: _pack(task, name, folder, counts.get(name), allow_partial, on_progress)
+        for name in SPLITS
+        if name not in task.same
+    }
+    for name, other in task.same.items():
+        entries[name] = entries[other] | {"same_as": other}
+    is_partial = any(entries[name]["count"] < count for name, count in counts.items())
+    splits = {name: _open_split(folder, entries[name].get("same_as", name)) for name in SPLITS}
     manifest = {
         "task": task.name,
         "inputs": task.inputs,
@@ -133,10 +217,13 @@ def _build(task: Task, folder: Path, on_progress: Progress) -> None:
         "num_classes": task.num_classes,
         "dual": task.dual,
         "vocab": task.vocab,
-        "splits": splits,
-        "source_files": [{"name": path.name, "sha256": _file_hash(path)} for path in task.source_files()],
+        "partial": is_partial,
+        "splits": {name: entries[name] for name in SPLITS},
+        "reference": task.reference_lines(splits) if len(splits["train"]) and len(splits["test"]) else {},
+        "notes": task.notes(),
+        "source_files": task.source_hashes(),
         "fingerprint": task.fingerprint(),
-        "key": store_key(task),
+        "key": settings_key(task),
         "versions": {"store": STORE_VERSION, "reader": task.reader_version, "numpy": np.__version__},
     }
     with open(folder / "manifest.json", "w", encoding="utf-8") as file:
@@ -144,60 +231,82 @@ def _build(task: Task, folder: Path, on_progress: Progress) -> None:
         file.write("\n")
         _sync_file(file)
     sync_folder(folder)
+    return is_partial
 
 
-def _pack(task: Task, name: str, folder: Path, expected: int | None, on_progress: Progress) -> dict[str, Any]:
+def _pack(
+    task: Task, name: str, folder: Path, expected: int | None, allow_partial: bool, on_progress: Progress
+) -> dict[str, Any]:
     """Write the three arrays of one split in one pass; returns its entry in the manifest."""
     dtype, row_shape = inputs_dtype(task), inputs_shape(task)
     lengths: list[np.ndarray] = []
-    labels: list[int] = []
-    examples = iter(task.examples(name))
+    labels: list[int | np.ndarray] = []
+    examples, rows = iter(task.examples(name)), rows_per_write(dtype, row_shape)
     with open(folder / f"{name}.inputs.npy", "wb") as file:
         _write_header(file, dtype, (0, *row_shape))
-        while batch := list(itertools.islice(examples, ROWS_PER_WRITE)):
+        while batch := list(itertools.islice(examples, rows)):
             padded = np.zeros((len(batch), *row_shape), dtype)
             lengths.extend(fill(row, example, task) for row, example in zip(padded, batch, strict=True))
             file.write(padded.data)
             labels.extend(example.label for example in batch)
             on_progress(name, len(labels), expected)
-        if expected is not None and len(labels) != expected:
-            raise DataError(f"{task.name}: {len(labels)} examples in {name}, expected {expected}")
+        check_count(task, name, len(labels), allow_partial)
         _write_header(file, dtype, (len(labels), *row_shape))
         _sync_file(file)
-    _write_array(folder / f"{name}.lengths.npy", np.array(lengths, "<i4").reshape(len(labels), *row_shape[:-1]))
-    _write_array(folder / f"{name}.labels.npy", np.array(labels, "<u1" if task.num_classes <= 256 else "<i4"))
+    pair, targets = (2,) * task.dual, (task.num_targets,) * (task.num_targets > 1)
+    _write_array(folder / f"{name}.lengths.npy", np.array(lengths, "<i4").reshape(len(labels), *pair))
+    label_dtype = "<u1" if task.num_classes <= 256 else "<i4"
+    _write_array(folder / f"{name}.labels.npy", np.array(labels, label_dtype).reshape(len(labels), *targets))
     return _describe(_open_split(folder, name), task.num_classes) | {"bytes": _file_sizes(folder, name)}
 
 
+def check_count(task: Task, name: str, found: int, allow_partial: bool = False) -> None:
+    """Raises: DataError, if the sources held another number of examples than the task should have."""
+    expected = (task.split_sizes() or {}).get(name)
+    if expected is None or found == expected or (allow_partial and 0 < found < expected):
+        return
+    files = task.source_files()
+    folder = f" of {os.path.commonpath([file.parent for file in files])}" if files else ""
+    shortage = f"; {task.shortage}" if task.shortage and found < expected else ""
+    remedy = "; data.allow_partial=true takes what is there" if 0 < found < expected else ""
+    raise DataError(f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}{remedy}")
+
+
 def inputs_shape(task: Task) -> tuple[int, ...]:
-    """Of one packed example: (L,), or (2, L) for pairs."""
-    return (2, task.seq_len) if task.dual else (task.seq_len,)
+    """Of one packed example: (L,), (2, L) for pairs, with a last axis F where a position has several values."""
+    return (2,) * task.dual + (task.seq_len,) + (task.num_features,) * (task.num_features > 1)
+
+
+def rows_per_write(dtype: np.dtype, row_shape: tuple[int, ...]) -> int:
+    """So many that memory stays small and progress shows."""
+    return int(np.clip(BYTES_PER_WRITE // (dtype.itemsize * math.prod(row_shape)), 1, 1024))
 
 
 def inputs_dtype(task: Task) -> np.dtype:
-    """The smallest type that holds the vocabulary; the reader's own where inputs are values."""
+    """The smallest type that holds the vocabulary; the task's own where inputs are values."""
     if task.vocab is None:
-        return np.asarray(next(iter(task.examples("train"))).inputs).dtype.newbyteorder("<")
+        return task.value_dtype.newbyteorder("<")
     return np.dtype("<u1" if len(task.vocab) <= 2**8 else "<u2" if len(task.vocab) <= 2**16 else "<i4")
 
 
-def fill(row: Integer[np.ndarray, "*pair L"], example: Example, task: Task) -> Int[np.ndarray, "*pair"]:
+def fill(row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task) -> Int[np.ndarray, "*pair"]:
     """Copy an example into the zeros of `row`, from the left; returns its length, or the two of a pair.
 
     Raises:
         DataError: the example does not fit.
-        ValueError: an id or the label is outside its range, a fault of the reader.
+        ValueError: an id or a label is outside its range, a fault of the reader.
     """
     sequences = example.inputs if isinstance(example.inputs, tuple) else (example.inputs,)
-    for place, sequence in zip(row.reshape(-1, task.seq_len), sequences, strict=True):
+    for place, sequence in zip(row if task.dual else [row], sequences, strict=True):
         if len(sequence) > task.seq_len:
             raise DataError(f"{task.name}: an example has length {len(sequence)}; raise task.seq_len={task.seq_len}")
         if task.vocab is not None and len(sequence) and not 0 <= sequence.min() <= sequence.max() < len(task.vocab):
             raise ValueError(f"{task.name}: an id outside the vocabulary of {len(task.vocab)}")
         place[: len(sequence)] = sequence
-    if not 0 <= example.label < task.num_classes:
+    if not 0 <= np.min(example.label) <= np.max(example.label) < task.num_classes:
         raise ValueError(f"{task.name}: label {example.label} outside 0..{task.num_classes - 1}")
-    return np.array([len(sequence) for sequence in sequences], np.int32).reshape(row.shape[:-1])
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    return lengths if task.dual else lengths.reshape(())
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
@@ -225,11 +334,6 @@ def _file_sizes(folder: Path, name: str) -> dict[str, int]:
     return {array: (folder / f"{name}.{array}.npy").stat().st_size for array in ARRAYS}
 
 
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _open_split(folder: Path, name: str) -> Split:
     inputs_path = folder / f"{name}.inputs.npy"
     lengths, labels = (np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:])
@@ -252,14 +356,16 @@ def open_store(path: str | Path) -> Store:
     manifest = _read_manifest(path)
     for name, entry in manifest["splits"].items():
         for array, expected in entry["bytes"].items():
-            file = path / f"{name}.{array}.npy"
+            file = path / f"{entry.get('same_as', name)}.{array}.npy"
             found = file.stat().st_size if file.is_file() else 0
             if found != expected:
                 raise _damaged(path, manifest["task"], f"{file.name} has {found} bytes, expected {expected}")
     try:
-        splits = {name: _open_split(path, name) for name in manifest["splits"]}
+        splits = {name: _open_split(path, name) for name, entry in manifest["splits"].items() if "same_as" not in entry}
     except ValueError as error:
         raise _damaged(path, manifest["task"], str(error)) from error
+    # one object for the two names, so that nothing holds its examples twice
+    splits = {name: splits[entry.get("same_as", name)] for name, entry in manifest["splits"].items()}
     return Store(path, manifest, splits)
 
 
@@ -285,12 +391,13 @@ def _describe(split: Split, num_classes: int) -> dict[str, Any]:
     """What the manifest says of a split and `verify` computes again."""
     digest = hashlib.sha256()
     for array in (split.inputs, split.lengths, split.labels):
-        for first in range(0, len(array), ROWS_PER_WRITE):
-            digest.update(np.ascontiguousarray(array[first : first + ROWS_PER_WRITE]).data)
+        rows = rows_per_write(array.dtype, array.shape[1:])
+        for first in range(0, len(array), rows):
+            digest.update(np.ascontiguousarray(array[first : first + rows]).data)
     lengths = split.lengths if len(split) else np.zeros(1, np.int32)
     return {
         "count": len(split),
-        "labels": np.bincount(split.labels, minlength=num_classes).tolist(),
+        "labels": np.bincount(split.labels.ravel(), minlength=num_classes).tolist(),
         "lengths": {"min": int(lengths.min()), "mean": round(float(lengths.mean()), 3), "max": int(lengths.max())},
         "sha256": digest.hexdigest(),
     }
@@ -299,21 +406,30 @@ def _describe(split: Split, num_classes: int) -> dict[str, Any]:
 def verify(store: Store) -> Report:
     """Recompute hashes, counts, label balance and lengths, and look for examples that two splits share."""
     problems = []
-    for name, split in store.splits.items():
+    distinct = {name: split for name, split in store.splits.items() if "same_as" not in store.manifest["splits"][name]}
+    for name, split in distinct.items():
         entry = store.manifest["splits"][name]
         for what, found in _describe(split, store.manifest["num_classes"]).items():
             if found != entry[what]:
                 problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")
-    digests = {name: _row_digests(split) for name, split in store.splits.items()}
-    overlaps = {}
-    for one, other in itertools.combinations(digests, 2):
-        known = set(digests[one])
-        overlaps[f"{one}/{other}"] = sum(digest in known for digest in digests[other])
-    return Report(tuple(problems), overlaps)
+    overlaps, documents = {}, {}
+    rows = {name: _digests(split.inputs, split.lengths) for name, split in distinct.items()}
+    for one, other in itertools.combinations(rows, 2):
+        known = set(rows[one])
+        overlaps[f"{one}/{other}"] = sum(digest in known for digest in rows[other])
+    if store.manifest["dual"]:
+        sides = {
+            name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
+            for name, split in distinct.items()
+        }
+        for one, other in itertools.combinations(sides, 2):
+            known = {digest for side in sides[one] for digest in side}
+            documents[f"{one}/{other}"] = sum(u in known or v in known for u, v in zip(*sides[other], strict=True))
+    return Report(tuple(problems), overlaps, documents)
 
 
-def _row_digests(split: Split) -> list[bytes]:
+def _digests(inputs: np.ndarray, lengths: np.ndarray) -> list[bytes]:
     return [
         hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16, key=length.tobytes()).digest()
-        for row, length in zip(split.inputs, split.lengths, strict=True)
+        for row, length in zip(inputs, lengths, strict=True)
     ]

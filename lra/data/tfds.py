@@ -15,27 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import fill, inputs_dtype, inputs_shape, store_key
+from lra.data.store import Store, check_count, fill, inputs_dtype, inputs_shape, store_name
 from lra.tasks import SPLITS, Task
 
 FEATURES_VERSION = "1.0.0"  # of the features below; what changes the examples changes the name of the config
 
 
-def builder(task: Task, data_dir: str | Path | None = None) -> Any:
-    """A `tfds.core.GeneratorBasedBuilder` named `lra_<task>`, with one config, `<inputs>-<key>` as the packed store.
+def builder(task: Task, data_dir: str | Path | None = None, store: Store | None = None) -> Any:
+    """A `tfds.core.GeneratorBasedBuilder` named `lra_<task>`, with one config, named as the packed store.
 
-    Features: `inputs`, padded with 0 to (seq_len,) or (2, seq_len) for pairs, in the integer type of the packed store;
-    `length`, () or (2,); `label`.
+    Features: `inputs`, padded with 0 to (seq_len,), or (2, seq_len) for pairs, with a last axis where a position has
+    several values, in the integer type of the packed store; `length`, () or (2,); `label`, () or (num_targets,). A
+    split that is another under a second name (validation is test) is written once.
 
     Args:
         data_dir: where TFDS keeps its data; None: its own default.
+        store: the packed store of this task, where there is one: then the records are its rows, and no source is read
+            or generated again.
     """
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = f"lra_{task.name}"
         VERSION = tfds.core.Version(FEATURES_VERSION)
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=f"{task.inputs}-{store_key(task)[:12]}"),)
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=store_name(task).removeprefix(f"{task.name}-")),)
         pkg_dir_path = Path(__file__).parent  # where TFDS looks for tags and citations; it finds only its own packages
 
         def _info(self):
@@ -46,7 +49,7 @@ def builder(task: Task, data_dir: str | Path | None = None) -> Any:
             )
 
         def _split_generators(self, dl_manager):
-            return {name: _records(task, name) for name in SPLITS}
+            return {name: _records(task, name, store) for name in SPLITS if name not in task.same}
 
         def _generate_examples(self):  # abstract upstream, but unused: _split_generators hands the records over
             raise NotImplementedError
@@ -59,15 +62,31 @@ def _features(task: Task) -> Any:
 
     shape = inputs_shape(task)
     inputs = tfds.features.Tensor(shape=shape, dtype=inputs_dtype(task).type, encoding="zlib")
-    length = tfds.features.Tensor(shape=shape[:-1], dtype=np.int32)
-    return tfds.features.FeaturesDict(
-        {"inputs": inputs, "length": length, "label": tfds.features.ClassLabel(num_classes=task.num_classes)}
-    )
+    length = tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32)
+    label = tfds.features.ClassLabel(num_classes=task.num_classes)
+    if task.num_targets > 1:
+        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
+    return tfds.features.FeaturesDict({"inputs": inputs, "length": length, "label": label})
 
 
-def _records(task: Task, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _rows_read(task, split) if store is None else _rows_packed(store, split)
+    for key, (inputs, length, label) in enumerate(rows):
+        yield key, {"inputs": inputs, "length": length, "label": label}
+
+
+def _rows_packed(store: Store, split: str) -> Iterator[tuple[Any, Any, Any]]:
+    packed = store.splits[split]
+    for inputs, length, label in zip(packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True):
+        yield np.asarray(inputs), length, label
+
+
+def _rows_read(task: Task, split: str) -> Iterator[tuple[Any, Any, Any]]:
     dtype, shape = inputs_dtype(task), inputs_shape(task)
-    for key, example in enumerate(task.examples(split)):
+    count = 0
+    for example in task.examples(split):
         inputs = np.zeros(shape, dtype)
         length = fill(inputs, example, task)
-        yield key, {"inputs": inputs, "length": length, "label": example.label}
+        count += 1
+        yield inputs, length, np.asarray(example.label, np.int32) if task.num_targets > 1 else example.label
+    check_count(task, split, count)

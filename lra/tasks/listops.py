@@ -27,8 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer, UInt8, UInt32
 
+from lra.data.fetch import obtain
+from lra.data.sources import LRA_RELEASE, Source, located
 from lra.errors import ConfigError, DataError
-from lra.tasks import SPLITS, Example, Task
+from lra.tasks import SPLITS, Example, Progress, Task, check_option
 
 TOKENS = (*"0123456789", "[MAX", "[MED", "[MIN", "[SM", "]")  # sorted
 OPERATORS = ("MAX", "MED", "MIN", "SM")
@@ -38,7 +40,13 @@ EOS = 2  # s4 only
 
 RELEASE_MAX_LENGTH = 1999
 RELEASE_SEQ_LEN = {"lra2020": 2000, "s4": 2048}
-RELEASE_FOLDERS = ("lra_release/lra_release/listops-1000", "lra_release/listops-1000", "listops-1000", ".")
+RELEASE = Source(
+    "ListOps of the Long Range Arena release",
+    "listops-1000",
+    tuple(f"basic_{split}.tsv" for split in SPLITS),
+    (LRA_RELEASE.filename,),
+    LRA_RELEASE,
+)
 
 DRAWS_PER_CHUNK = 8192
 BARREN_CHUNKS = 256  # so many chunks in a row without a new row: the limits leave too few
@@ -355,45 +363,23 @@ def _lay_out(levels: list[Level], sizes, offsets) -> UInt8[np.ndarray, " T"]:
 # --- The release ---------------------------------------------------------------------------------------------------
 
 
-def find_release(data_root: Path) -> Path:
-    """The folder with the three files, the inner copy of a doubly nested release before the partial outer one.
-
-    Raises:
-        DataError: saying what was looked for and where, and both ways out.
-    """
-    folders = [data_root / folder for folder in RELEASE_FOLDERS]
-    for folder in folders:
-        if all((folder / f"basic_{split}.tsv").is_file() for split in SPLITS):
-            return folder
-    places = ", ".join(str(folder) for folder in folders)
-    raise DataError(
-        f"ListOps needs basic_train.tsv, basic_val.tsv and basic_test.tsv in one folder; looked in {places}. Put the "
-        "files of lra_release.gz (folder listops-1000) there, or generate the task: task.source=generated"
-    )
-
-
-def read_release(path: Path, expected: int) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
+def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
     """Rows (tokens, answer) of one released file, each checked by evaluating it.
 
     Raises:
         DataError: naming the file and the row (the header is row 0) of the first thing that is wrong.
     """
-    count = 0
     with open(path, encoding="ascii", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
         if header != "Source\tTarget":
             raise DataError(f"{path}, row 0: the header is {header[:80]!r}, expected 'Source<TAB>Target'")
-        for count, line in enumerate(file, start=1):
+        for row, line in enumerate(file, start=1):
             try:
                 yield _read_row(line.rstrip("\r\n"))
             except ValueError as error:
                 raise DataError(
-                    f"{path}, row {count}: {error}; fetch the file again or set task.source=generated"
+                    f"{path}, row {row}: {error}; fetch the file again or set task.source=generated"
                 ) from None
-    if count != expected:
-        raise DataError(
-            f"{path}: {count} rows, expected {expected}; the file is incomplete or task.sizes is not the release's"
-        )
 
 
 def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
@@ -447,11 +433,9 @@ class ListOps(Task):
         min_args: int = 2,
         seq_len: int | None = None,
     ):
-        if source not in ("generated", "release"):
-            raise ConfigError(f"task.source={source} is unknown; expected generated or release")
+        check_option("task.source", source, ("generated", "release"))
         self.inputs = protocol["inputs"]
-        if self.inputs not in SPECIAL:
-            raise ConfigError(f"protocol.inputs={self.inputs} is unknown to ListOps; expected {' or '.join(SPECIAL)}")
+        check_option("protocol.inputs", self.inputs, tuple(SPECIAL))
         self.name, self.source, self.data_root = name, source, Path(data_root)
         self.grammar = Grammar(max_depth, min_args, max_args, min_length, max_length)
         self.sizes = {split: int(sizes[split]) for split in SPLITS}
@@ -481,7 +465,7 @@ class ListOps(Task):
             rows = self._generated[split]
             found: Iterator = ((rows[i], int(rows.labels[i])) for i in range(len(rows)))
         else:
-            found = read_release(find_release(self.data_root) / f"basic_{split}.tsv", self.sizes[split])
+            found = read_release(self.source_files()[SPLITS.index(split)])
         for row, (tokens, label) in enumerate(found, start=1):
             if len(tokens) > self.grammar.max_length:
                 limit = f"task.max_length={self.grammar.max_length}"
@@ -491,17 +475,21 @@ class ListOps(Task):
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes
 
+    def fetch(self, *, download: bool, on_progress: Progress) -> None:
+        try:
+            obtain(RELEASE, self.data_root, download=download, on_progress=on_progress)
+        except DataError as error:
+            raise DataError(f"{error}; or task.source=generated draws such rows instead") from error
+
     def source_files(self) -> list[Path]:
         if self.source == "generated":
             return []
-        return [find_release(self.data_root) / f"basic_{split}.tsv" for split in SPLITS]
+        folder = located(RELEASE, self.data_root, self.name)
+        return [folder / name for name in RELEASE.contains]
 
     def fingerprint(self) -> dict[str, Any]:
         common = {"inputs": self.inputs, "seq_len": self.seq_len, "source": self.source, "sizes": self.sizes}
-        if self.source == "generated":
-            return common | self.grammar._asdict() | {"data_seed": self.data_seed}
-        stats = [(path.name, path.stat()) for path in self.source_files()]
-        return common | {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+        return common | (self.grammar._asdict() | {"data_seed": self.data_seed} if self.source == "generated" else {})
 
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
         """Write packed splits into `folder` as the release's files, which `source=release` reads back."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lra.data import store as store_module
-from lra.data.store import open_store, prepare, store_key, store_path, verify
+from lra.data.store import open_store, prepare, settings_key, store_path, verify
 from lra.errors import DataError
 from lra.tasks import SPLITS, Example, Task
 from lra.tasks.listops import ListOps
@@ -29,12 +29,14 @@ def listops(protocol=PROTOCOL, data_root="unused", **changes):
 
 
 class Toy(Task):
-    """Examples given outright: `given` holds (inputs, label) for each split."""
+    """Examples given outright: `given` holds (inputs, label) for each split, `files` what they are said to come from."""
 
     name, inputs, num_classes, seq_len = "toy", "s4", 3, 4
 
-    def __init__(self, given, *, vocab_size=None, dual=False, sizes=None):
-        self.given, self.dual, self.sizes = given, dual, sizes
+    def __init__(self, given, *, vocab_size=None, dual=False, sizes=None, files=None, **attributes):
+        self.given, self.dual, self.sizes, self.files = given, dual, sizes, files
+        for name, value in attributes.items():
+            setattr(self, name, value)
         self.vocab = None if vocab_size is None else tuple(map(str, range(vocab_size)))
 
     def examples(self, split):
@@ -45,6 +47,11 @@ class Toy(Task):
 
     def fingerprint(self):
         return {"toy": True}
+
+    def source_files(self):
+        if self.files and not all(file.exists() for file in self.files):
+            raise DataError("toy's file is missing")
+        return self.files or []
 
 
 def ids(*values, dtype=np.int64):
@@ -125,6 +132,32 @@ def test_values_keep_the_readers_type_and_zeros(tmp_path):
     assert (split.inputs.dtype, split.inputs.tolist(), split.lengths.tolist()) == (np.uint8, [[0, 255, 0, 0]], [3])
 
 
+def test_positions_of_several_values_have_an_axis_more(tmp_path):
+    colours = ids(1, 2, 3, 4, 5, 6, dtype=np.uint8).reshape(2, 3)
+    split = prepare(Toy({"train": [(colours, 0)]}, num_features=3), tmp_path).splits["train"]
+    assert split.inputs.tolist() == [[[1, 2, 3], [4, 5, 6], [0, 0, 0], [0, 0, 0]]]
+    assert split.lengths.tolist() == [2]
+
+
+def test_several_labels_an_example(tmp_path):
+    given = {"train": [(ids(1, 2), ids(0, 2)), (ids(3, 4), ids(2, 2))], "test": [(ids(1), ids(2, 0))]}
+    store = prepare(Toy(given, num_targets=2), tmp_path)
+    assert store.splits["train"].labels.tolist() == [[0, 2], [2, 2]]
+    assert store.manifest["splits"]["train"]["labels"] == [1, 0, 3]
+    assert store.manifest["reference"] == {"majority": 0.5}
+    with pytest.raises(ValueError, match="label"):
+        prepare(Toy({"train": [(ids(1), ids(0, 3))]}, num_targets=2), tmp_path / "other")
+
+
+def test_split_under_a_second_name_is_stored_once(tmp_path):
+    given = {"train": [(ids(1), 0)], "test": [(ids(2), 1), (ids(1), 2)]}
+    store = prepare(Toy(given, same={"val": "test"}), tmp_path)
+    assert store.splits["val"] is store.splits["test"]
+    assert store.manifest["splits"]["val"]["count"] == 2
+    assert sorted(path.name for path in store.path.glob("*.inputs.npy")) == ["test.inputs.npy", "train.inputs.npy"]
+    assert verify(store).overlaps == {"train/test": 1}
+
+
 def test_split_without_examples_is_empty(tmp_path):
     store = prepare(Toy({"train": [(ids(1), 0)]}, vocab_size=9), tmp_path)
     assert store.splits["val"].inputs.shape == (0, 4)
@@ -150,19 +183,19 @@ def test_split_without_examples_is_empty(tmp_path):
     ],
 )
 def test_every_setting_that_changes_bytes_changes_the_key(changes):
-    assert store_key(listops(**changes)) != store_key(listops())
+    assert settings_key(listops(**changes)) != settings_key(listops())
 
 
 def test_protocols_with_the_same_inputs_share_a_store():
-    assert store_key(listops({"inputs": "s4", "name": "s4"})) == store_key(listops())
+    assert settings_key(listops({"inputs": "s4", "name": "s4"})) == settings_key(listops())
 
 
 def test_versions_change_the_key(monkeypatch):
-    before, task = store_key(listops()), listops()
+    before, task = settings_key(listops()), listops()
     task.reader_version += 1
-    assert store_key(task) != before
+    assert settings_key(task) != before
     monkeypatch.setattr(store_module, "STORE_VERSION", 99)
-    assert store_key(listops()) != before
+    assert settings_key(listops()) != before
 
 
 # --- Building ------------------------------------------------------------------------------------------------------
@@ -191,6 +224,72 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         prepare(task, tmp_path)
     assert left_in(tmp_path) == []
+
+
+def test_too_few_examples_are_taken_only_when_asked(tmp_path):
+    """and such a store is another one, that nobody gets who did not ask."""
+    task = Toy({name: [(ids(1), 0)] for name in SPLITS}, vocab_size=9, sizes={"train": 3, "val": 1, "test": 1})
+    with pytest.raises(DataError, match="1 examples in train, expected 3; data.allow_partial=true takes what is there"):
+        prepare(task, tmp_path)
+    store = prepare(task, tmp_path, allow_partial=True)
+    assert store.manifest["partial"]
+    assert store.path.name.endswith("-partial")
+    assert prepare(task, tmp_path, allow_partial=True).path == store.path
+    with pytest.raises(DataError, match="expected 3"):
+        prepare(task, tmp_path)
+    assert left_in(tmp_path) == [store.path.name]
+
+
+def test_whole_data_is_no_partial_store(tmp_path):
+    task = Toy({name: [(ids(1), 0)] for name in SPLITS}, vocab_size=9, sizes=dict.fromkeys(SPLITS, 1))
+    store = prepare(task, tmp_path, allow_partial=True)
+    assert not store.manifest["partial"]
+    assert prepare(task, tmp_path).path == store.path
+
+
+@pytest.mark.parametrize("found", [0, 4])
+def test_none_or_too_many_are_refused_even_then(tmp_path, found):
+    given = {"train": [(ids(1), 0)] * found, "val": [(ids(1), 0)], "test": [(ids(1), 0)]}
+    with pytest.raises(DataError, match=f"{found} examples in train, expected 3$"):
+        prepare(Toy(given, vocab_size=9, sizes={"train": 3, "val": 1, "test": 1}), tmp_path, allow_partial=True)
+
+
+def test_changed_source_is_another_store(tmp_path):
+    file = tmp_path / "source.txt"
+    file.write_text("one")
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    first = prepare(task, tmp_path)
+    assert first.manifest["source_files"] == [
+        {"name": "source.txt", "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"}
+    ]
+    file.write_text("two!")
+    assert store_path(task, tmp_path) != first.path
+
+
+def test_store_outlives_its_sources(tmp_path):
+    file = tmp_path / "source.txt"
+    file.write_text("one")
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    path = prepare(task, tmp_path).path
+    file.unlink()
+    assert prepare(task, tmp_path).path == path
+    with pytest.raises(DataError, match="file is missing"):
+        prepare(task, tmp_path / "elsewhere")
+
+
+def test_missing_sources_are_fetched(tmp_path, monkeypatch):
+    file = tmp_path / "source.txt"
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    asked = []
+
+    def fetch(*, download, on_progress):
+        asked.append(download)
+        file.write_text("fetched")
+
+    monkeypatch.setattr(task, "fetch", fetch)
+    assert prepare(task, tmp_path, download=True).manifest["source_files"][0]["name"] == "source.txt"
+    prepare(task, tmp_path)
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("place", ["_sync_file", "_write_array", "sync_folder"])
@@ -320,6 +419,14 @@ def test_shared_examples_are_counted(tmp_path):
     report = verify(prepare(Toy(given, vocab_size=9), tmp_path))
     assert report.overlaps == {"train/val": 0, "train/test": 2, "val/test": 1}
     assert report.problems == ()
+
+
+def test_shared_documents_of_pairs_are_counted(tmp_path):
+    a, b, c, d = (ids(i) for i in (1, 2, 3, 4))
+    given = {"train": [((a, b), 0)], "val": [((c, d), 0)], "test": [((b, c), 1), ((d, d), 1), ((a, b), 0)]}
+    report = verify(prepare(Toy(given, vocab_size=9, dual=True), tmp_path))
+    assert report.overlaps == {"train/val": 0, "train/test": 1, "val/test": 0}
+    assert report.documents == {"train/val": 0, "train/test": 2, "val/test": 2}
 
 
 def test_store_can_be_moved(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from lra.data import tfds
 from lra.data.store import prepare
+from lra.errors import DataError
 from lra.tasks import SPLITS, Example, Task
 from lra.tasks.listops import ListOps
 
@@ -39,20 +40,64 @@ class Pairs(Task):
         return {}
 
 
-@pytest.mark.parametrize("task", [listops("s4"), listops("lra2020"), Pairs()], ids=["s4", "lra2020", "pairs"])
+class Colours(Task):
+    """Three values a position, two labels an example, and no validation but test."""
+
+    name, inputs, num_classes, seq_len, vocab = "colours", "pixels", 3, 2, None
+    num_features, num_targets, same = 3, 2, {"val": "test"}
+
+    def examples(self, split):
+        for shade in range(4):
+            yield Example(np.full((2, 3), 40 * shade + (split == "test"), np.uint8), np.array([shade % 3, 2]))
+
+    def split_sizes(self):
+        return None
+
+    def fingerprint(self):
+        return {}
+
+
+class Short(Colours):
+    """Fewer examples than there should be."""
+
+    def split_sizes(self):
+        return {"train": 4, "test": 5}
+
+
+@pytest.mark.parametrize(
+    "task", [listops("s4"), listops("lra2020"), Pairs(), Colours()], ids=["s4", "lra2020", "pairs", "colours"]
+)
 def test_builder_reads_back_the_store(tmp_path, task):
     store = prepare(task, tmp_path)
     builder = tfds.builder(task, tmp_path / "tfds")
     builder.download_and_prepare()
     assert builder.info.full_name == f"lra_{store.path.name.replace('-', '/', 1)}/{tfds.FEATURES_VERSION}"
-    assert len(list(builder.data_path.glob("*.array_record*"))) == 3
-    for name in SPLITS:
+    distinct = [name for name in SPLITS if name not in task.same]
+    assert len(list(builder.data_path.glob("*.array_record*"))) == len(distinct)
+    for name in distinct:
         split, source = store.splits[name], builder.as_data_source(name)
         records = [source[i] for i in range(len(source))]
         np.testing.assert_array_equal(np.stack([record["inputs"] for record in records]), split.inputs)
         np.testing.assert_array_equal(np.stack([record["length"] for record in records]), split.lengths)
-        assert [record["label"] for record in records] == split.labels.tolist()
+        np.testing.assert_array_equal(np.stack([record["label"] for record in records]), split.labels)
         assert records[0]["inputs"].dtype == split.inputs.dtype
+
+
+def test_missing_examples_are_refused(tmp_path):
+    with pytest.raises(DataError, match="4 examples in test, expected 5"):
+        tfds.builder(Short(), tmp_path).download_and_prepare()
+
+
+def test_records_can_come_from_the_store(tmp_path, monkeypatch):
+    """So that what takes hours to generate is generated once."""
+    task = Colours()
+    store = prepare(task, tmp_path)
+    monkeypatch.setattr(task, "examples", None)
+    builder = tfds.builder(task, tmp_path / "tfds", store)
+    builder.download_and_prepare()
+    record = builder.as_data_source("test")[3]
+    np.testing.assert_array_equal(record["inputs"], store.splits["test"].inputs[3])
+    np.testing.assert_array_equal(record["label"], [0, 2])
 
 
 def test_prepared_data_is_reused(tmp_path, monkeypatch):

@@ -153,6 +153,32 @@ def test_pair_goes_through_one_encoder():
     np.testing.assert_allclose(logits, out, atol=1e-5)
 
 
+def test_head_of_a_pair_sees_what_the_option_says():
+    """`concat` is the LRA paper's [u, v]: another function and fewer weights."""
+    pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1)
+    model = backbone(num_pairs=2, pair_head="concat")
+    logits = model(pairs, lengths)
+    u, v = (model.features(pairs[:, i], lengths[:, i], train=False, rngs=None) for i in (0, 1))
+    assert model.head.hidden.kernel.shape == (2 * 4, 2 * 4)
+    hidden = jax.nn.gelu(model.head.hidden(jnp.concatenate([u, v], axis=1)))
+    np.testing.assert_allclose(logits, model.head.output(hidden), rtol=1e-5)
+    with pytest.raises(ValueError, match="backbone.pair_head=sum is unknown"):
+        backbone(num_pairs=2, pair_head="sum")
+
+
+def test_last_positions_have_a_class_each():
+    """Target t is read at position L - T + t, from that position's own features."""
+    model = backbone(num_targets=3)
+    lengths = jnp.full(len(IDS), 9)
+    logits = model(IDS, lengths)
+    assert logits.shape == (len(IDS), 3, 5)
+    features = model.features(IDS, lengths, train=False, rngs=None)
+    np.testing.assert_allclose(logits, model.head(features), rtol=1e-5)
+    changed = model(IDS.at[:, -1].set((IDS[:, -1] + 1) % 7), lengths)  # the mixer is causal
+    np.testing.assert_allclose(changed[:, :2], logits[:, :2], atol=1e-6)
+    assert np.abs(changed[:, 2] - logits[:, 2]).max() > 1e-3
+
+
 def test_values_go_through_a_linear_encoder():
     model = backbone(vocab_size=None, num_features=2)
     assert model(jnp.ones((3, 9, 2)), LENGTHS).shape == (3, 5)

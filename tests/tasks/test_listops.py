@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from lra.data.store import prepare, store_name
 from lra.errors import ConfigError, DataError
 from lra.tasks import SPLITS, listops
 from lra.tasks.listops import CLOSE, FIRST_OPERATOR, TOKENS, Grammar, ListOps, Rows, draw_chunk, evaluate, generate
@@ -311,10 +312,8 @@ def test_inner_copy_of_a_nested_release_comes_first(tmp_path):
 
 def test_missing_release_says_what_where_and_how(tmp_path):
     task = make_task(data_root=tmp_path, source="release")
-    with pytest.raises(
-        DataError, match=r"basic_train\.tsv.*lra_release/listops-1000.*task\.source=generated"
-    ) as caught:
-        task.fingerprint()
+    with pytest.raises(DataError, match=r"listops-1000 with basic_train\.tsv.*task\.source=generated") as caught:
+        prepare(task, tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -326,8 +325,6 @@ SPOILT = {
     "no header": (lambda lines: lines[1:], "row 0: the header is"),
     "no file content": (lambda lines: [], "row 0: the header is ''"),
     "cut inside a row": (lambda lines: [*lines[:20], lines[20][:40]], "row 20: found the answer ''"),
-    "cut between rows": (lambda lines: lines[:20], "19 rows, expected 30"),
-    "a row too many": (lambda lines: [*lines, lines[1]], "31 rows, expected 30"),
     "unknown token": (lambda lines: with_line(lines, 3, "( ( ( [MUL 1 ) 2 ) ] )\t2"), "row 3: unknown token '\\[MUL'"),
     "no brackets": (lambda lines: with_line(lines, 4, "( ( ( MAX 1 ) 2 ) )\t2"), "row 4: no closing bracket"),
     "wrong answer": (lambda lines: with_line(lines, 5, "[MAX 1 2 ]\t1"), "row 5: .* 1, but the row evaluates to 2"),
@@ -353,9 +350,21 @@ def test_spoilt_file_is_refused_with_its_row(release, fault):
     assert "basic_test.tsv" in str(caught.value)
 
 
-def test_fingerprint_knows_a_changed_file(release):
+def test_store_is_another_after_a_change_of_a_file(release):
     data_root, folder = release
-    before = make_task(data_root=data_root, source="release").fingerprint()
+    before = store_name(make_task(data_root=data_root, source="release"))
     with open(folder / "basic_val.tsv", "a") as file:
         file.write("[MAX 1 2 ]\t2\n")
-    assert make_task(data_root=data_root, source="release").fingerprint() != before
+    assert store_name(make_task(data_root=data_root, source="release")) != before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [(20, "20 examples in test .*listops-1000, expected 30"), (31, "31 exam")]
+)
+def test_another_number_of_rows_is_refused(release, rows, message):
+    data_root, folder = release
+    file = folder / "basic_test.tsv"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, lines[1]][: 1 + rows]))
+    with pytest.raises(DataError, match=message):
+        prepare(make_task(data_root=data_root, source="release"), data_root)

@@ -1,0 +1,158 @@
+"""How fast is it here? Measurements that people can repeat: `lra bench data`.
+
+A measurement is one number with its unit and the goal it is held against. The result carries what it was measured on;
+it is printed as a table and, with `--output`, kept as JSON.
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lra.errors import DataError
+from lra.files import write_atomically
+
+SUITES = ("data",)
+WINDOW_SECONDS = 0.5  # of one measured window of a rate
+WINDOWS = 5
+
+
+class Measurement(NamedTuple):
+    what: str
+    value: float | None  # None: not measured, `note` says why
+    unit: str
+    goal: str
+    note: str = ""
+
+
+def run(suite: str, data_root: Path) -> dict[str, Any]:
+    """Measure a suite; returns what `render` prints and `save` writes."""
+    from lra.records import git_commit, versions
+
+    measurements = [m._asdict() for m in {"data": data}[suite](data_root)]
+    return {
+        "suite": suite,
+        "commit": git_commit(),
+        "versions": versions(),
+        "machine": {"cpu": _cpu_name(), "cores": _cores(), "system": platform.system()},
+        "measurements": measurements,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table with its origin below."""
+    from tabulate import tabulate
+
+    rows = [
+        [m["what"], "not measured" if m["value"] is None else f"{m['value']:,.4g} {m['unit']}", m["goal"], m["note"]]
+        for m in result["measurements"]
+    ]
+    machine = result["machine"]
+    return (
+        tabulate(rows, headers=["what", "measured", "goal", "note"], tablefmt="pipe")
+        + f"\n\n{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}, "
+        + f"Python {result['versions']['python']}, NumPy {result['versions']['numpy']}\n"
+    )
+
+
+def save(result: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, (json.dumps(result, indent=1) + "\n").encode())
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def data(data_root: Path) -> Iterator[Measurement]:
+    """From sources to batches: preparation in a scratch folder, generators, opening, random batches on the host.
+
+    Args:
+        data_root: where the publishers' files are looked for; without them their lines say so.
+    """
+    with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
+        listops = ["task=listops"]
+        yield _prepare("ListOps, 100,000 rows generated and packed", listops, data_root, scratch, "< 90 s")
+        yield _open("opening its store", listops, scratch, "< 0.2 s")
+        yield _batches("random batches of 64 x 2,048 from it", listops, scratch, ">= 2,000 batches/s")
+        yield _prepare("Text (IMDB), both splits packed", ["task=text"], data_root, scratch, "< 30 s")
+        yield _prepare("Image (CIFAR-10) packed", ["task=image"], data_root, scratch, "< 20 s")
+    yield _pictures(32, 3000, ">= 300 pictures/s")
+    yield _pictures(128, 200, ">= 20 pictures/s")
+
+
+def _task(overrides: Sequence[str], data_root: str | Path) -> Any:
+    from lra.config import build_task, compose
+
+    return build_task(compose([*overrides, f"data.root={data_root}"]))
+
+
+def _prepare(what: str, overrides: Sequence[str], data_root: Path, scratch: str, goal: str) -> Measurement:
+    from lra.data.store import prepare
+
+    task = _task(overrides, data_root)
+    start = time.perf_counter()
+    try:
+        store = prepare(task, scratch)
+    except DataError as error:
+        return Measurement(what, None, "s", goal, str(error).split(",")[0])
+    seconds = time.perf_counter() - start
+    rows = sum(entry["count"] for entry in store.manifest["splits"].values() if "same_as" not in entry)
+    return Measurement(what, seconds, "s", goal, f"{rows:,} rows, {store.manifest['source']}")
+
+
+def _open(what: str, overrides: Sequence[str], scratch: str, goal: str) -> Measurement:
+    from lra.data.store import prepare
+
+    task = _task(overrides, scratch)
+    return Measurement(what, _median_seconds(lambda: prepare(task, scratch)), "s", goal)
+
+
+def _batches(what: str, overrides: Sequence[str], scratch: str, goal: str) -> Measurement:
+    from lra.data.store import prepare
+
+    train = prepare(_task(overrides, scratch), scratch).splits["train"]
+    rng = np.random.default_rng(0)
+    rate = 1 / _median_seconds(lambda: train.batch(rng.integers(0, len(train), 64)))
+    return Measurement(what, rate, "batches/s", goal)
+
+
+def _pictures(size: int, count: int, goal: str) -> Measurement:
+    from lra.tasks.pathfinder import generate
+
+    generate(64, size=size)  # the workers start
+    start = time.perf_counter()
+    generate(count, size=size, seed=1)
+    rate = count / (time.perf_counter() - start)
+    return Measurement(f"Pathfinder pictures of {size} x {size}, hard", rate, "pictures/s", goal, f"{count:,} pictures")
+
+
+def _median_seconds(call: Callable[[], Any]) -> float:
+    """Of one call, over windows of many."""
+    call()
+    means = []
+    for _ in range(WINDOWS):
+        calls, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < WINDOW_SECONDS:
+            call()
+            calls += 1
+        means.append(elapsed / calls)
+    return float(np.median(means))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,366 @@
+"""Are the two marked ends joined by one dashed line? Pictures of two long paths among short distractors.
+
+Source: Linsley et al. 2018 (arXiv 1805.08315) and Kim et al. 2020; Pathfinder (32x32) and Path-X (128x128) of the Long
+Range Arena (Tay et al. 2020, arXiv 2011.04006), whose task is the hard level, paths of 14 dashes.
+
+Two sources, one task: pictures generated from a seed (`lra.tasks.snakes`), and the folders of the release,
+
+    pathfinder32/curv_contour_length_14/metadata/<batch>.npy, .../imgs/<batch>/sample_<k>.png
+
+with one row of metadata a picture: folder, file, number, LABEL, continuity, contour length, distractor length, paddle
+length, paddle thickness, margin, number of contrasts. In the release they are plain text despite their name; the upstream
+generator writes a binary array of strings. Both are read.
+
+Splits. Generated pictures are independent, so consecutive blocks of one stream serve every protocol. The release is cut
+80/10/10: in the order of its files under lra2020 (whose TFDS builder stores them in another order), else by a seeded
+permutation (S4 draws with PyTorch's generator: the same shares, other pictures).
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from lra.data.fetch import obtain
+from lra.data.sources import LRA_RELEASE, Source, locate_all
+from lra.errors import ConfigError, DataError
+from lra.tasks import SPLITS, Example, Progress, check_option
+from lra.tasks.pictures import PictureTask, cut, decode_png
+from lra.tasks.snakes import draw, generate, settings
+
+__all__ = ["Pathfinder", "generate"]
+
+LEVELS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
+EMPTY = (32, "easy", "imgs/0/sample_172.png")  # a file without a byte in the release
+PICTURES_PER_CHUNK = 500  # generated ones, kept in a file: what an interruption loses, for each process
+PICTURES_PER_BATCH = 1000  # in a folder of the release
+CALL_BYTES = 2**22  # of pictures that one call reads from the release,
+CALLS = 64  # and so many calls at once: what is in memory
+
+Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
+
+
+# --- The release ---------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The rows of one metadata file."""
+
+    path: Path
+    files: list[str]  # of the pictures, below the level's folder
+    labels: UInt8[np.ndarray, " n"]
+
+
+def read_metadata(path: Path) -> Batch:
+    """The pictures that a metadata file names, plain text or a binary array of strings, with their labels.
+
+    Raises:
+        DataError: naming the file and the row.
+    """
+    content = path.read_bytes()
+    rows = _binary_rows(path, content) if content.startswith(b"\x93NUMPY") else _text_rows(path, content)
+    files, labels = [], []
+    for number, row in enumerate(rows):
+        if len(row) < 4 or row[3] not in ("0", "1"):
+            found = f"label {row[3]!r} in column 3" if len(row) > 3 else f"{len(row)} columns"
+            raise DataError(f"{path}, row {number}: {found}, expected folder, file, number, label (0 or 1), ...")
+        files.append(f"{row[0]}/{row[1]}")
+        labels.append(int(row[3]))
+    return Batch(path, files, np.array(labels, np.uint8))
+
+
+def without(batch: Batch, file: str) -> Batch:
+    """`batch` without one of its pictures."""
+    kept = [i for i, name in enumerate(batch.files) if name != file]
+    return Batch(batch.path, [batch.files[i] for i in kept], batch.labels[kept])
+
+
+def _text_rows(path: Path, content: bytes) -> list[list[str]]:
+    try:
+        return [line.split() for line in content.decode("ascii").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again") from error
+
+
+def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        convert = "numpy.savetxt(PATH, numpy.load(PATH, allow_pickle=True), fmt='%s')"
+        raise DataError(
+            f"{path}: cannot be read ({error}). Pickled objects can run code and are not loaded: where you trust the "
+            f"file, turn it into text with {convert}; else fetch it again"
+        ) from error
+    if array.ndim != 2 or array.dtype.kind not in "SU":
+        raise DataError(f"{path}: {array.dtype} {array.shape}, expected rows of strings, one a picture")
+    return array.astype("U").tolist()
+
+
+def read_pictures(folder: Path, files: list[str], size: int) -> tuple[UInt8[np.ndarray, "n H W"], str]:
+    """Some pictures of the release, and the SHA-256 of their files' bytes one after another.
+
+    Raises:
+        DataError: a file is missing or no PNG of that size, with its name.
+    """
+    pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
+    for place, file in zip(pictures, files, strict=True):
+        try:
+            content = (folder / file).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{folder / file}: missing, but metadata names it; unpack the release again") from None
+        digest.update(content)
+        place[:] = decode_png(content, (size, size), "L", str(folder / file))
+    return pictures, digest.hexdigest()
+
+
+# --- Work in parts -------------------------------------------------------------------------------------------------
+
+
+def in_order(function: Callable[..., Any], calls: Sequence[tuple], at_once: int) -> Iterator[Any]:
+    """`function(*call)` for each call, in order, on all processors; in this process where there is one call only.
+
+    No more than `at_once` results wait to be taken. (A generator of joblib computes on, however slowly it is read.)
+    """
+    with joblib.Parallel(n_jobs=max(1, min(joblib.cpu_count(), len(calls)))) as parallel:
+        for first in range(0, len(calls), at_once):
+            yield from parallel(joblib.delayed(function)(*call) for call in calls[first : first + at_once])
+
+
+def finish_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:
+    """The file with pictures first..last-1 of a seed; draws them where there is no sound one."""
+    path = folder / f"{first:08d}-{last:08d}.npz"
+    if load_chunk(path, last - first, size) is None:
+        images, labels = draw(first, last, size, level, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, images=images, labels=labels)
+        temporary.replace(path)
+    return path
+
+
+def load_chunk(path: Path, count: int, size: int) -> Pictures | None:
+    """What `finish_chunk` wrote, or None where the file is missing or damaged."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as chunk:
+            images, labels = chunk["images"], chunk["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    is_sound = images.shape == (count, size, size) and labels.shape == (count,)
+    return (images, labels) if is_sound and images.dtype == labels.dtype == np.uint8 else None
+
+
+# --- The task ------------------------------------------------------------------------------------------------------
+
+
+class Pathfinder(PictureTask):
+    """Pathfinder, generated or released, at one size and level.
+
+    Args:
+        protocol: mapping with `inputs` and `shuffle`, whether the release is cut into splits in a seeded random order.
+        data_root: where the release is looked for, and where finished parts of an interrupted generation are kept.
+        source: "generated" or "release".
+        size: of a picture, 32, 64, 128 (Path-X) or 256 (Path-256).
+        level: "easy", "intermediate" or "hard".
+        sizes: pictures of train, val and test; a release has to have their sum.
+        data_seed: of the generator, or of the random order of the release; independent of a run's seed.
+        mean, std: of a pixel in units of 0..255.
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+
+    num_classes = 2
+
+    def __init__(
+        self,
+        protocol: Mapping[str, Any],
+        data_root: str | Path,
+        name: str,
+        source: str,
+        size: int,
+        level: str,
+        sizes: Mapping[str, int],
+        data_seed: int,
+        mean: float | int,
+        std: float | int,
+    ):
+        check_option("task.source", source, ("generated", "release"))
+        settings(size, level)  # refuses unknown ones
+        if sorted(sizes) != sorted(SPLITS) or min(sizes.values()) < 1:
+            raise ConfigError(f"task.sizes={dict(sizes)}: expected 1 or more pictures of {', '.join(SPLITS)}")
+        if not 0 <= data_seed < 2**64:
+            raise ConfigError(f"task.data_seed={data_seed} is outside 0..2^64-1")
+        super().__init__(protocol, data_root, name, (size, size), 1, mean, std)
+        self.source, self.size, self.level, self.data_seed = source, size, level, data_seed
+        self.sizes = {split: sizes[split] for split in SPLITS}
+        self._hashes: dict[str, str] = {}  # of the pictures' files, filled while reading
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """All pictures of `split`, in the order of the generator or of the release's files."""
+        for pictures, labels in self._drawn(split) if self.source == "generated" else self._read(split):
+            for picture, label in zip(pictures.reshape(len(pictures), -1), labels.tolist(), strict=True):
+                yield Example(picture, label)
+
+    def split_sizes(self) -> Mapping[str, int]:
+        return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
+
+    def fingerprint(self) -> dict[str, Any]:
+        common = {"source": self.source, "size": self.size, "level": self.level, "sizes": self.sizes}
+        return common | {"data_seed": self.data_seed if self.source == "generated" or self.shuffle else None}
+
+    # Of the release
+
+    @property
+    def _publisher(self) -> Source:
+        folder = f"pathfinder{self.size}/{LEVELS[self.level]}"
+        title = f"Pathfinder {self.size}x{self.size}, {self.level}"
+        return Source(title, folder, ("imgs", "metadata"), (LRA_RELEASE.filename,), LRA_RELEASE)
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        """Every copy of the release's folder, the one to use first. Raises: DataError, if there is none."""
+        found = locate_all(self._publisher, self.data_root)
+        if not found:
+            source = self._publisher
+            raise DataError(
+                f"{source.title}: no folder {source.folder} with imgs and metadata under {self.data_root}; "
+                "task.source=generated draws such pictures instead"
+            )
+        return found
+
+    @property
+    def _has_empty(self) -> bool:
+        """Whether this is the release with its one empty file."""
+        if self.source == "generated" or (self.size, self.level) != EMPTY[:2]:
+            return False
+        try:
+            return (self._folders[0] / EMPTY[2]).stat().st_size == 0
+        except (DataError, FileNotFoundError):
+            return False
+
+    def fetch(self, *, download: bool, on_progress: Progress) -> None:
+        if self.source == "generated":
+            return
+        try:
+            obtain(self._publisher, self.data_root, download=download, on_progress=on_progress)
+        except DataError as error:
+            raise DataError(f"{error}; or task.source=generated draws such pictures instead") from error
+
+    def source_files(self) -> list[Path]:
+        """The metadata files by batch number. What else lies beside them (upstream's `combined.npy`) is left aside."""
+        if self.source == "generated":
+            return []
+        folder = self._folders[0] / "metadata"
+        files = [path for path in folder.glob("*.npy") if path.stem.isdecimal()]
+        if not files:
+            raise DataError(f"{folder}: no metadata files 0.npy, 1.npy, ...; unpack the release again")
+        return sorted(files, key=lambda path: int(path.stem))
+
+    def source_hashes(self) -> list[dict[str, str]]:
+        """Of each metadata file, and of each split's pictures (the hash of the hashes of runs of their files)."""
+        pictures = [{"name": f"pictures of {split}", "sha256": digest} for split, digest in self._hashes.items()]
+        return super().source_hashes() + pictures
+
+    def notes(self) -> list[str]:
+        if self.source == "generated":
+            return []
+        used, *others = self._folders
+        notes = [f"used {used} and left aside another copy, {other}" for other in others]
+        if self._has_empty:
+            notes.append(f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one picture less")
+        return notes
+
+    @cached_property
+    def _batches(self) -> tuple[list[Batch], dict[str, list[Int[np.ndarray, " k"]]]]:
+        """The rows of all metadata files, and for each split which rows of each file belong to it."""
+        batches = [read_metadata(path) for path in self.source_files()]
+        if self._has_empty:
+            batches = [without(batch, EMPTY[2]) for batch in batches]
+        bounds = np.cumsum([len(batch.files) for batch in batches])
+        count, expected = int(bounds[-1]), sum(self.sizes.values())
+        if count > expected:
+            raise DataError(
+                f"{self._folders[0]}: {count:,} pictures, more than the {expected:,} of task.sizes={self.sizes}"
+            )
+        members = cut(count, self.sizes, self.data_seed if self.shuffle else None)
+        parts = {}
+        for split, numbers in members.items():
+            groups = np.split(numbers, np.searchsorted(numbers, bounds[:-1]))
+            parts[split] = [group - first for group, first in zip(groups, [0, *bounds[:-1]], strict=True)]
+        return batches, parts
+
+    def _read(self, split: str) -> Iterator[Pictures]:
+        """The pictures of `split`, and of no other, in the order of the files."""
+        batches, parts = self._batches
+        step = max(1, CALL_BYTES // self.seq_len)
+        groups = [
+            (batch, rows[first : first + step])
+            for batch, rows in zip(batches, parts[split], strict=True)
+            for first in range(0, len(rows), step)
+        ]
+        calls = [(self._folders[0], [batch.files[row] for row in rows], self.size) for batch, rows in groups]
+        digest = hashlib.sha256()
+        for (batch, rows), (pictures, sha256) in zip(groups, in_order(read_pictures, calls, CALLS), strict=True):
+            digest.update(sha256.encode())
+            yield pictures, batch.labels[rows]
+        self._hashes[split] = digest.hexdigest()
+
+    # Of the generator
+
+    @property
+    def _finished(self) -> Path:
+        """Where finished chunks are kept until the store is complete."""
+        name = f"{self.size}-{self.level}-{self.data_seed}-v{self.reader_version}"
+        return self.data_root / "generated" / name
+
+    def _drawn(self, split: str) -> Iterator[Pictures]:
+        """The pictures of `split`; the last split comes first in the stream, so that the size of train moves no other."""
+        begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
+        end = begin + self.sizes[split]
+        chunks = [(first, min(first + PICTURES_PER_CHUNK, end)) for first in range(begin, end, PICTURES_PER_CHUNK)]
+        calls = [(self._finished, first, last, self.size, self.level, self.data_seed) for first, last in chunks]
+        for (first, last), path in zip(chunks, in_order(finish_chunk, calls, 2 * joblib.cpu_count()), strict=True):
+            pictures = load_chunk(path, last - first, self.size)
+            # None: removed by another process that has all it needs
+            yield pictures or draw(first, last, self.size, self.level, self.data_seed)
+
+    def packed(self) -> None:
+        if self.source == "generated":
+            shutil.rmtree(self._finished, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another task's chunks are there
+                self._finished.parent.rmdir()
+
+    def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
+        """Write packed splits as the release's folders, train first, which `source=release` under lra2020 reads back."""
+        from PIL import Image
+
+        level = Path(folder) / self._publisher.folder
+        drawn = settings(self.size, self.level)
+        margins = ",".join(map(str, drawn.margins))  # which of them a picture has is not stored
+        parameters = (
+            f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} {drawn.paddle_length} "
+            f"{drawn.paddle_thickness} {margins} {drawn.contrasts}"
+        )
+        pictures = (pair for split in SPLITS for pair in zip(splits[split].inputs, splits[split].labels, strict=True))
+        lines: dict[int, list[str]] = {}
+        for number, (pixels, label) in enumerate(pictures):
+            batch, k = divmod(number, PICTURES_PER_BATCH)
+            place = level / "imgs" / str(batch)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(place / f"sample_{k}.png")
+            lines.setdefault(batch, []).append(f"imgs/{batch} sample_{k}.png {k} {label} {parameters}\n")
+        (level / "metadata").mkdir(exist_ok=True)
+        for batch, rows in lines.items():
+            (level / "metadata" / f"{batch}.npy").write_text("".join(rows), encoding="ascii")
+        return Path(folder)

@@ -1,0 +1,40 @@
+"""Write lra/data/checksums.json from the stores under a data root: what `lra data verify` holds other copies against.
+
+    python scripts/record_checksums.py DATA_ROOT text image scifar listops ...
+
+Prepares each task under every protocol where it is not yet, keeps what is known of other tasks, and prints a Markdown
+table for docs/data.md. The data should be the publisher's own, whole.
+"""
+
+import json
+import sys
+
+from lra.config import build_task, compose, data_arguments
+from lra.data.report import CHECKSUMS
+from lra.data.store import prepare, settings_name
+
+PROTOCOLS = ("strict", "s4", "lra2020")
+
+
+def main(data_root: str, tasks: list[str]) -> None:
+    known = json.loads(CHECKSUMS.read_text("utf-8")) if CHECKSUMS.exists() else {}
+    print("| task | protocol | split | examples | mean length | smallest and largest class | SHA-256 |")
+    print("|---|---|---|---|---|---|---|")
+    for name in tasks:
+        for protocol in PROTOCOLS:
+            cfg = compose([f"task={name}", f"protocol={protocol}", f"data.root={data_root}"])
+            task = build_task(cfg)
+            entries = prepare(task, **data_arguments(cfg)).manifest["splits"]
+            known[settings_name(task)] = {split: entry["sha256"] for split, entry in entries.items()}
+            for split, entry in entries.items():
+                if "same_as" not in entry:
+                    shares = [f"{100 * count / sum(entry['labels']):.1f}" for count in sorted(entry["labels"])]
+                    print(
+                        f"| {name} | {protocol} | {split} | {entry['count']:,} | {entry['lengths']['mean']:,.1f} | "
+                        f"{shares[0]} %, {shares[-1]} % | `{entry['sha256'][:16]}` |"
+                    )
+    CHECKSUMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
