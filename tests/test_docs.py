@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lra import bench
 from lra.cli import data_prepare, parser
 from lra.config import options
 from lra.records import load_records
@@ -70,8 +71,8 @@ def test_readme_has_one_command_a_task():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands("README.md"))
-def test_readme_command_works(command, data_root, tmp_path):
+@pytest.mark.parametrize("command", [c for page in ("README.md", "docs/synthetic_tasks.md") for c in commands(page)])
+def test_documented_command_works(command, data_root, tmp_path):
     if "my_results.csv" in command:
         (tmp_path / "my_results.csv").write_text("model,task,accuracy,source\nMine,listops,61.5,my thesis\n")
     if "results/runs" in command:
@@ -101,6 +102,23 @@ def test_python_example_of_the_readme_works(data_root, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "root_operator" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TFDS's own dependencies
+def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch):
+    (code,) = blocks("docs/data.md", "python")
+    overrides = ["task=listops_short", *SMALL, f"data.root={data_root}"]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace('["task=listops_short"]', repr(overrides)), names)
+    assert len(names["train"]) == 64
+    assert names["train"][0]["inputs"].shape == (32,)
+
+
+def test_benchmark_table_is_that_of_the_record():
+    """Rounded as `lra bench data` prints it."""
+    result = json.loads((ROOT / "results" / "bench_data_cpu.json").read_text())
+    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / "data.md").read_text()
 
 
 @pytest.mark.parametrize(
