@@ -21,17 +21,21 @@ def main(data_root: str, tasks: list[str]) -> None:
     print("| task | protocol | split | examples | mean length | smallest and largest class | SHA-256 |")
     print("|---|---|---|---|---|---|---|")
     for name in tasks:
+        protocols: dict[str, list[str]] = {}  # of one store
+        manifests = {}
         for protocol in PROTOCOLS:
             cfg = compose([f"task={name}", f"protocol={protocol}", f"data.root={data_root}"])
             task = build_task(cfg)
-            entries = prepare(task, **data_arguments(cfg)).manifest["splits"]
-            known[settings_name(task)] = {split: entry["sha256"] for split, entry in entries.items()}
-            for split, entry in entries.items():
+            protocols.setdefault(settings_name(task), []).append(protocol)
+            manifests[settings_name(task)] = prepare(task, **data_arguments(cfg)).manifest
+        for store, manifest in manifests.items():
+            known[store] = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
+            for split, entry in manifest["splits"].items():
                 if "same_as" not in entry:
                     shares = [f"{100 * count / sum(entry['labels']):.1f}" for count in sorted(entry["labels"])]
                     print(
-                        f"| {name} | {protocol} | {split} | {entry['count']:,} | {entry['lengths']['mean']:,.1f} | "
-                        f"{shares[0]} %, {shares[-1]} % | `{entry['sha256'][:16]}` |"
+                        f"| {name} | {', '.join(protocols[store])} | {split} | {entry['count']:,} | "
+                        f"{entry['lengths']['mean']:,.1f} | {shares[0]} %, {shares[-1]} % | `{entry['sha256'][:16]}` |"
                     )
     CHECKSUMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 

@@ -126,5 +126,5 @@ def _damaged(archive: Path, source: Source, error: Exception) -> DataError:
     if source.remote:
         size += f", expected {source.remote.size:,}" if source.remote.size else ""
         remedy = f"delete it and fetch {source.remote.url} again: {source.remote}"
-    reason = str(error).partition("\n")[0]  # tarfile tells of each compression it tried, on a line each
+    reason = str(error).partition("\n")[0].rstrip(":")  # tarfile tells of each compression it tried, on a line each
     return DataError(f"{archive}: damaged, cut off or no tar archive ({size}): {reason}; {remedy}")

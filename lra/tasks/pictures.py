@@ -83,7 +83,7 @@ class PictureTask(Task):
         down = max(1, 2 * width // TEXT_WIDTH)  # which is twice as high as wide
         grey = grey.reshape(height // down, down, width // across, across).max(axis=(1, 3))
         rows = (grey * len(SHADES) / 256).astype(int).repeat(wide, axis=1)
-        return "\n" + "\n".join("".join(SHADES[shade] for shade in row) for row in rows)
+        return "\n".join("".join(SHADES[shade] for shade in row) for row in rows)
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """`majority`, and `mean_pixel`: a linear model that sees how bright the picture is (each colour of it)."""

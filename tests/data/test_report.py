@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lra.data.report import info_lines, show_lines, verify_lines, write_sheet
+import lra
+from lra.config import build_task
+from lra.data.report import info_lines, reference_line, show_lines, verify_lines, write_sheet
 from lra.data.store import prepare
 from lra.errors import DataError
 from lra.tasks import Example, Task
@@ -111,6 +113,21 @@ def test_verify_finds_a_changed_manifest(letters, tmp_path):
     store = type(store)(store.path, manifest, store.splits)
     problems = [line for line, problem in verify_lines(letters, store) if problem]
     assert problems == ["  NOT SOUND: test: labels is [1, 1], the manifest says [2, 0]", "letters: NOT sound"]
+
+
+@pytest.mark.parametrize("name", ["listops_short", "copy", "adding"])
+def test_generated_data_equals_the_reference(name, tmp_path):
+    """The generators give the same bytes here as on the machine that recorded lra/data/checksums.json."""
+    task = build_task(lra.compose([f"task={name}"]))
+    store = prepare(task, tmp_path)
+    assert reference_line(task, store).startswith("content equals the reference")
+    entry = store.manifest["splits"]["val"]
+    other = store.manifest | {"splits": store.manifest["splits"] | {"val": entry | {"sha256": "0"}}}
+    assert "DIFFERS from the reference in val" in reference_line(task, type(store)(store.path, other, store.splits))
+
+
+def test_unknown_data_has_no_reference(letters, tmp_path):
+    assert reference_line(letters, prepare(letters, tmp_path)) == "no reference is known for these settings"
 
 
 def test_show_prints_both_texts_without_padding(letters, tmp_path):

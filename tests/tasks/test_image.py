@@ -193,7 +193,7 @@ def test_a_picture_is_drawn_in_shades(config):
     picture = np.zeros((32, 32, task.num_features), np.uint8)
     picture[:, 16:] = 255
     picture[0, 0] = 128
-    _, first, *others = task.to_text(picture.reshape(1024, -1).squeeze()).split("\n")
+    first, *others = task.to_text(picture.reshape(1024, -1).squeeze()).split("\n")
     assert first == "++" + " " * 30 + "@" * 32
     assert others == [" " * 32 + "@" * 32] * 31
 

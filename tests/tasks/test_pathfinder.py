@@ -442,7 +442,7 @@ def test_a_bright_pixel_is_seen_however_small_the_text(size):
     picture = np.zeros((size, size), np.uint8)
     picture[-1, 0] = 255
     text = make_task(size=size).to_text(picture.ravel())
-    assert text == "\n" + "\n".join([" " * 64] * 31 + ["@" + " " * 63])
+    assert text == "\n".join([" " * 64] * 31 + ["@" + " " * 63])
 
 
 def test_reference_lines_by_hand():
