@@ -77,7 +77,12 @@ def parser() -> argparse.ArgumentParser:
     for action, run in ((prepare, data_prepare), (verify, data_verify), (info, data_info), (show, data_show)):
         action.add_argument("tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists")
         action.add_argument(
-            "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config overrides, as for `lra train`"
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="config overrides, as for `lra train`",
         )
         if action is not info:
             action.add_argument("--download", action="store_true", help="fetch the publisher's files where missing")

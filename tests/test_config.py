@@ -30,6 +30,8 @@ def build(*overrides):
         ("seed=true", "must be a whole number in [0, 4294967295]"),
         ("tuning_runs=0", "must be a whole number of at least 1"),
         ("data.root=null", "must be the path of a folder"),
+        ("data.allow_partial=1", "data.allow_partial=1 must be true or false"),
+        ("data.download=perhaps", "data.download=perhaps must be true or false"),
         ("output.root=3", "must be the path of a folder"),
         ("optim.lr=inf", "must be a finite number above 0"),
         ("optim.lr=nan", "must be a number above 0"),

@@ -79,6 +79,26 @@ def test_learning_is_beating_the_majority_by_three_standard_errors():
     assert tables.learned(a_record(0.9, reference=None)) is None
 
 
+# ---- marks
+
+
+def test_partial_data_is_a_row_of_its_own():
+    partial = {"source": "release", "key": "aabbccddeeff", "partial": True}
+    rows = ours([a_record(0.6), a_record(0.9, data=partial), a_record(0.7, model="lru")])
+    assert {name: row["listops_short"] for name, row in rows.items()} == {
+        "lru [generated]": "70.0 n=1",
+        "stu [generated]": "60.0 n=1",
+        "stu [release, partial data]": "90.0 n=1",
+    }
+
+
+@pytest.mark.parametrize(("val", "rule", "marked"), [("a", "best", True), ("b", "best", False), ("a", "last", False)])
+def test_weights_chosen_on_test_are_marked(val, rule, marked):
+    data = {"source": "release", "key": "k", "splits": {"val": {"sha256": val}, "test": {"sha256": "a"}}}
+    text = render(make_table([a_record(0.6, data=data, selection={"rule": rule})], published="none"), "markdown")
+    assert ("weights chosen on the test split" in text) == marked
+
+
 # ---- our rows
 
 

@@ -18,6 +18,7 @@ from lra.evaluate import predict, score
 from lra.program import epoch_order
 from lra.progress import Reporter
 from lra.records import load_records, read_metrics, read_predictions, read_record, run_path
+from lra.tasks import listops
 
 # two epochs and a half of 16 steps, dropout on, checkpoints out of step with evaluations
 LONG = ["trainer.steps=40", "backbone.dropout=0.1", "trainer.eval_every=4", "trainer.checkpoint_every=10"]
@@ -145,6 +146,19 @@ def test_checkpoint_of_other_data_is_refused(whole, tmp_path, monkeypatch):
     described = trainer.describe_data
     monkeypatch.setattr(trainer, "describe_data", lambda store: described(store) | {"splits": {}})
     with pytest.raises(RunFolderError, match="other data"):
+        lra.train([*here, "resume=auto"])
+
+
+def test_checkpoint_of_another_vocabulary_is_refused(whole, tmp_path, monkeypatch):
+    """The same bytes under other names of the ids: the weights would mean something else."""
+    overrides, _, _ = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    monkeypatch.setattr(trainer.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lra.train(here)
+    monkeypatch.undo()
+    monkeypatch.setitem(listops.SPECIAL, "s4", ("<pad>", "<unk>", "<end>"))
+    with pytest.raises(RunFolderError, match="another vocabulary"):
         lra.train([*here, "resume=auto"])
 
 
