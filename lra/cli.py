@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from lra.errors import ConfigError, LraError, PreemptedError
+from lra.signals import Signals
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
@@ -43,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         args = parser().parse_args(argv or ["--help"])
-        return args.run(args)
+        with Signals():  # SIGTERM cleans up as Ctrl-C does
+            return args.run(args)
     except LraError as error:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt as error:
-        go_on = "the same command with resume=auto goes on from the last checkpoint, if there is one"
+        go_on = "the same command goes on with what is finished"
+        if argv[:1] == ["train"]:
+            go_on = "the same command with resume=auto goes on from the last checkpoint, if there is one"
         return fail(str(error) or f"interrupted; {go_on}", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -263,6 +267,10 @@ def prepared(args: argparse.Namespace):
 
 
 def data_prepare(args: argparse.Namespace) -> int:
+    from lra.files import disk_errors
+
+    if args.export:
+        check_export(args)
     for task, store, root in prepared(args):
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
         partial_data = ", PARTIAL" if store.manifest["partial"] else ""
@@ -276,11 +284,22 @@ def data_prepare(args: argparse.Namespace) -> int:
 
             tfds.disable_progress_bar()
             made = builder(task, root / "tfds", store)
-            made.download_and_prepare(file_format="array_record")
+            with disk_errors(root / "tfds", "data.root"):
+                made.download_and_prepare(file_format="array_record")
             print(f"{task.name}: TFDS dataset {made.info.full_name} in {made.data_path}")
         if args.export:
-            print(f"{task.name}: release files in {task.export(store.splits, args.export)}")
+            with disk_errors(args.export, "--export"):
+                print(f"{task.name}: release files in {task.export(store.splits, args.export)}")
     return 0
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """Refuse before hours of preparation what could not be exported after them."""
+    from lra.tasks import Task
+
+    for _, task in composed(args):
+        if type(task).export is Task.export:
+            task.export({}, args.export)  # says so
 
 
 def data_verify(args: argparse.Namespace) -> int:
@@ -304,6 +323,7 @@ def data_info(args: argparse.Namespace) -> int:
 
 def data_show(args: argparse.Namespace) -> int:
     from lra.data.report import show_lines, write_sheet
+    from lra.files import disk_errors
 
     if args.n < 1:
         raise ConfigError(f"-n {args.n}: expected 1 or more")
@@ -312,7 +332,8 @@ def data_show(args: argparse.Namespace) -> int:
         print("\n".join(show_lines(task, args.split, split, args.n)))
         if task.picture_shape:
             file = args.png or root / "shown" / f"{task.name}.png"
-            print(f"{task.name}: as a picture in {write_sheet(task, split, args.n, file)}")
+            with disk_errors(file, "--png"):
+                print(f"{task.name}: as a picture in {write_sheet(task, split, args.n, file)}")
     return 0
 
 

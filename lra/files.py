@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lra.errors import LraError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError) -> Iterator[None]:
@@ -17,9 +19,9 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
     try:
         yield
     except OSError as error:
+        room = f" ({_free_space(path)} free); make room there or" if error.errno in FULL else "; mend that or"
         raise kind(
-            f"{error.filename or path}: {error.strerror or error} ({_free_space(path)} free); make room there or set "
-            f"another {key}, what was written before is intact"
+            f"{error.filename or path}: {error.strerror or error}{room} set another {key}, what was written before is intact"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """What a run shows on the terminal: a header, a live bar, one line an evaluation, and the result."""
 
 import datetime
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+QUIET_SECONDS = 30.0  # between two lines about a long preparation, where there is no terminal
 
 
 class Reporter:
@@ -83,12 +87,21 @@ class Reporter:
 
 
 def preparing(task, work: Callable[..., Any]) -> Any:
-    """Run `work(on_progress=tick)` while showing that `task`'s data is prepared; `tick(split, done, total)` moves the bar."""
-    console = Console()
+    """Run `work(on_progress=tick)` while showing that `task`'s data is prepared; `tick(what, done, total)` moves the bar.
+
+    Where the output is no terminal, what takes long says so in a line now and then on stderr.
+    """
+    console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         row = bar.add_task(f"preparing {task.name}", total=None)
+        said = time.monotonic()
 
-        def tick(split: str, done: int, total: int | None) -> None:
-            bar.update(row, description=f"preparing {task.name} {split}", completed=done, total=total)
+        def tick(what: str, done: int, total: int | None) -> None:
+            nonlocal said
+            bar.update(row, description=f"preparing {task.name} {what}", completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - said > QUIET_SECONDS:
+                said = time.monotonic()
+                of = f" {done:,}" + (f" of {total:,}" if total else "") if done else ""
+                print(f"preparing {task.name} {what}{of}", file=sys.stderr, flush=True)
 
         return work(on_progress=tick)

@@ -121,8 +121,7 @@ class Run:
         store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
         self.record |= {"data": describe_data(store), "reference": store.manifest["reference"]}
-        placed = {id(split): on_device(split) for split in store.splits.values()}  # one that serves twice is there once
-        data = {name: placed[id(split)] for name, split in store.splits.items()}
+        data = place(store)
         self.program = compile_program(setup, cfg.trainer.batch_size)
 
         state, best = self.restore()
@@ -342,6 +341,25 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def container(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg))
+
+
+def place(store: Store) -> dict[str, Split]:
+    """All splits on the device; one that serves under two names is there once.
+
+    Raises:
+        LraError: they do not fit.
+    """
+    try:
+        placed = {id(split): on_device(split) for split in store.splits.values()}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = sum({id(split): split.inputs.nbytes for split in store.splits.values()}.values())
+        raise LraError(
+            f"the data, {size / 1e9:.1f} GB, do not fit on {jax.devices()[0].device_kind}; set smaller task.sizes where "
+            "the task has them, or take a larger device"
+        ) from error
+    return {name: placed[id(split)] for name, split in store.splits.items()}
 
 
 def describe_data(store: Store) -> dict[str, Any]:

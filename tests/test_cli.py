@@ -216,3 +216,56 @@ def test_data_commands_prepare_verify_show_and_export(lra_command, tmp_path):
     shown = lra_command("data", "show", "listops_short", "-n", "2", *small).stdout
     assert len(shown.splitlines()) == 2
     assert "[" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["prepare", "copy", "--export", "out"], 1, "copy has no file format of its own to export to"),
+        (
+            ["show", "pathfinder", "-n", "1", "--png", "packed"],
+            1,
+            "packed: Is a directory; mend that or set another --png",
+        ),
+        (["show", "pathfinder", "-n", "0"], 2, "-n 0: expected 1 or more"),
+        (["prepare", "text"], 3, "aclImdb_v1.tar.gz (84 MB)"),
+        (["prepare", "retrieval"], 3, "lra_release.gz (8.2 GB"),
+        (["prepare", "pathfinder", "--set", "task.source=release"], 3, "pathfinder32/curv_contour_length_14"),
+        (["prepare", "pathfinder", "--set", "task.level=heavy"], 2, "level=heavy; expected one of easy, intermediate"),
+        (["info", "pathfindre"], 2, "unknown task=pathfindre (did you mean pathfinder"),
+    ],
+)
+def test_bad_data_command_is_one_line(words, code, message, lra_command, tmp_path):
+    (tmp_path / "packed").mkdir()
+    small = ["--set", "task.sizes={train: 2, val: 1, test: 1}"] if words[1] in ("copy", "pathfinder") else []
+    done = lra_command("data", *words, *small, "--set", "data.root=.", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_info_verify_and_show_of_pictures(lra_command, tmp_path):
+    small = ["--set", "task.sizes={train: 3, val: 1, test: 2}", f"data.root={tmp_path}"]
+    assert "not prepared" in lra_command("data", "info", "pathfinder", *small).stdout
+    done = lra_command("data", "verify", "pathfinder", *small)
+    assert done.returncode == 0, done.stderr
+    assert "no reference is known for these settings" in done.stdout
+    assert "pathfinder: sound" in done.stdout
+    assert "to beat: majority" in lra_command("data", "info", "pathfinder", *small).stdout
+    shown = lra_command("data", "show", "pathfinder", "-n", "2", "--split", "test", *small).stdout
+    assert "pathfinder test 1 label" in shown
+    assert (tmp_path / "shown" / "pathfinder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_preparation_leaves_no_process_and_no_half_store(number, tmp_path):
+    words = ["data", "prepare", "pathx", "--set", f"data.root={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "lra.cli", *words], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: next(tmp_path.glob("packed/.*building-*"), None))
+    time.sleep(1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)  # the workers have closed stderr too, so they are gone
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on with what is finished" in stderr
+    assert not list(tmp_path.glob("packed/.*building-*"))

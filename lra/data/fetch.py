@@ -34,17 +34,34 @@ def obtain(
     """The folder with the source's files: located, else unpacked from an archive that is there, else fetched.
 
     Raises:
-        DataError: nothing was found and `download` is false, or fetching or unpacking failed.
+        DataError: nothing was found and `download` is false, the archive that is there has another hash than the
+            publisher's, or fetching or unpacking failed.
     """
     found = locate(source, data_root)
     if found is not None:
         return found
     archive = find_archive(source, data_root)
+    if archive is not None and source.remote:
+        _refuse_other(archive, source.remote)
     if archive is None and download and source.remote:
         archive = fetch_file(source.remote, data_root, on_progress)
     if archive is None:
         raise _missing(source, data_root)
     return extract(archive, source, data_root, on_progress)
+
+
+def _refuse_other(archive: Path, remote: Remote) -> None:
+    """Raises: DataError, if an archive that lies there has not the hash that its publisher's is known to have."""
+    if remote.sha256 is None:
+        return
+    with disk_errors(archive, "data.root", DataError):
+        found = _sha256(archive)
+    if found != remote.sha256:
+        size = f"expected {remote.sha256} of {remote.size:,}" if remote.size else f"expected {remote.sha256}"
+        raise DataError(
+            f"{archive}: SHA-256 {found} of {archive.stat().st_size:,} bytes, {size}; cut off or another file: remove it "
+            f"and fetch {remote.url}, or, if you trust it, unpack it there yourself"
+        )
 
 
 def _missing(source: Source, data_root: str | Path) -> DataError:
@@ -188,10 +205,7 @@ def _extent(response: Any) -> tuple[int | None, int | None]:
 def _check(part: Path, remote: Remote) -> None:
     """Raises DataError, and removes the file, where size or hash are not the publisher's."""
     size = part.stat().st_size
-    found = None
-    if remote.sha256 is not None:
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = None if remote.sha256 is None else _sha256(part)
     if remote.size in (None, size) and found == remote.sha256:
         return
     part.unlink()
@@ -199,3 +213,8 @@ def _check(part: Path, remote: Remote) -> None:
         f"{remote.url}: fetched {size:,} bytes with SHA-256 {found}, expected {remote.size or size:,} with "
         f"{remote.sha256}; removed. Try again, or fetch {remote} on another network and put it into {part.parent}"
     )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

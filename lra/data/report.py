@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import Report, Split, Store, existing, open_store, settings_name, verify
+from lra.data.store import Report, Split, Store, changed_sources, existing, open_store, settings_name, verify
 from lra.errors import DataError
 from lra.tasks import Task
 
@@ -17,7 +17,15 @@ SHEET_COLUMNS = 5
 
 
 def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
-    """Lines of `lra data verify`, each with whether it is a problem."""
+    """Lines of `lra data verify`, each with whether it is a problem; the last says whether there was any."""
+    sound = True
+    for line, problem in _findings(task, store):
+        yield line, problem
+        sound = sound and not problem
+    yield f"{task.name}: {'sound' if sound else 'NOT sound'}", not sound
+
+
+def _findings(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
     report = verify(store)
     yield f"{task.name}: {store.path}", False
     for name, entry in store.manifest["splits"].items():
@@ -29,18 +37,36 @@ def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
     yield from ((f"  {line}", False) for line in overlap_lines(report))
     if store.manifest["partial"]:
         yield "  partial: made from fewer examples than there should be, with data.allow_partial=true", False
-    yield f"  {reference_line(task, store)}", False
+    yield f"  {reference_line(task, store)}", differs(task, store)
+    for source in changed_sources(task, store):
+        yield (
+            f"  NOT SOUND: source {source} is not what the store was made of; delete {store.path} and prepare again",
+            True,
+        )
     for problem in report.problems:
         yield f"  NOT SOUND: {problem}", True
-    yield f"{task.name}: {'NOT sound' if report.problems else 'sound'}", bool(report.problems)
+
+
+def reference(task: Task) -> dict[str, str] | None:
+    """Content hashes of the splits that are known for a task's settings."""
+    return json.loads(CHECKSUMS.read_text("utf-8")).get(settings_name(task))
+
+
+def content(store: Store) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
+
+
+def differs(task: Task, store: Store) -> bool:
+    """Whether a store that should equal the reference does not; TFDS's order and partial copies are others by right."""
+    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
+    return is_comparable and reference(task) not in (None, content(store))
 
 
 def reference_line(task: Task, store: Store) -> str:
     """Whether the content is what the project's own copy of the data gives under the same settings."""
-    known = json.loads(CHECKSUMS.read_text("utf-8")).get(settings_name(task))
+    known, found = reference(task), content(store)
     if known is None:
         return "no reference is known for these settings"
-    found = {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
     if found == known:
         return "content equals the reference: the same bytes as on the machine that recorded it"
     others = ", ".join(name for name in found if found[name] != known.get(name))

@@ -115,8 +115,11 @@ def locate_all(source: Source, data_root: str | Path) -> list[Path]:
 
 
 def find_archive(source: Source, data_root: str | Path) -> Path | None:
-    """An archive under one of the source's names, with any of an archive's suffixes or none; an exact name first."""
-    stems = {archive_stem(name) for name in source.archives}
+    """An archive under one of the source's names, with any of an archive's suffixes or none.
+
+    Of several the first name's, which is the smaller archive; then an exact name comes first.
+    """
+    stems = [archive_stem(name) for name in source.archives]
     named = [
         folder / name
         for folder, names in _folders(Path(data_root), ARCHIVE_NESTING)
@@ -124,7 +127,11 @@ def find_archive(source: Source, data_root: str | Path) -> Path | None:
         if archive_stem(name) in stems
     ]
     files = [path for path in named if path.is_file()]
-    return min(files, key=lambda path: (path.name not in source.archives, len(path.parts), path), default=None)
+
+    def rank(path: Path) -> tuple:
+        return stems.index(archive_stem(path.name)), path.name not in source.archives, len(path.parts), path
+
+    return min(files, key=rank, default=None)
 
 
 def archive_stem(name: str) -> str:

@@ -11,6 +11,7 @@ another store and old data is never reused by mistake. Where the source files ar
 A store is built in a temporary folder beside its place and renamed when complete: there is no half store.
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -18,7 +19,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +28,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int, Integer
 
-from lra.data.sources import signature
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
 from lra.tasks import SPLITS, Example, Progress, Task
@@ -34,6 +35,7 @@ from lra.tasks import SPLITS, Example, Progress, Task
 STORE_VERSION = 2  # raise it when the same task gives other bytes here
 ARRAYS = ("inputs", "lengths", "labels")
 BYTES_PER_WRITE = 2**22
+LOCK_SECONDS = 5.0  # between two words to who waits for another process
 PARTIAL = "-partial"  # end of the name of a store with too few examples
 
 
@@ -98,7 +100,7 @@ def store_name(task: Task) -> str:
     Raises:
         DataError: the source files are not there.
     """
-    sources = signature(task.source_files())
+    sources = task.source_signature()
     return settings_name(task) + (f"-{_digest(sources)[:8]}" if sources else "")
 
 
@@ -157,6 +159,7 @@ def prepare(
         DataError: the sources are missing or malformed, the store cannot be written, or it is damaged.
     """
     on_progress = on_progress or (lambda what, done, total: None)
+    task.allow_partial = allow_partial
     try:
         path = store_path(task, data_root)
     except DataError:
@@ -177,7 +180,7 @@ def _build_alone(task: Task, path: Path, partial: Path | None, on_progress: Prog
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
+    with _held(FileLock(path.parent / f".{path.name}.lock"), on_progress):
         for made in (path, partial):
             if made is not None and made.exists():  # built while we waited
                 return made
@@ -188,13 +191,55 @@ def _build_alone(task: Task, path: Path, partial: Path | None, on_progress: Prog
             is_partial = _build(task, building, partial is not None, on_progress)
             building.chmod(0o755)  # mkdtemp's folder is for its owner only
             made = partial if partial is not None and is_partial else path
-            building.rename(made)
+            _put(building, made)
             sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
     task.packed()
     return made
+
+
+@contextmanager
+def _held(lock: Any, on_progress: Progress) -> Iterator[None]:
+    """Hold a lock; says while another process has it."""
+    while True:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            break
+        except TimeoutError:
+            on_progress("(another process prepares it: waiting)", 0, None)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _put(building: Path, path: Path) -> None:
+    """Move a finished store to its place, or make its place a link to a store that holds the same bytes.
+
+    Sources that were copied have other times, and so another name for the same content: nothing is kept twice.
+    """
+    if path.is_symlink():  # to a store that was deleted
+        path.unlink()
+    content = _content(building)
+    siblings = (other for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*") if not other.is_symlink())
+    same = next((other for other in sorted(siblings) if _content(other) == content), None)
+    if same is None:
+        building.rename(path)
+    else:
+        path.symlink_to(same.name)
+        shutil.rmtree(building)
+
+
+def _content(path: Path) -> Any:
+    """What two stores of the same content agree in; None where there is none to read."""
+    try:
+        manifest = _read_manifest(path)
+    except DataError:
+        return None
+    parts = {name: (entry["sha256"], entry["count"]) for name, entry in manifest["splits"].items()}
+    return manifest["key"], manifest["partial"], parts
 
 
 def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress) -> bool:
@@ -426,6 +471,28 @@ def verify(store: Store) -> Report:
             known = {digest for side in sides[one] for digest in side}
             documents[f"{one}/{other}"] = sum(u in known or v in known for u, v in zip(*sides[other], strict=True))
     return Report(tuple(problems), overlaps, documents)
+
+
+def changed_sources(task: Task, store: Store) -> list[str]:
+    """Read the sources again, where they still are: names of those that are not what the store was made of.
+
+    Raises:
+        DataError: they can no longer be read.
+    """
+    try:
+        if not task.source_files():
+            return []
+    except DataError:  # gone
+        return []
+    task.allow_partial = store.manifest["partial"]
+    for name in SPLITS:
+        if name not in task.same:
+            collections.deque(task.examples(name), maxlen=0)
+    found, made = (
+        {entry["name"]: entry["sha256"] for entry in entries}
+        for entries in (task.source_hashes(), store.manifest["source_files"])
+    )
+    return sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
 
 
 def _digests(inputs: np.ndarray, lengths: np.ndarray) -> list[bytes]:

@@ -35,17 +35,23 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
     """
     import tensorflow_datasets as tfds
 
+    made = store_name(task) if store is None else store.path.resolve().name  # whose sources may be gone
+
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = f"lra_{task.name}"
         VERSION = tfds.core.Version(FEATURES_VERSION)
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=store_name(task).removeprefix(f"{task.name}-")),)
-        pkg_dir_path = Path(__file__).parent  # where TFDS looks for tags and citations; it finds only its own packages
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=made.removeprefix(f"{task.name}-")),)
+        pkg_dir_path = Path(__file__).parent  # where TFDS finds checksums.tsv: publishers' files, sizes and hashes
 
         def _info(self):
             description = (type(task).__doc__ or task.name).splitlines()[0]
             # In the order of the reader, so that row i here is row i of the packed store.
             return tfds.core.DatasetInfo(
-                builder=self, description=description, features=_features(task), disable_shuffling=True
+                builder=self,
+                description=description,
+                features=_features(task),
+                disable_shuffling=True,
+                metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
             )
 
         def _split_generators(self, dl_manager):
@@ -67,6 +73,12 @@ def _features(task: Task) -> Any:
     if task.num_targets > 1:
         label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
     return tfds.features.FeaturesDict({"inputs": inputs, "length": length, "label": label})
+
+
+def _origin(store: Store) -> dict[str, Any]:
+    """What TFDS keeps in metadata.json: where the examples come from, and the hash of each split's packed content."""
+    known = {key: store.manifest[key] for key in ("source", "partial", "source_files", "notes", "versions")}
+    return known | {"splits": {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}}
 
 
 def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lra.data.sources import Progress
+from lra.data.sources import Progress, signature
 from lra.errors import ConfigError, LraError
 
 SPLITS = ("train", "val", "test")
@@ -52,6 +52,7 @@ class Task(abc.ABC):
     picture_shape: tuple[int, int] | None = None  # (height, width) where the sequence is a picture, row by row
     same: Mapping[str, str] = {}  # splits that are another one under a second name, such as {"val": "test"}
     shortage: str = ""  # what may be the reason where the sources hold too few examples
+    allow_partial: bool = False  # set by the store: read what is there of incomplete sources
     source: str = "generated"  # which data this is: "generated" or "release"; stored in each record
     reader_version: int = 1  # raise it when the same sources give other examples
 
@@ -90,6 +91,10 @@ class Task(abc.ABC):
             DataError: they are not there.
         """
         return []
+
+    def source_signature(self) -> list[Any]:
+        """JSON values that change with the sources, empty for a generator; the other part of the store's key."""
+        return list(signature(self.source_files()))
 
     def source_hashes(self) -> list[dict[str, str]]:
         """`name` and `sha256` of what was read, for the manifest; asked after `examples` of every split ran out."""

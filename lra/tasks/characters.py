@@ -31,6 +31,7 @@ ROWS_PER_COUNT = 256
 class Bytes:
     """lra2020: UTF-8 bytes, id = byte + 1."""
 
+    bag = "bag_of_bytes"  # what a reference line that counts ids is called
     vocab = ("<pad>", *(chr(byte) if 32 <= byte < 127 else f"<{byte:02x}>" for byte in range(256)))
 
     def encode(self, text: bytes, limit: int) -> UInt16[np.ndarray, " L"]:
@@ -49,6 +50,8 @@ class Bytes:
 
 class Characters:
     """s4: pad, unk and eos, then `characters`, then `unused` tokens; any other character is unk."""
+
+    bag = "bag_of_characters"
 
     def __init__(self, characters: str, unused: tuple[str, ...] = ()):
         self.vocab = ("<pad>", "<unk>", "<eos>", *characters, *unused)

@@ -64,7 +64,7 @@ class Cifar10(PictureTask):
         data_seed: of the random tenth; independent of a run's seed.
     """
 
-    source = "release"
+    source = "release"  # or "tfds", once that folder was found in place of the publisher's
     num_classes = NUM_CLASSES
 
     def __init__(
@@ -107,10 +107,11 @@ class Cifar10(PictureTask):
 
     @cached_property
     def _folder(self) -> tuple[str, Path]:
-        """Of the batches, or of TFDS. Raises: DataError, if neither is there."""
+        """Of the batches, or of TFDS; sets `source`. Raises: DataError, if neither is there."""
         if found := locate(PUBLISHER, self.data_root):
             return "batches", found
         if found := find_tfds(self.data_root, "cifar10"):
+            self.source = "tfds"
             return "tfds", found
         raise DataError(f"CIFAR-10: neither {PUBLISHER.folder} nor TFDS's cifar10 is under {self.data_root}")
 

@@ -29,7 +29,7 @@ from jaxtyping import Int, Integer, UInt8, UInt32
 
 from lra.data.fetch import obtain
 from lra.data.sources import LRA_RELEASE, Source, located
-from lra.errors import ConfigError, DataError
+from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import SPLITS, Example, Progress, Task, check_option
 
 TOKENS = (*"0123456789", "[MAX", "[MED", "[MIN", "[SM", "]")  # sorted
@@ -44,7 +44,7 @@ RELEASE = Source(
     "ListOps of the Long Range Arena release",
     "listops-1000",
     tuple(f"basic_{split}.tsv" for split in SPLITS),
-    (LRA_RELEASE.filename,),
+    ("listops-1000.tar.gz", LRA_RELEASE.filename),
     LRA_RELEASE,
 )
 
@@ -492,7 +492,15 @@ class ListOps(Task):
         return common | (self.grammar._asdict() | {"data_seed": self.data_seed} if self.source == "generated" else {})
 
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
-        """Write packed splits into `folder` as the release's files, which `source=release` reads back."""
+        """Write packed splits into `folder` as the release's files, which `source=release` reads back.
+
+        Raises:
+            LraError: one of these files is there already.
+        """
+        for name in splits:
+            path = Path(folder) / f"basic_{name}.tsv"
+            if path.exists():
+                raise LraError(f"{path} exists; choose an empty folder to export to")
         export_tsv({name: rows_of(split, self.vocab) for name, split in splits.items()}, Path(folder))
         return Path(folder)
 

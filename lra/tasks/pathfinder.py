@@ -34,7 +34,7 @@ from jaxtyping import Int, UInt8
 
 from lra.data.fetch import obtain
 from lra.data.sources import LRA_RELEASE, Source, locate_all
-from lra.errors import ConfigError, DataError
+from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import SPLITS, Example, Progress, check_option
 from lra.tasks.pictures import PictureTask, cut, decode_png
 from lra.tasks.snakes import draw, generate, settings
@@ -47,6 +47,7 @@ PICTURES_PER_CHUNK = 500  # generated ones, kept in a file: what an interruption
 PICTURES_PER_BATCH = 1000  # in a folder of the release
 CALL_BYTES = 2**22  # of pictures that one call reads from the release,
 CALLS = 64  # and so many calls at once: what is in memory
+REMEDY = "unpack the release again, or data.allow_partial=true leaves such pictures out"
 
 Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
 
@@ -80,9 +81,28 @@ def read_metadata(path: Path) -> Batch:
     return Batch(path, files, np.array(labels, np.uint8))
 
 
-def without(batch: Batch, file: str) -> Batch:
-    """`batch` without one of its pictures."""
-    kept = [i for i, name in enumerate(batch.files) if name != file]
+def refuse_repeats(batches: Sequence[Batch]) -> None:
+    """Raises: DataError, if metadata names a picture twice: two splits could share it."""
+    seen: dict[str, str] = {}
+    for batch in batches:
+        for row, file in enumerate(batch.files):
+            if file in seen:
+                raise DataError(f"{batch.path}, row {row}: {file} again, after {seen[file]}; unpack the release again")
+            seen[file] = f"{batch.path.name}, row {row}"
+
+
+def filled(folder: Path, batch: Batch) -> Batch:
+    """The pictures of `batch` whose files are there and not empty; lists each folder of pictures once."""
+    there = set()
+    for name in {file.rpartition("/")[0] for file in batch.files}:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder / name) as entries:
+            there |= {f"{name}/{entry.name}" for entry in entries if entry.stat().st_size}
+    return only(batch, there.__contains__)
+
+
+def only(batch: Batch, wanted: Callable[[str], bool]) -> Batch:
+    """The pictures of `batch` whose file is wanted."""
+    kept = [i for i, file in enumerate(batch.files) if wanted(file)]
     return Batch(batch.path, [batch.files[i] for i in kept], batch.labels[kept])
 
 
@@ -111,14 +131,16 @@ def read_pictures(folder: Path, files: list[str], size: int) -> tuple[UInt8[np.n
     """Some pictures of the release, and the SHA-256 of their files' bytes one after another.
 
     Raises:
-        DataError: a file is missing or no PNG of that size, with its name.
+        DataError: a file is missing, empty or no PNG of that size, with its name.
     """
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
         try:
             content = (folder / file).read_bytes()
         except FileNotFoundError:
-            raise DataError(f"{folder / file}: missing, but metadata names it; unpack the release again") from None
+            raise DataError(f"{folder / file}: missing, but metadata names it; {REMEDY}") from None
+        if not content:
+            raise DataError(f"{folder / file}: the file is empty; {REMEDY}")
         digest.update(content)
         place[:] = decode_png(content, (size, size), "L", str(folder / file))
     return pictures, digest.hexdigest()
@@ -205,6 +227,7 @@ class Pathfinder(PictureTask):
         self.source, self.size, self.level, self.data_seed = source, size, level, data_seed
         self.sizes = {split: sizes[split] for split in SPLITS}
         self._hashes: dict[str, str] = {}  # of the pictures' files, filled while reading
+        self._left_out = 0  # pictures of an incomplete release that are not there
 
     def examples(self, split: str) -> Iterator[Example]:
         """All pictures of `split`, in the order of the generator or of the release's files."""
@@ -225,7 +248,8 @@ class Pathfinder(PictureTask):
     def _publisher(self) -> Source:
         folder = f"pathfinder{self.size}/{LEVELS[self.level]}"
         title = f"Pathfinder {self.size}x{self.size}, {self.level}"
-        return Source(title, folder, ("imgs", "metadata"), (LRA_RELEASE.filename,), LRA_RELEASE)
+        archives = (f"pathfinder{self.size}.tar.gz", LRA_RELEASE.filename)
+        return Source(title, folder, ("imgs", "metadata"), archives, LRA_RELEASE)
 
     @cached_property
     def _folders(self) -> list[Path]:
@@ -279,14 +303,24 @@ class Pathfinder(PictureTask):
         notes = [f"used {used} and left aside another copy, {other}" for other in others]
         if self._has_empty:
             notes.append(f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one picture less")
+        if self._left_out:
+            notes.append(f"{self._left_out:,} pictures that metadata names are missing or empty: left out")
         return notes
 
     @cached_property
     def _batches(self) -> tuple[list[Batch], dict[str, list[Int[np.ndarray, " k"]]]]:
-        """The rows of all metadata files, and for each split which rows of each file belong to it."""
+        """The rows of all metadata files, and for each split which rows of each file belong to it.
+
+        With `allow_partial` the rows are left out whose picture is not there, before the splits are cut.
+        """
         batches = [read_metadata(path) for path in self.source_files()]
+        refuse_repeats(batches)
         if self._has_empty:
-            batches = [without(batch, EMPTY[2]) for batch in batches]
+            batches = [only(batch, lambda file: file != EMPTY[2]) for batch in batches]
+        if self.allow_partial:
+            named = sum(len(batch.files) for batch in batches)
+            batches = [filled(self._folders[0], batch) for batch in batches]
+            self._left_out = named - sum(len(batch.files) for batch in batches)
         bounds = np.cumsum([len(batch.files) for batch in batches])
         count, expected = int(bounds[-1]), sum(self.sizes.values())
         if count > expected:
@@ -320,8 +354,9 @@ class Pathfinder(PictureTask):
 
     @property
     def _finished(self) -> Path:
-        """Where finished chunks are kept until the store is complete."""
-        name = f"{self.size}-{self.level}-{self.data_seed}-v{self.reader_version}"
+        """Where finished chunks are kept until the store is complete; `packed` removes those of no other store."""
+        sizes = "-".join(map(str, self.sizes.values()))
+        name = f"{self.size}-{self.level}-{self.data_seed}-{sizes}-v{self.reader_version}"
         return self.data_root / "generated" / name
 
     def _drawn(self, split: str) -> Iterator[Pictures]:
@@ -342,10 +377,16 @@ class Pathfinder(PictureTask):
                 self._finished.parent.rmdir()
 
     def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
-        """Write packed splits as the release's folders, train first, which `source=release` under lra2020 reads back."""
+        """Write packed splits as the release's folders, train first, which `source=release` under lra2020 reads back.
+
+        Raises:
+            LraError: the level's folder has files already: pictures of two exports would lie beside each other.
+        """
         from PIL import Image
 
         level = Path(folder) / self._publisher.folder
+        if level.exists() and any(level.iterdir()):
+            raise LraError(f"{level} is not empty; choose an empty folder to export to")
         drawn = settings(self.size, self.level)
         margins = ",".join(map(str, drawn.margins))  # which of them a picture has is not stored
         parameters = (

@@ -5,6 +5,7 @@ two texts. A quote is an ordinary character: readers with the default quoting of
 write others back with quotes doubled, and such copies of the files are about. They are refused here.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from lra.tasks.characters import AAN_CHARACTERS, UNK, Bytes, Characters, frequen
 from lra.tasks.reference import linear_accuracy
 
 FILES = {split: f"new_aan_pairs.{'eval' if split == 'val' else split}.tsv" for split in SPLITS}
-PAIRS = Source("AAN pairs", "tsv_data", tuple(FILES.values()), (LRA_RELEASE.filename,), LRA_RELEASE)
+ARCHIVES = ("tsv_data.tar.gz", LRA_RELEASE.filename)
+PAIRS = Source("AAN pairs", "tsv_data", tuple(FILES.values()), ARCHIVES, LRA_RELEASE)
 SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 SEQ_LEN = 4000  # of each document, in both protocols
@@ -79,6 +81,14 @@ def parse_row(line: bytes) -> Pair:
     return Pair(int(value), (id1, id2), (text1, text2))
 
 
+def ends_in_newline(path: Path) -> bool:
+    """Whether the last row of a file is whole, as far as one can see; so is that of an empty file."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"\n", b"")
+
+
 def _is_csv_quoted(text: bytes) -> bool:
     """Whether a CSV writer has put the text in quotes for the quotes in it: no author doubles each of them."""
     if not (text.startswith(b'"') and text.endswith(b'"')):
@@ -119,6 +129,7 @@ class Retrieval(Task):
         self._ids: dict[str, list[tuple[bytes, bytes]]] = {}  # by split, for the notes
         self._unknown: dict[str, int] = {}
         self._total: dict[str, int] = {}
+        self._cut_off: dict[str, str] = {}  # by split, of what file the last row may be
 
     def fetch(self, *, download: bool, on_progress: Progress) -> None:
         obtain(PAIRS, self.data_root, download=download, on_progress=on_progress)
@@ -143,16 +154,18 @@ class Retrieval(Task):
             self._unknown[split] += int(np.count_nonzero(u == UNK) + np.count_nonzero(v == UNK))
             self._total[split] += len(u) + len(v)
             yield Example((u, v), pair.label)
+        if not ends_in_newline(path):
+            self._cut_off[split] = f"{path}, row {len(self._ids[split])}"
 
     def notes(self) -> list[str]:
-        """How many rows of test have a document of train, by the ids; in s4 how many characters became unk."""
+        """How many rows of test have a document of train, by the ids; in s4 how many characters became unk; what is cut."""
         known = {document for pair in self._ids["train"] for document in pair}
         shared = sum(one in known or other in known for one, other in self._ids["test"])
         notes = [f"{shared:,} of {len(self._ids['test']):,} rows of test have a document id that train has too"]
         if self.inputs == "s4":
             unknown, total = sum(self._unknown.values()), sum(self._total.values())
             notes.append(f"{unknown:,} of {total:,} ids are <unk>, a character that is not printable ASCII")
-        return notes
+        return notes + [f"{place}: no newline at its end, so the row may be cut off" for place in self._cut_off.values()]
 
     def packed(self) -> None:
         self._ids = {}
@@ -168,7 +181,10 @@ class Retrieval(Task):
         return "\n--------\n".join(map(self.encoding.decode, np.atleast_2d(inputs)))
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `bag_of_bytes`: a linear model on |p - q| and p * q, p and q the shares of each id in the two."""
+        """`majority`, and `bag_of_bytes` or `bag_of_characters`: a linear model on |p - q| and p * q.
+
+        p and q are the shares of each id in the two documents.
+        """
         train, test = (self._features(splits[part].inputs) for part in ("train", "test"))
         used = train.any(axis=0)  # most bytes occur in no text
         accuracy = linear_accuracy(
@@ -176,7 +192,7 @@ class Retrieval(Task):
             (test[:, used], np.asarray(splits["test"].labels)),
             self.num_classes,
         )
-        return super().reference_lines(splits) | {"bag_of_bytes": accuracy}
+        return super().reference_lines(splits) | {self.encoding.bag: accuracy}
 
     def _features(self, inputs: Integer[np.ndarray, "n 2 L"]) -> Float[np.ndarray, "n F"]:
         size = len(self.vocab)

@@ -5,13 +5,14 @@ The publisher's folder `aclImdb/{train,test}/{neg,pos}/<id>_<rating>.txt`, in th
 in TFDS's order; the reviews are the same.
 
 IMDB has no validation split. A protocol takes test for it or carves it from train: a tenth of each class (1,250 of
-12,500), chosen by `data_seed`; both parts keep the order of the files.
+12,500), chosen by `data_seed` and the reviews' text alone. So it is the same for TFDS's order, and of a review that
+train has twice both copies are on one side. Both parts keep the order of the files.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from lra.data.fetch import obtain
 from lra.data.sources import IMDB, Source, locate, located
 from lra.data.tfrecord import find_tfds, read_tfds
 from lra.errors import ConfigError, DataError
-from lra.tasks import Example, Progress, Task, check_option, shuffled
+from lra.tasks import Example, Progress, Task, check_option
 from lra.tasks.characters import IMDB_CHARACTERS, IMDB_UNUSED, Bytes, Characters, frequencies
 from lra.tasks.reference import linear_accuracy
 
@@ -95,13 +96,24 @@ def read_prepared(folder: Path, part: str) -> Iterator[Review]:
         yield Review(place, text, int(label))
 
 
-def held_out(labels: Integer[np.ndarray, " n"], seed: int) -> Bool[np.ndarray, " n"]:
-    """Which rows of train are validation: a tenth of each class, at least one, chosen by `seed`."""
-    order = shuffled(len(labels), seed)
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        chosen[rows[: max(1, len(rows) // 10)]] = True
+def held_out(reviews: Sequence[Review], seed: int) -> Bool[np.ndarray, " n"]:
+    """Which rows of train are validation: a tenth of each class, at least one, by the SHA-256 of `seed` and text.
+
+    The smallest hashes are taken, equal texts together; where they are more than their class has room for, the next.
+    """
+    same_text: dict[bytes, list[int]] = {}
+    for row, review in enumerate(reviews):
+        # without the white space at its ends, which TFDS removes
+        digest = hashlib.sha256(seed.to_bytes(8, "big") + review.text.strip()).digest()
+        same_text.setdefault(digest, []).append(row)
+    labels = np.array([review.label for review in reviews], np.int64)
+    room = np.maximum(1, np.bincount(labels, minlength=len(CLASSES)) // 10)
+    chosen = np.zeros(len(reviews), bool)
+    for _, rows in sorted(same_text.items()):
+        wanted = np.bincount(labels[rows], minlength=len(CLASSES))
+        if (wanted <= room).all():
+            chosen[rows] = True
+            room -= wanted
     return chosen
 
 
@@ -198,7 +210,7 @@ class Text(Task):
             return self._read(split)
         if split == "train" or not self._train:
             self._train = self._read("train")
-        chosen = held_out(np.array([review.label for review in self._train], np.int64), self.data_seed)
+        chosen = held_out(self._train, self.data_seed)
         return [review for review, is_val in zip(self._train, chosen, strict=True) if is_val == (split == "val")]
 
     def _encode(self, review: Review) -> np.ndarray:
@@ -219,14 +231,14 @@ class Text(Task):
 
     def fingerprint(self) -> dict[str, Any]:
         common = {"inputs": self.inputs, "seq_len": self.seq_len, "validation": self.validation}
-        return common | ({"data_seed": self.data_seed} if self.validation == "train" else {})
+        return common | ({"data_seed": self.data_seed, "chosen_by": "text"} if self.validation == "train" else {})
 
     def to_text(self, inputs: Integer[np.ndarray, " L"]) -> str:
         return self.encoding.decode(inputs)
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `bag_of_bytes`: a linear model on how often each id occurs in a review."""
+        """`majority`, and a linear model on how often each id occurs: `bag_of_bytes` or `bag_of_characters`."""
         train, test = (
             (frequencies(splits[part].inputs, len(self.vocab)), np.asarray(splits[part].labels)) for part in PARTS
         )
-        return super().reference_lines(splits) | {"bag_of_bytes": linear_accuracy(train, test, self.num_classes)}
+        return super().reference_lines(splits) | {self.encoding.bag: linear_accuracy(train, test, self.num_classes)}

@@ -9,8 +9,9 @@ from PIL import Image
 
 import lra
 from lra.config import build_task
+from lra.data import report
 from lra.data.report import info_lines, reference_line, show_lines, verify_lines, write_sheet
-from lra.data.store import prepare
+from lra.data.store import prepare, settings_name
 from lra.errors import DataError
 from lra.tasks import Example, Task
 
@@ -148,3 +149,27 @@ def test_sheet_has_each_picture_in_its_place(tmp_path):
     corners = [sheet[row // 5 * height, row % 5 * width].tolist() for row in range(6)]
     assert corners == [[30 * row, 0, 255] for row in range(6)]
     assert sheet[height, width].tolist() == [255, 255, 255]  # a seventh was not asked for
+
+
+def test_whole_data_that_differs_from_the_reference_is_not_sound(letters, tmp_path, monkeypatch):
+    store = prepare(letters, tmp_path)
+    known = {settings_name(letters): {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}}
+    file = tmp_path / "checksums.json"
+    monkeypatch.setattr(report, "CHECKSUMS", file)
+    file.write_text(json.dumps(known))
+    assert not any(problem for _, problem in verify_lines(letters, store))
+    known[settings_name(letters)]["train"] = "other"
+    file.write_text(json.dumps(known))
+    problems = [line for line, problem in verify_lines(letters, store) if problem]
+    assert problems[0].startswith("  content DIFFERS from the reference in train:")
+    assert problems[1:] == ["letters: NOT sound"]
+    for changes in ({"source": "tfds"}, {"partial": True}):  # others by right
+        other = type(store)(store.path, {**store.manifest, **changes}, store.splits)
+        assert not any(problem for _, problem in verify_lines(letters, other))
+
+
+def test_source_changed_after_preparation_is_not_sound(letters, tmp_path):
+    store = prepare(letters, tmp_path)
+    letters.file.write_text("ab c 1\nab d 0\n")
+    problems = [line for line, problem in verify_lines(letters, store) if problem]
+    assert "source letters.txt is not what the store was made of" in problems[0]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from lra.data import store as store_module
-from lra.data.store import open_store, prepare, settings_key, store_path, verify
+from lra.data.store import changed_sources, open_store, prepare, settings_key, store_path, verify
 from lra.errors import DataError
 from lra.tasks import SPLITS, Example, Task
 from lra.tasks.listops import ListOps
@@ -266,6 +268,65 @@ def test_changed_source_is_another_store(tmp_path):
     assert store_path(task, tmp_path) != first.path
 
 
+def test_copied_sources_do_not_make_a_second_copy(tmp_path):
+    """Other times, the same content: the new name is a link to the store that is there."""
+    file = tmp_path / "source.txt"
+    file.write_text("one")
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    first = prepare(task, tmp_path).path
+    os.utime(file, ns=(1, 1))
+    second = prepare(task, tmp_path).path
+    assert second != first
+    assert second.resolve() == first.resolve()
+    assert verify(open_store(second)).problems == ()
+    shutil.rmtree(first)
+    assert not prepare(task, tmp_path).path.is_symlink()
+
+
+def test_changed_content_is_no_link(tmp_path):
+    file = tmp_path / "source.txt"
+    file.write_text("one")
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    first = prepare(task, tmp_path).path
+    os.utime(file, ns=(1, 1))
+    task.given = {"train": [(ids(2), 0)]}
+    second = prepare(task, tmp_path)
+    assert second.path.resolve() != first
+    assert second.splits["train"].inputs[0, 0] == 2
+
+
+def test_changed_sources_are_found(tmp_path):
+    """Even where size and time are as before."""
+    file = tmp_path / "source.txt"
+    file.write_text("one")
+    os.utime(file, ns=(1, 1))
+    task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
+    store = prepare(task, tmp_path)
+    assert changed_sources(task, store) == []
+    file.write_text("two")
+    os.utime(file, ns=(1, 1))
+    assert prepare(task, tmp_path).path == store.path
+    assert changed_sources(task, store) == ["source.txt"]
+    file.unlink()
+    assert changed_sources(task, store) == []
+
+
+def test_who_waits_for_another_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.05)
+    lock = FileLock(tmp_path / "packed" / f".{store_path(listops(), tmp_path).name}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True)
+    said = []
+
+    def on_progress(what, done, total):
+        if "waiting" in what:
+            said.append(what)
+            lock.release()
+
+    with lock.acquire():
+        prepare(listops(), tmp_path, on_progress=on_progress)
+    assert said == ["(another process prepares it: waiting)"]
+
+
 def test_store_outlives_its_sources(tmp_path):
     file = tmp_path / "source.txt"
     file.write_text("one")
@@ -307,7 +368,7 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
 
 def test_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "packed").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"packed: File exists .*set another data\.root"):
+    with pytest.raises(DataError, match=r"packed: File exists; mend that or set another data\.root"):
         prepare(listops(), tmp_path)
 
 

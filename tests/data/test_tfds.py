@@ -1,12 +1,13 @@
 """The TFDS builder: the packed store's examples, row for row, without TensorFlow."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from lra.data import tfds
+from lra.data import sources, tfds
 from lra.data.store import prepare
 from lra.errors import DataError
 from lra.tasks import SPLITS, Example, Task
@@ -98,6 +99,24 @@ def test_records_can_come_from_the_store(tmp_path, monkeypatch):
     record = builder.as_data_source("test")[3]
     np.testing.assert_array_equal(record["inputs"], store.splits["test"].inputs[3])
     np.testing.assert_array_equal(record["label"], [0, 2])
+    metadata = json.loads((builder.data_path / "metadata.json").read_text())
+    assert metadata["splits"]["val"] == store.manifest["splits"]["test"]["sha256"]
+    assert metadata["partial"] is False
+
+
+def test_publishers_files_stand_where_tfds_looks(tmp_path):
+    known = tfds.builder(Colours(), tmp_path).url_infos
+    for remote in (sources.IMDB, sources.CIFAR10):
+        assert (known[remote.url].size, known[remote.url].checksum) == (remote.size, remote.sha256)
+
+
+def test_dataset_of_a_partial_store_says_so_and_needs_no_source(tmp_path, monkeypatch):
+    task = Short()
+    store = prepare(task, tmp_path, allow_partial=True)
+    monkeypatch.setattr(task, "source_signature", None)  # as if gone
+    builder = tfds.builder(task, tmp_path / "tfds", store)
+    builder.download_and_prepare()
+    assert "-partial" in builder.info.full_name
 
 
 def test_prepared_data_is_reused(tmp_path, monkeypatch):
