@@ -141,12 +141,11 @@ def _damaged(path: Path, what: str) -> DataError:
 def _crc_table() -> UInt32[np.ndarray, " entries"]:
     """Entry 256 k + byte: the register, 0 before, after `byte` and CRC_BLOCK - 1 - k zeros, the bytes behind it."""
     table = np.empty((CRC_BLOCK, 256), np.uint32)
-    last = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        last = (last >> 1) ^ np.where(last & 1, np.uint32(0x82F63B78), np.uint32(0))  # Castagnoli's, lowest bit first
-    table[-1] = last
+    table[-1] = np.arange(256)
+    for _ in range(8):  # bits; Castagnoli's polynomial, lowest bit first
+        table[-1] = (table[-1] >> 1) ^ np.uint32(0x82F63B78) * (table[-1] & 1)
     for k in range(CRC_BLOCK - 1, 0, -1):
-        table[k - 1] = (table[k] >> 8) ^ last[table[k] & 255]
+        table[k - 1] = (table[k] >> 8) ^ table[-1, table[k] & 255]
     return table.ravel()
 
 

@@ -165,7 +165,8 @@ class Retrieval(Task):
         if self.inputs == "s4":
             unknown, total = sum(self._unknown.values()), sum(self._total.values())
             notes.append(f"{unknown:,} of {total:,} ids are <unk>, a character that is not printable ASCII")
-        return notes + [f"{place}: no newline at its end, so the row may be cut off" for place in self._cut_off.values()]
+        notes += [f"{place}: no newline at its end, so it may be cut off" for place in self._cut_off.values()]
+        return notes
 
     def packed(self) -> None:
         self._ids = {}

@@ -1,5 +1,6 @@
 """Publishers' files are fetched whole or not at all, and an attempt that broke off is continued."""
 
+import dataclasses
 import errno
 import hashlib
 import http.server
@@ -251,6 +252,21 @@ def test_obtain_fetches_and_unpacks_when_asked(tmp_path, server):
     assert {"fetching file.gz", "unpacking file.gz"} == set(seen)
     assert obtain(source, tmp_path, download=True) == folder
     assert len(server.ranges) == 1
+
+
+def test_an_archive_with_another_hash_is_refused(tmp_path):
+    archive = make_archive(tmp_path / "tsv.tar.gz", TWICE)
+    digest, size = hashlib.sha256(archive.read_bytes()).hexdigest(), archive.stat().st_size
+    for known in ({"size": size, "sha256": "0" * 64}, {"size": size + 1, "sha256": "0" * 64}, {"sha256": "0" * 64}):
+        remote = Remote("http://127.0.0.1:9/x", "tsv.tar.gz", None, None)._replace(**known)
+        with pytest.raises(DataError, match="remove it .*unpack it there yourself") as caught:
+            obtain(dataclasses.replace(PAIRS, archives=("tsv.tar.gz",), remote=remote), tmp_path, download=True)
+        for told in (str(archive), digest, "0" * 64, f"{size:,} bytes", remote.url):
+            assert told in str(caught.value)
+        assert files_in(tmp_path) == ["tsv.tar.gz"]
+    remote = Remote("http://127.0.0.1:9/x", "tsv.tar.gz", size, digest)
+    folder = obtain(dataclasses.replace(PAIRS, archives=("tsv.tar.gz",), remote=remote), tmp_path)
+    assert (folder / "pairs.train.tsv").read_text() == "inner"
 
 
 @pytest.mark.parametrize("source", [TEXTS, PAIRS, PATHS])

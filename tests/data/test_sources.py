@@ -1,5 +1,6 @@
 """Publishers' files are found in any layout."""
 
+import dataclasses
 import os
 
 import pytest
@@ -105,6 +106,14 @@ def test_archive_names(tmp_path):
     assert find_archive(PAIRS, folder).name == "lra_release.gz"
     folder = make(tmp_path / "none", "lra_release/x", "a/b/c/lra_release.gz", "xlra_release.gz")
     assert find_archive(PAIRS, folder) is None
+
+
+def test_a_tasks_own_archive_comes_before_the_whole_release(tmp_path):
+    source = dataclasses.replace(PAIRS, archives=("tsv_data.tar.gz", "lra_release.gz"))
+    folder = make(tmp_path, "lra_release.gz", "a/tsv_data (1).tgz", "a/b/tsv_data.tar.gz")
+    assert find_archive(source, folder) == folder / "a/b/tsv_data.tar.gz"
+    (folder / "a/b/tsv_data.tar.gz").unlink()
+    assert find_archive(source, folder) == folder / "a/tsv_data (1).tgz"
 
 
 def test_signature(tmp_path):

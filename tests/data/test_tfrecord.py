@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
@@ -75,7 +76,6 @@ def test_old_info_without_a_format(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TFDS and etils warn of themselves
 def test_reads_what_tfds_itself_wrote(tmp_path):
-    import numpy as np
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -105,6 +105,29 @@ def test_masked_crc():
     for content, crc in ((b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA)):  # RFC 3720, B.4
         rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
         assert masked_crc32c(content) == (rotated + 0xA282EAD8) % 2**32
+
+
+def test_crc_equals_the_loop(monkeypatch):
+    rng = np.random.default_rng(0)
+    for size in (*range(12), 1023, 1024, 1025, 1027, 1028, 2048, 5000):
+        content, crc = rng.bytes(size), 0xFFFFFFFF
+        for byte in content:
+            crc ^= byte
+            for _ in range(8):
+                crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+        crc ^= 0xFFFFFFFF
+        assert masked_crc32c(content) == ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32
+
+
+@pytest.mark.parametrize("place", [20, -10, -1])  # in the first record, in the last one, and in its checksum
+def test_tfrecord_with_changed_content(tmp_path, place):
+    folder = make(tmp_path)
+    path = folder / "toy-train.tfrecord-00000-of-00002"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"00000-of-00002: record {0 if place > 0 else 2} has a wrong checksum;"):
+        list(read_tfds(folder, "train"))
 
 
 @pytest.mark.parametrize(("keep", "record"), [(5, 0), (14, 0), (-1, 2), (-10, 2)])

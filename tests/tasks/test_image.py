@@ -323,6 +323,8 @@ def test_folder_of_tfds_gives_the_same_pictures(tmp_path):
             for found, expected in zip(read(theirs, split), read(ours, split), strict=True):
                 np.testing.assert_array_equal(found, expected)
     assert len(theirs.source_files()) == 3
+    assert (ours.source, theirs.source) == ("release", "tfds")
+    assert prepare(theirs, tmp_path / "prepared", allow_partial=True).manifest["source"] == "tfds"
     assert "TFDS" in theirs.notes()[0]
 
 

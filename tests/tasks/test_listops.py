@@ -2,6 +2,8 @@
 
 import hashlib
 import inspect
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lra.data.store import prepare, store_name
-from lra.errors import ConfigError, DataError
+from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import SPLITS, listops
 from lra.tasks.listops import CLOSE, FIRST_OPERATOR, TOKENS, Grammar, ListOps, Rows, draw_chunk, evaluate, generate
 
@@ -292,6 +294,24 @@ def test_exported_rows_are_read_back(release, inputs):
     for split in SPLITS:
         pairs = zip(generated.examples(split), released.examples(split), strict=True)
         assert all(np.array_equal(one.inputs, other.inputs) and one.label == other.label for one, other in pairs)
+
+
+def test_export_overwrites_nothing(tmp_path):
+    (tmp_path / "basic_val.tsv").write_text("mine")
+    with pytest.raises(LraError, match=r"basic_val\.tsv exists; choose an empty folder"):
+        make_task().export(dict.fromkeys(SPLITS), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["basic_val.tsv"]
+    assert (tmp_path / "basic_val.tsv").read_text() == "mine"
+
+
+def test_archive_of_listops_alone_is_taken(tmp_path):
+    listops.export_tsv(short_rows(), tmp_path / "made")
+    with tarfile.open(tmp_path / "listops-1000.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "made", "listops-1000")
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "lra_release.gz").write_bytes(b"not looked at")
+    store = prepare(make_task(data_root=tmp_path, source="release"), tmp_path)
+    assert len(store.splits["test"]) == SIZES["test"]
 
 
 @pytest.mark.parametrize("nesting", [".", "listops-1000", "lra_release/listops-1000"])

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lra.data.store import Split, prepare, settings_key, verify
-from lra.errors import ConfigError, DataError
+from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import SPLITS, pathfinder, shuffled
-from lra.tasks.pathfinder import Pathfinder, in_order, load_chunk, read_metadata
+from lra.tasks.pathfinder import Batch, Pathfinder, in_order, load_chunk, read_metadata, refuse_repeats
 from lra.tasks.snakes import draw
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +197,22 @@ def test_pickled_metadata_is_not_loaded_and_the_way_out_works(tmp_path, monkeypa
     assert read_metadata(Path("0.npy")).files == ["imgs/0/sample_0.png"]
 
 
+def test_a_picture_named_twice_is_refused_with_its_row(tmp_path, release):
+    metadata = level_folder(tmp_path) / "metadata"
+    lines = (metadata / "3.npy").read_text().splitlines(keepends=True)
+    (metadata / "3.npy").write_text("".join([*lines, lines[1]]))
+    with pytest.raises(DataError, match=r"3\.npy, row 5: imgs/3/sample_1\.png again, after 3\.npy, row 1"):
+        list(release_task(tmp_path, sizes=SIZES | {"train": 45}).examples("test"))
+    (metadata / "3.npy").write_text("".join(lines))
+    (metadata / "7.npy").write_text("".join(lines))
+    with pytest.raises(DataError, match=r"7\.npy, row 0: imgs/3/sample_0\.png again, after 3\.npy, row 0"):
+        list(release_task(tmp_path).examples("test"))
+
+
+def test_equal_names_in_two_folders_are_two_pictures():
+    refuse_repeats([Batch(Path(f"{i}.npy"), [f"imgs/{i}/sample_0.png"], np.zeros(1, np.uint8)) for i in range(2)])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -248,8 +265,8 @@ def spoil(path, how):
     [
         ("another size", "a PNG of 64x64 in mode L, expected 32x32"),
         ("16 bits", "mode I;16, expected 32x32 and 8 bits"),
-        ("missing", "missing, but metadata names it"),
-        ("empty", "the file is empty"),
+        ("missing", r"missing, but metadata names it; .*data\.allow_partial=true"),
+        ("empty", r"the file is empty; .*data\.allow_partial=true"),
         ("cut off", "not a readable PNG"),
         ("damaged", "not a readable PNG"),
         ("no picture", "not a readable PNG"),
@@ -278,7 +295,7 @@ def test_the_empty_file_of_the_easy_level_is_left_out_and_told(tmp_path, threads
 def test_no_other_level_has_an_empty_file(tmp_path, threads):
     tiny_pictures.pathfinder(tmp_path, count=200, per_batch=180, empty=True)
     task = release_task(tmp_path, sizes={"train": 160, "val": 20, "test": 20})
-    with pytest.raises(DataError, match=r"sample_172\.png: not a readable PNG \(the file is empty\)"):
+    with pytest.raises(DataError, match=r"sample_172\.png: the file is empty"):
         list(task.examples("val"))
 
 
@@ -288,6 +305,52 @@ def test_a_part_of_the_release_is_refused_or_cut_in_proportion(tmp_path, threads
         prepare(release_task(tmp_path), tmp_path)
     store = prepare(release_task(tmp_path), tmp_path, allow_partial=True)
     assert [len(store.splits[split]) for split in SPLITS] == [22, 4, 4]
+
+
+def spoil_some(data_root):
+    """Takes away or empties pictures 0, 7 and all of batch 3; returns the numbers of the others."""
+    images = level_folder(data_root) / "imgs"
+    (images / "0" / "sample_0.png").unlink()
+    (images / "1" / "sample_2.png").write_bytes(b"")
+    shutil.rmtree(images / "3")
+    return np.delete(np.arange(60), [0, 7, *range(15, 20)])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_splits_are_cut_from_the_pictures_that_are_there(tmp_path, release, protocol):
+    pictures, labels = release
+    kept = spoil_some(tmp_path)
+    with pytest.raises(DataError, match=r"data\.allow_partial=true"):
+        prepare(release_task(tmp_path, protocol), tmp_path)
+    store = prepare(release_task(tmp_path, protocol), tmp_path, allow_partial=True)
+    assert store.manifest["partial"]
+    assert store.manifest["notes"] == ["7 pictures that metadata names are missing or empty: left out"]
+    order = np.arange(53) if protocol == "lra2020" else shuffled(53, 0)
+    for split, part in (("train", order[:39]), ("val", order[39:46]), ("test", order[46:])):
+        rows = kept[np.sort(part)]
+        np.testing.assert_array_equal(store.splits[split].inputs, pictures[rows].reshape(len(rows), -1))
+        np.testing.assert_array_equal(store.splits[split].labels, labels[rows])
+
+
+def test_pictures_are_looked_for_by_folder_and_only_where_asked(tmp_path, release, monkeypatch):
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(Path(folder)) or scandir(folder))
+    for allow_partial, expected in ((False, []), (True, [str(i) for i in range(12)])):
+        listed.clear()
+        task = release_task(tmp_path)
+        task.allow_partial = allow_partial
+        for split in SPLITS:
+            list(task.examples(split))
+        assert [folder.name for folder in listed if folder.parent.name == "imgs"] == expected
+        assert task.notes() == []
+
+
+def test_no_picture_at_all_is_refused(tmp_path, release):
+    shutil.rmtree(level_folder(tmp_path) / "imgs")
+    (level_folder(tmp_path) / "imgs").mkdir()
+    with pytest.raises(DataError, match="0 examples in train"):
+        prepare(release_task(tmp_path), tmp_path, allow_partial=True)
 
 
 def test_more_pictures_than_expected_are_refused(tmp_path, release):
@@ -362,7 +425,7 @@ def test_interrupted_preparation_goes_on(tmp_path, drawn, monkeypatch):
     expected = read(task, "train")
     assert sorted(drawn) == [(16, 26), (26, 36), (36, 46), (46, 56), (56, 60)]
     chunks = sorted((tmp_path / "generated").glob("*/*"))
-    assert [chunk.parent.name for chunk in chunks] == ["32-hard-0-v1"] * 5
+    assert [chunk.parent.name for chunk in chunks] == ["32-hard-0-44-8-8-v1"] * 5
 
     chunks[0].unlink()
     chunks[1].write_bytes(chunks[1].read_bytes()[:-100])
@@ -382,6 +445,15 @@ def test_complete_store_leaves_no_chunks(tmp_path, drawn):
     assert not (tmp_path / "generated").exists()
     assert verify(store).problems == ()
     assert store.manifest["source_files"] == []
+
+
+def test_a_small_store_leaves_the_chunks_of_an_unfinished_large_one(tmp_path, drawn):
+    list(make_task(data_root=tmp_path).examples("train"))
+    small = make_task(data_root=tmp_path, sizes={"train": 4, "val": 8, "test": 8})
+    prepare(small, tmp_path)
+    del drawn[:]
+    prepare(make_task(data_root=tmp_path), tmp_path)
+    assert sorted(drawn) == [(0, 8), (8, 16)]  # train was there
 
 
 def test_chunks_removed_by_another_process_are_drawn_again(tmp_path, drawn, monkeypatch):
@@ -412,6 +484,29 @@ def test_exported_pictures_are_read_back(tmp_path, threads, monkeypatch):
         np.testing.assert_array_equal(labels, splits[split].labels)
     row = (level_folder(tmp_path / "out") / "metadata" / "8.npy").read_text().splitlines()[3]
     assert row == f"imgs/8 sample_3.png 3 {splits['test'].labels[-1]} 1.0 14 4 2 0.5 1 1"
+
+
+@pytest.mark.parametrize("there", ["imgs/0/sample_0.png", "metadata/5.npy"])
+def test_export_writes_nothing_beside_other_files(tmp_path, there):
+    file = level_folder(tmp_path) / there
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"mine")
+    split = Split(np.zeros((1, 1024), np.uint8), np.full(1, 1024, np.int32), np.zeros(1, np.uint8))
+    with pytest.raises(LraError, match=r"curv_contour_length_14 is not empty; choose an empty folder"):
+        make_task().export(dict.fromkeys(SPLITS, split), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_bytes() == b"mine"
+
+
+def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
+    for size in (32, 64, 128, 256):
+        assert make_task(size=size)._publisher.archives == (f"pathfinder{size}.tar.gz", "lra_release.gz")
+    tiny_pictures.pathfinder(tmp_path / "made")
+    with tarfile.open(tmp_path / "pathfinder32.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "made" / "pathfinder32", "pathfinder32")
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "lra_release.gz").write_bytes(b"not looked at")
+    prepare(release_task(tmp_path), tmp_path)
 
 
 # --- What a model is given -----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Retrieval: the release's files, both encodings, and the refusals a user meets, copies by CSV readers above all."""
 
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,8 +83,8 @@ def test_store_holds_the_pairs(aan, inputs):
     assert {name: len(split) for name, split in store.splits.items()} == {"train": 24, "val": 8, "test": 8}
     assert store.splits["test"].inputs.shape == (8, 2, 4000)
     assert store.manifest["source"] == "release"
-    assert store.manifest["reference"]["majority"] == 0.5
-    assert store.manifest["reference"]["bag_of_bytes"] == 1.0  # equal letters or not
+    bag = "bag_of_bytes" if inputs == "lra2020" else "bag_of_characters"
+    assert store.manifest["reference"] == {"majority": 0.5, bag: 1.0}  # equal letters or not
 
 
 def test_published_counts_are_demanded():
@@ -130,6 +132,30 @@ def test_notes_count_shared_documents_and_unknown_characters(aan, inputs):
         assert unknown == []
 
 
+def test_a_file_without_a_newline_at_its_end_is_noted(aan):
+    data_root, folder = aan
+    file = folder / "new_aan_pairs.eval.tsv"
+    file.write_bytes(file.read_bytes()[:-5])
+    task = make_task(data_root)
+    for split in ("train", "val", "test", "val"):
+        assert len(list(task.examples(split))) == tiny_texts.PAIRS["eval" if split == "val" else split]
+    (note,) = [note for note in task.notes() if "newline" in note]
+    assert note == f"{file}, row 8: no newline at its end, so it may be cut off"
+    file.write_bytes(file.read_bytes().rpartition(b"\t")[0])  # cut off in the first text
+    with pytest.raises(DataError, match=r"eval\.tsv, row 8: 4 columns"):
+        list(task.examples("val"))
+
+
+def test_archive_of_the_pairs_alone_is_taken(aan):
+    data_root, folder = aan
+    with tarfile.open(data_root / "tsv_data.tar.gz", "w:gz") as tar:
+        tar.add(folder, "tsv_data")
+    shutil.rmtree(data_root / "lra_release")
+    (data_root / "lra_release.gz").write_bytes(b"not looked at")
+    store = prepare(make_task(data_root), data_root, allow_partial=True)
+    assert len(store.splits["train"]) == 24
+
+
 def test_reference_lines_by_hand(monkeypatch):
     """Neither document alone tells the label, only whether the two agree."""
     monkeypatch.setattr("lra.tasks.retrieval.ROWS_PER_COUNT", 3)
@@ -139,7 +165,7 @@ def test_reference_lines_by_hand(monkeypatch):
     split = SimpleNamespace(inputs=inputs, labels=np.array([*pairs.values()] * 5, np.uint8))
     test = SimpleNamespace(inputs=inputs[:3], labels=split.labels[:3])
     lines = make_task().reference_lines({"train": split, "test": test})
-    assert lines == {"majority": pytest.approx(2 / 3), "bag_of_bytes": 1.0}
+    assert lines == {"majority": pytest.approx(2 / 3), "bag_of_characters": 1.0}
 
 
 # --- Refusals ------------------------------------------------------------------------------------------------------

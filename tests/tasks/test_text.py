@@ -15,7 +15,7 @@ from lra.data.store import prepare, store_name
 from lra.data.tfrecord import masked_crc32c
 from lra.errors import ConfigError, DataError
 from lra.tasks.characters import IMDB_CHARACTERS, IMDB_UNUSED, Bytes, Characters, frequencies
-from lra.tasks.text import Text, held_out
+from lra.tasks.text import Review, Text, held_out
 
 ROOT = Path(__file__).parents[2]
 BYTES, CHARACTERS = Bytes(), Characters(IMDB_CHARACTERS, IMDB_UNUSED)
@@ -135,16 +135,39 @@ def test_validation_is_a_tenth_of_each_class_of_train(imdb):
 
 def test_validation_of_the_whole_data_is_fixed():
     """Golden: where it changes, every score under `strict` means something else."""
-    labels = np.repeat([0, 1], 12_500)
-    chosen = held_out(labels, seed=0)
-    assert np.bincount(labels[chosen]).tolist() == [1250, 1250]
-    assert np.flatnonzero(chosen)[:5].tolist() == [19, 23, 28, 29, 39]
-    assert hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()[:16] == "a00c712c0c556bf2"
-    assert (held_out(labels, seed=1) != chosen).any()
+    reviews = [Review("", f"review {i}".encode(), i // 12_500) for i in range(25_000)]
+    chosen = held_out(reviews, seed=0)
+    assert [chosen[:12_500].sum(), chosen[12_500:].sum()] == [1250, 1250]
+    assert np.flatnonzero(chosen)[:5].tolist() == [0, 8, 11, 33, 71]
+    assert hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()[:16] == "554c5a788c9ed62a"
+    assert (held_out(reviews, seed=1) != chosen).any()
+
+
+def test_validation_depends_on_the_text_and_not_on_the_order():
+    """TFDS has another order, and no white space at a review's ends."""
+    reviews = [Review(f"file {i}", f" review {i}\n".encode(), i % 2) for i in range(200)]
+    chosen = held_out(reviews, seed=3)
+    order = np.random.default_rng(0).permutation(200)
+    again = held_out([Review("record", reviews[i].text.strip(), i % 2) for i in order], seed=3)
+    np.testing.assert_array_equal(again, chosen[order])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_texts_are_on_one_side(seed):
+    """Every third text twice in its class, every fifth in both classes; yet each class gives exactly a tenth."""
+    rows = [(i, i % 2) for i in range(200)]
+    rows += [(i, i % 2) for i in range(0, 200, 3)] + [(i, 1 - i % 2) for i in range(0, 200, 5)]
+    reviews = [Review("", f"review {i}".encode(), label) for i, label in rows]
+    chosen = held_out(reviews, seed)
+    val, train = ({review.text for review, c in zip(reviews, chosen, strict=True) if c == side} for side in (1, 0))
+    assert not val & train
+    for label in (0, 1):
+        of_class = np.array([review.label == label for review in reviews])
+        assert chosen[of_class].sum() == of_class.sum() // 10
 
 
 def test_smallest_data_has_validation_too():
-    assert held_out(np.array([0, 1, 0, 1, 1]), seed=0).sum() == 2
+    assert held_out([Review("", str(i).encode(), label) for i, label in enumerate((0, 1, 0, 1, 1))], seed=0).sum() == 2
 
 
 @pytest.mark.parametrize(
@@ -173,8 +196,9 @@ def test_store_holds_the_reviews(imdb, inputs, validation):
         "test/neg",
         "test/pos",
     ]
-    assert store.manifest["reference"]["majority"] == 0.5
-    assert store.manifest["reference"]["bag_of_bytes"] == 1.0  # the words of the two classes differ in their letters
+    bag = "bag_of_bytes" if inputs == "lra2020" else "bag_of_characters"
+    # the words of the two classes differ in their letters
+    assert store.manifest["reference"] == {"majority": 0.5, bag: 1.0}
 
 
 def test_hashes_are_of_names_and_contents(imdb):
@@ -206,6 +230,12 @@ def test_added_review_and_other_settings_make_another_store(imdb):
     assert len({store_name(make_task(data_root, **other)) for other in others} - {name}) == len(others)
     (folder / "train" / "pos" / "99_8.txt").write_text("fine")
     assert store_name(make_task(data_root)) != name
+
+
+def test_a_store_of_the_choice_by_position_is_not_taken():
+    """Which reviews are validation has changed; the stores without such a choice stay what they were."""
+    assert make_task().fingerprint()["chosen_by"] == "text"
+    assert "chosen_by" not in make_task(validation="test").fingerprint()
 
 
 def test_seed_of_nothing_changes_no_store(imdb):
