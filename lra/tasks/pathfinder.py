@@ -291,6 +291,14 @@ class Pathfinder(PictureTask):
             raise DataError(f"{folder}: no metadata files 0.npy, 1.npy, ...; unpack the release again")
         return sorted(files, key=lambda path: int(path.stem))
 
+    def source_signature(self) -> list[Any]:
+        """Of the metadata files; of an incomplete release also how many pictures are missing, which may arrive later."""
+        missing = 0
+        if self.allow_partial and self.source == "release":
+            _ = self._batches
+            missing = self._left_out
+        return super().source_signature() + ([f"{missing} missing"] if missing else [])
+
     def source_hashes(self) -> list[dict[str, str]]:
         """Of each metadata file, and of each split's pictures (the hash of the hashes of runs of their files)."""
         pictures = [{"name": f"pictures of {split}", "sha256": digest} for split, digest in self._hashes.items()]

@@ -332,6 +332,16 @@ def test_splits_are_cut_from_the_pictures_that_are_there(tmp_path, release, prot
         np.testing.assert_array_equal(store.splits[split].labels, labels[rows])
 
 
+def test_pictures_that_arrive_later_make_another_store(tmp_path, release):
+    pictures, _ = release
+    spoil_some(tmp_path)
+    first = prepare(release_task(tmp_path), tmp_path, allow_partial=True)
+    Image.fromarray(pictures[0]).save(level_folder(tmp_path) / "imgs" / "0" / "sample_0.png")
+    second = prepare(release_task(tmp_path), tmp_path, allow_partial=True)
+    assert second.path.resolve() != first.path.resolve()
+    assert sum(map(len, second.splits.values())) == 1 + sum(map(len, first.splits.values()))
+
+
 def test_pictures_are_looked_for_by_folder_and_only_where_asked(tmp_path, release, monkeypatch):
     listed = []
     scandir = os.scandir
