@@ -21,7 +21,7 @@ TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
 Train one model on one task and print the comparison table. Every key of conf/ can be set; --cfg job prints them all.
 
-  lra train experiment=listops/quick                       five minutes on a CPU
+  lra train experiment=listops/quick                       minutes on a CPU
   lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
   lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2
   lra train -m ... hydra/launcher=joblib                   several at a time (extra: sweep); submitit_slurm on a cluster
@@ -79,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     info = actions.add_parser("info", help="what a task is, where its files and its packed store are; prepares nothing")
     show = actions.add_parser("show", help="print some examples; pictures also as a PNG")
     for action, run in ((prepare, data_prepare), (verify, data_verify), (info, data_info), (show, data_show)):
-        action.add_argument("tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists")
+        action.add_argument(
+            "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists; KEY=VALUE as for `lra train`"
+        )
         action.add_argument(
             "--set",
             nargs="+",
@@ -147,6 +149,9 @@ def train_command(argv: list[str]) -> int:
 
     from lra.config import tidy, translated_errors
 
+    for word in argv:
+        if match := re.match(r"--(task|model|protocol|experiment|debug|seed|resume)\b", word):
+            raise ConfigError(f"{word}: config keys have no dashes; write {match[1]}=VALUE")
     argv = tidy(argv)
     sys.argv = ["lra train", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
@@ -241,7 +246,7 @@ def list_options(args: argparse.Namespace) -> int:
         head = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
         about = " ".join(line.removeprefix("#").strip() for line in head)
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
-        print(f"{file.stem:<16} {re.split(SENTENCE_END, about)[0]}")
+        print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
     return 0
 
 
@@ -251,8 +256,12 @@ def composed(args: argparse.Namespace):
 
     flags = ("download", "allow_partial")
     switches = [f"data.{flag}=true" for flag in flags if getattr(args, flag, False)]
-    for name in args.tasks:
-        cfg = compose([f"task={name}", *switches, *args.set])
+    names = [word for word in args.tasks if "=" not in word]
+    overrides = [word for word in args.tasks if "=" in word]  # as `lra train` takes them
+    if not names:
+        raise ConfigError(f"no task named; write lra data ACTION TASK {' '.join(overrides)}")
+    for name in names:
+        cfg = compose([f"task={name}", *switches, *overrides, *args.set])
         yield cfg, build_task(cfg)
 
 

@@ -78,6 +78,7 @@ RANGES = {
     "trainer.batch_size": Range("[1, inf)", whole=True),
     "trainer.eval_batch_size": Range("[1, inf)", whole=True),
     "trainer.train_eval_examples": Range("[1, inf)", whole=True),
+    "trainer.eval_examples": Range("[1, inf)", whole=True, optional=True),
     "trainer.eval_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.checkpoint_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.log_every": Range("[1, inf)", whole=True, optional=True),

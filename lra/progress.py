@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-QUIET_SECONDS = 30.0  # between two lines about a long preparation, where there is no terminal
+LARGE = 2_000_000  # parameters
+QUIET_SECONDS = 10.0  # between two lines about a long preparation, where there is no terminal
 
 
 class Reporter:
@@ -51,6 +52,11 @@ class Reporter:
             "to beat: "
             + ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in record["reference"].items())
         )
+        if device["platform"] == "cpu" and record["params"]["total"] > LARGE:
+            self.console.print(
+                f"{record['params']['total'] / 1e6:.0f} M parameters on a CPU may take minutes a step and days in all; "
+                "debug=tiny tries whether it runs"
+            )
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
         self.console.print(f"folder: {folder}{resumed}")
 
@@ -73,6 +79,9 @@ class Reporter:
         """A line an evaluation; a star where the weights are the best so far."""
         validation = f"validation loss {result['loss']:.3f} accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
         self.console.print(f"step {step:>6}/{self.steps}  {self.training}  {validation}")
+
+    def scoring(self, count: int) -> None:
+        self.console.print(f"scoring the test split, {count:,} examples")
 
     def finished(self, record: dict, sync_hint: str | None) -> None:
         """The result, beside the lines it has to beat, and how to upload what W&B kept offline."""

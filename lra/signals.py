@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: at once while nothing is lost by it, after a checkpoint while training."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,9 @@ class Signals:
         if not self.patient or (self.received and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        print(
+            f"lra: {self.received}: saving after the steps under way; Ctrl-C stops at once", file=sys.stderr, flush=True
+        )
 
     @contextmanager
     def noted(self) -> Iterator[None]:

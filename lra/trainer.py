@@ -121,7 +121,7 @@ class Run:
         store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
         self.record |= {"data": describe_data(store), "reference": store.manifest["reference"]}
-        data = place(store)
+        data = {name: self.scored(name, split) for name, split in place(store).items()}
         self.program = compile_program(setup, cfg.trainer.batch_size)
 
         state, best = self.restore()
@@ -134,6 +134,14 @@ class Run:
         with signals.noted(), self.reporter:
             state, best = self.loop(state, best, data, signals)
         return self.finish(state, best, data)
+
+    def scored(self, name: str, split: Split) -> Split:
+        """Of validation and test the examples that are scored: all, or the first `trainer.eval_examples`."""
+        limit = self.cfg.trainer.eval_examples
+        if name == "train" or limit is None or limit >= len(split.labels):
+            return split
+        self.record["data"]["partial"] = True
+        return Split(*(x[:limit] for x in split))
 
     def restore(self) -> tuple[State, Best]:
         """The state to start from: the newest checkpoint's, or a new one.
@@ -228,6 +236,7 @@ class Run:
     def finish(self, state: State, best: Best, data: dict[str, Split]) -> dict[str, Any]:
         """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
         weights = best[:2] if self.cfg.protocol.select == "best" else (state.params, state.stats)
+        self.reporter.scoring(len(data["test"].labels))
         sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
         logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
         labels = {name: np.asarray(split.labels)[: len(logits[name])] for name, split in data.items()}

@@ -122,6 +122,7 @@ def test_full_length_task_trains(protocol, length, lra_command, tmp_path):
         ("model.negative_filters=3", 2, "model.negative_filters=3 must be true or false"),
         ("backbone.dropout=much", 2, "backbone.dropout=much must be a number"),
         ("task.source=release", 3, "listops-1000"),
+        ("--task=image", 2, "--task=image: config keys have no dashes; write task=VALUE"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(lra_command, args, tmp_path, bad, code, words):
@@ -232,6 +233,7 @@ def test_data_commands_prepare_verify_show_and_export(lra_command, tmp_path):
         (["prepare", "retrieval"], 3, "lra_release.gz (8.2 GB"),
         (["prepare", "pathfinder", "--set", "task.source=release"], 3, "pathfinder32/curv_contour_length_14"),
         (["prepare", "pathfinder", "--set", "task.level=heavy"], 2, "level=heavy; expected one of easy, intermediate"),
+        (["info", "text=1"], 2, "no task named"),
         (["info", "pathfindre"], 2, "unknown task=pathfindre (did you mean pathfinder"),
     ],
 )
@@ -248,6 +250,7 @@ def test_bad_data_command_is_one_line(words, code, message, lra_command, tmp_pat
 def test_data_info_verify_and_show_of_pictures(lra_command, tmp_path):
     small = ["--set", "task.sizes={train: 3, val: 1, test: 2}", f"data.root={tmp_path}"]
     assert "not prepared" in lra_command("data", "info", "pathfinder", *small).stdout
+    assert "protocol lra2020" in lra_command("data", "info", "pathfinder", "protocol=lra2020", *small).stdout
     done = lra_command("data", "verify", "pathfinder", *small)
     assert done.returncode == 0, done.stderr
     assert "no reference is known for these settings" in done.stdout

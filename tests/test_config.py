@@ -128,3 +128,10 @@ def test_range_knows_its_ends(interval, inside, outside):
 def test_every_model_is_offered_where_an_unknown_one_is_asked_for(model):
     with pytest.raises(ConfigError, match=rf"unknown model=nope.*expected one of:.*\b{model}\b"):
         lra.compose(["model=nope"])
+
+
+def test_debug_has_the_last_word():
+    """So that its runs lie apart from those that tables count."""
+    cfg = lra.compose(["debug=tiny"])
+    assert cfg.output.root == "debug_runs"
+    assert lra.compose(["debug=tiny", "output.root=mine"]).output.root == "mine"

@@ -137,7 +137,7 @@ def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp
     done = run(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert name in done.stdout
-    (record,) = tmp_path.glob("runs/**/record.json")
+    (record,) = tmp_path.glob("debug_runs/**/record.json")
     assert shlex.split(json.loads(record.read_text())["command"]) == ["lra", *words]
 
 

@@ -7,7 +7,7 @@ from lra.progress import preparing
 
 
 def test_long_preparation_says_so_now_and_then(monkeypatch, capsys):
-    clock = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+    clock = iter([0.0, 5.0, 11.0, 11.0, 20.0, 22.0, 22.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress, "Progress", lambda **_: Quiet())
 

@@ -170,6 +170,15 @@ def test_last_weights_are_scored_where_the_protocol_says_so(whole, tmp_path):
     assert record["metrics"]["val"]["accuracy"] == record["selection"]["last_val_accuracy"]
 
 
+def test_part_of_validation_and_test_is_scored_only_when_asked_and_marked(whole, tmp_path):
+    overrides, _, record = whole
+    part = lra.train([*overrides, f"output.root={tmp_path}", "trainer.eval_examples=5"])
+    assert [part["metrics"][name]["count"] for name in ("val", "test")] == [5, 5]
+    assert part["data"]["partial"]
+    assert not record["data"]["partial"]
+    assert record["metrics"]["test"]["count"] == 21
+
+
 def test_best_weights_are_those_of_the_best_evaluation(whole):
     _, folder, record = whole
     scores = {row["step"]: row["val/accuracy"] for row in read_metrics(folder) if "val/accuracy" in row}

@@ -1,6 +1,7 @@
 """What is in a task's data, and is it sound? The texts and pictures of `lra data info`, `verify` and `show`."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,11 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
         yield "  " + ", ".join(f"{name} is {other} itself" for name, other in same.items())
     try:
         files = task.source_files()
-        where = f"{task.source} files in {files[0].parent}" if files else f"{task.source}, no file needed"
+        where = (
+            f"{task.source} files in {os.path.commonpath([file.parent for file in files])}"
+            if files
+            else f"{task.source}, no file needed"
+        )
     except DataError as error:
         where = str(error)
     yield f"  source: {where}"

@@ -169,6 +169,11 @@ def prepare(
         partial = path.with_name(path.name + PARTIAL)
         if allow_partial and partial.exists():
             path = partial
+        elif partial.exists():
+            raise DataError(
+                f"{task.name}: only a partial store is prepared, {partial}; data.allow_partial=true (lra data: "
+                "--allow-partial) uses it"
+            )
         else:
             with disk_errors(path, "data.root", DataError):
                 path = _build_alone(task, path, partial if allow_partial else None, on_progress)
@@ -313,7 +318,7 @@ def check_count(task: Task, name: str, found: int, allow_partial: bool = False) 
     files = task.source_files()
     folder = f" of {os.path.commonpath([file.parent for file in files])}" if files else ""
     shortage = f"; {task.shortage}" if task.shortage and found < expected else ""
-    remedy = "; data.allow_partial=true takes what is there" if 0 < found < expected else ""
+    remedy = "; data.allow_partial=true (lra data: --allow-partial) takes what is there" if 0 < found < expected else ""
     raise DataError(f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}{remedy}")
 
 

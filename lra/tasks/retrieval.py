@@ -115,7 +115,7 @@ class Retrieval(Task):
     dual = True
     vocab: tuple[str, ...]
     source = "release"
-    shortage = REMEDY  # what may be the reason where a file has too few rows
+    shortage = f"the file is incomplete, or {REMEDY}"  # what may be the reason where a file has too few rows
 
     def __init__(self, protocol: Mapping[str, Any], data_root: str | Path, name: str, seq_len: int | None = None):
         self.inputs = protocol["inputs"]
