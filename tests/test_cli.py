@@ -82,7 +82,7 @@ def test_train_leaves_nothing_but_its_runs(lra_command, data_root, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = lra_command("train", *TINY, "experiment=null", f"data.root={data_root}", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path) == ["runs"]
+    assert os.listdir(tmp_path) == ["debug_runs"]
     assert not done.stderr
 
 
