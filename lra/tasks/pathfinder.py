@@ -153,10 +153,20 @@ def in_order(function: Callable[..., Any], calls: Sequence[tuple], at_once: int)
     """`function(*call)` for each call, in order, on all processors; in this process where there is one call only.
 
     No more than `at_once` results wait to be taken. (A generator of joblib computes on, however slowly it is read.)
+
+    Raises:
+        DataError: a worker was killed.
     """
-    with joblib.Parallel(n_jobs=max(1, min(joblib.cpu_count(), len(calls)))) as parallel:
-        for first in range(0, len(calls), at_once):
-            yield from parallel(joblib.delayed(function)(*call) for call in calls[first : first + at_once])
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    try:
+        with joblib.Parallel(n_jobs=max(1, min(joblib.cpu_count(), len(calls)))) as parallel:
+            for first in range(0, len(calls), at_once):
+                yield from parallel(joblib.delayed(function)(*call) for call in calls[first : first + at_once])
+    except TerminatedWorkerError as error:
+        raise DataError(
+            "a worker process was killed, perhaps for lack of memory; the same command goes on with what is finished"
+        ) from error
 
 
 def finish_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:

@@ -575,3 +575,9 @@ def test_reference_lines_by_hand():
 def test_values_that_cannot_be_used_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         make_task(**changes)
+
+
+def test_killed_worker_is_one_line(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)  # with one, the work would be done, and end, in here
+    with pytest.raises(DataError, match="a worker process was killed"):
+        list(in_order(os._exit, [(9,), (9,)], 4))
