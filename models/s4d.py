@@ -1,4 +1,4 @@
-"""S4D of Gu, Gupta, Goel, Re 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv 2206.11893).
+"""S4D of Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv 2206.11893).
 
 One single-input single-output state space model for each channel, with a diagonal A and a Delta of its own:
 
