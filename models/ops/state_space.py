@@ -95,8 +95,6 @@ def vandermonde_kernel(
 def _powers(log_lam_bar: Complex[Array, "D N"], stride: int, count: int) -> tuple[Array, Array]:
     """Real and imaginary parts of lam_bar^(stride * i), i = 0..count-1."""
     exponents = stride * jnp.arange(count, dtype=log_lam_bar.real.dtype)[None, None]
-    # whole turns are taken off once, so that they do not cost the digits of every power
-    turn = jnp.arctan2(jnp.sin(log_lam_bar.imag), jnp.cos(log_lam_bar.imag))
     radius = jnp.exp(log_lam_bar.real[..., None] * exponents)
-    angle = turn[..., None] * exponents
+    angle = log_lam_bar.imag[..., None] * exponents
     return radius * jnp.cos(angle), radius * jnp.sin(angle)

@@ -163,7 +163,7 @@ def test_start_is_the_real_system_with_hippo_blocks():
 
 
 def test_parameters_start_with_the_published_variances():
-    """V^H and V keep lengths: B has variance 1/N, C 2/N (real and imaginary), 2/(N D) or, not turned, 1 in sum."""
+    """V^H and V keep lengths: B has variance 1/N; C has 2/N or 2/(N D), its real and imaginary parts together, or 1."""
     for c_init, variance in (
         ("trunc_standard_normal", 2 / 64),
         ("lecun_normal", 2 / (64 * 200)),

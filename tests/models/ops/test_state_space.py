@@ -111,7 +111,7 @@ def test_kernel_in_float32_is_near_at_length_16384():
     with jax.enable_x64(True):
         exact = vandermonde_kernel(jnp.asarray(weights), jnp.asarray(lam * step), 16384)
     single = vandermonde_kernel(jnp.asarray(weights, jnp.complex64), jnp.asarray(lam * step, jnp.complex64), 16384)
-    np.testing.assert_allclose(single, exact, atol=2e-3 * np.abs(exact).max())
+    np.testing.assert_allclose(single, exact, atol=1e-5 * np.abs(exact).max())
 
 
 def convolution_by_loop(x, kernel, back):
