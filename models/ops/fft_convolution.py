@@ -1,0 +1,34 @@
+"""What is the convolution of every channel with a filter as long as the input, in O(L log L)?"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def fft_convolution(
+    x: Float[Array, "B L D"], kernel: Float[Array, "D L"], back: Float[Array, "D L"] | None = None
+) -> Float[Array, "B L D"]:
+    """y_t = sum_{j=0..t} kernel_j x_{t-j}, and with `back` also + sum_{j=0..L-2-t} back_j x_{t+1+j}.
+
+    The transforms have 2L - 1 points or a few more, so that nothing wraps around. Rounding errors of y_t are relative to the
+    whole input, not to the inputs it depends on. All arguments share one dtype, float32 or float64.
+
+    Source: Gu et al. 2022 (S4, arXiv 2111.00396), section 2.4; the two directions in one transform as in state-spaces/s4,
+    where the backward filter starts at the next position, so that the present one is not counted twice.
+    """
+    length = x.shape[1]
+    size = smooth_size(2 * length - 1)
+    if back is None:
+        filters = kernel
+    else:
+        gap = jnp.zeros((kernel.shape[0], size - 2 * length + 1), kernel.dtype)
+        filters = jnp.concatenate([kernel, gap, jnp.flip(back[:, : length - 1], axis=1)], axis=1)
+    spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * jnp.fft.rfft(filters, size)[None]
+    return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
+
+
+def smooth_size(at_least: int) -> int:
+    """The smallest even number from `at_least` on whose only prime factors are 2, 3 and 5."""
+    size = at_least + at_least % 2
+    while 30 ** size.bit_length() % size:
+        size += 2
+    return size

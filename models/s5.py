@@ -1,0 +1,172 @@
+"""S5 of Smith, Warrington, Linderman 2023, "Simplified State Space Layers for Sequence Modeling" (arXiv 2208.04933).
+
+One state space model for all channels, x' = A x + B u, y = C x + D u (their equation 1), diagonalised and sampled:
+
+    x_k = lam_bar x_{k-1} + B_bar u_k,   y_k = 2 Re(C x_k) + D u_k
+
+with A = HiPPO-N in J diagonal blocks at the start, one of each conjugate pair of eigenvalues kept, and a learned Delta for each
+state. Reference code read: lindermanlab/S5, whose values the tests hold ours to.
+
+Deviations: none in the values. Padding does not enter the scan from the end, as it does in the published code.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Complex, Float
+
+from models.ops.recurrence import linear_recurrence
+from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
+
+C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+
+
+class S5(nnx.Module):
+    """Multi-input multi-output diagonal state space model; causal unless bidirectional.
+
+    The scan holds all states, (B, L, P) complex: they are what C reads.
+
+    Args:
+        width: D. seq_len: L, not used, the recurrence has no length.
+        state_size: N eigenvalues; P = N/2 of them are kept with `conj_sym`, one of each conjugate pair, else all.
+        num_blocks: J copies of HiPPO-N of size N/J on the diagonal of A at the start.
+        conj_sym: the output is 2 Re(C x) over P states, else Re(C x) over N.
+        discretization: zoh | bilinear.
+        dt_min, dt_max: Delta of each state starts log-uniformly between them.
+        c_init: trunc_standard_normal | lecun_normal (C V, with C of variance 1/N or 1/(N D)) | complex_normal (variance 1).
+        clip_eigs: keep the real parts of the eigenvalues at -1e-4 or below.
+        bidirectional: a second scan from the end; C has twice the columns and reads both.
+    Raises:
+        ValueError: an option is unknown, or the sizes do not divide; the message names the config key.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        seq_len: int,
+        *,
+        state_size: int,
+        num_blocks: int,
+        conj_sym: bool,
+        discretization: str,
+        dt_min: float | int,
+        dt_max: float | int,
+        c_init: str,
+        clip_eigs: bool,
+        bidirectional: bool,
+        rngs: nnx.Rngs,
+    ):
+        part = 2 if conj_sym else 1
+        if num_blocks < 1 or state_size < 1 or state_size % (part * num_blocks):
+            raise ValueError(
+                f"model.state_size={state_size} must be a multiple of {part} x model.num_blocks={num_blocks}"
+                + " (conjugate pairs in every block)" * conj_sym
+            )
+        for key, found, allowed in (
+            ("discretization", discretization, DISCRETIZATIONS),
+            ("c_init", c_init, C_INITS),
+        ):
+            if found not in allowed:
+                raise ValueError(f"model.{key}={found} is unknown; choose one of {', '.join(allowed)}")
+        self.causal, self.bidirectional = not bidirectional, bidirectional
+        self.conj_sym, self.discretization, self.clip_eigs = conj_sym, discretization, clip_eigs
+        block = state_size // num_blocks
+        lam, vectors = hippo_normal(block)
+        lam, vectors = np.tile(lam[: block // part], num_blocks), vectors[:, : block // part]
+        states, columns = state_size // part, state_size // part * (2 if bidirectional else 1)
+        self.lam_re = nnx.Param(jnp.asarray(lam.real, jnp.float32))
+        self.lam_im = nnx.Param(jnp.asarray(lam.imag, jnp.float32))
+        self.log_step = nnx.Param(log_uniform_steps(rngs.params(), (states,), dt_min, dt_max))
+        # B and C are drawn in the coordinates of HiPPO and turned into its eigenvectors': V^H B and C V
+        v_re, v_im = jnp.asarray(vectors.real, jnp.float32), jnp.asarray(vectors.imag, jnp.float32)
+        b = lecun_normal(rngs.params(), (width, num_blocks, block), state_size)
+        self.b_re = nnx.Param((b @ v_re).reshape(width, states))
+        self.b_im = nnx.Param((b @ -v_im).reshape(width, states))
+        if c_init == "complex_normal":
+            c_re, c_im = math.sqrt(0.5) * rngs.params.normal((2, width, columns))
+        else:
+            fan_in = state_size * (width if c_init == "lecun_normal" else 1)
+            re, im = lecun_normal(rngs.params(), (2, width, columns // states * num_blocks, block), fan_in)
+            c_re, c_im = (x.reshape(width, columns) for x in (re @ v_re - im @ v_im, re @ v_im + im @ v_re))
+        self.c_re, self.c_im = nnx.Param(c_re.T), nnx.Param(c_im.T)
+        self.d = nnx.Param(rngs.params.normal((width,)))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B L D"]:
+        lam_bar, b_bar = self.system()
+        u = x.astype(jnp.float32)  # 16-bit states would stop decaying after a few hundred steps
+        c_re, c_im = self.c_re[...], self.c_im[...]
+        y = apply_ssm(lam_bar, b_bar, c_re, c_im, u, mask, conj_sym=self.conj_sym, bidirectional=self.bidirectional)
+        return (y + self.d[...][None, None] * u).astype(x.dtype)
+
+    def init_state(self, batch_size: int) -> Complex[Array, "B P"]:
+        """The state before the first input, zero.
+
+        Raises:
+            ValueError: the model is bidirectional.
+        """
+        if self.bidirectional:
+            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        return jnp.zeros((batch_size, self.lam_re.shape[0]), jnp.complex64)
+
+    def step(
+        self, state: Complex[Array, "B P"], u_t: Float[Array, "B D"]
+    ) -> tuple[Complex[Array, "B P"], Float[Array, "B D"]]:
+        """The next state and output: one position of `__call__`."""
+        lam_bar, b_bar = self.system()
+        u = u_t.astype(jnp.float32)
+        state = lam_bar[None] * state + jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)
+        y = read_out(state, self.c_re[...], self.c_im[...], self.conj_sym) + self.d[...][None] * u
+        return state, y.astype(u_t.dtype)
+
+    def system(self) -> tuple[Complex[Array, " P"], Complex[Array, "D P"]]:
+        """lam_bar and B_bar of the sampled system."""
+        re = jnp.minimum(self.lam_re[...], -1e-4) if self.clip_eigs else self.lam_re[...]
+        lam = jax.lax.complex(re, self.lam_im[...])
+        log_lam_bar, factor = discretize(lam, jnp.exp(self.log_step[...]), self.discretization)
+        return jnp.exp(log_lam_bar), jax.lax.complex(self.b_re[...], self.b_im[...]) * factor[None]
+
+
+def apply_ssm(
+    lam_bar: Complex[Array, " P"],
+    b_bar: Complex[Array, "D P"],
+    c_re: Float[Array, "R D"],
+    c_im: Float[Array, "R D"],
+    u: Float[Array, "B L D"],
+    mask: Bool[Array, "B L"],
+    *,
+    conj_sym: bool,
+    bidirectional: bool,
+) -> Float[Array, "B L D"]:
+    """y_k = 2 Re(C x_k) (Re(C x_k) without `conj_sym`) of the sampled system, in the precision of `u`.
+
+    Args:
+        c_re, c_im: C transposed, R = P rows or, if bidirectional, 2P: the second half reads the scan from the end.
+    Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
+    """
+    bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)  # two real products: complex ones are slow on every backend
+    x = linear_recurrence(lam_bar, bu)
+    if bidirectional:
+        # padding must not enter the scan that starts at the end
+        back = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
+        x = jnp.concatenate([x, back], axis=-1)
+    return read_out(x, c_re, c_im, conj_sym)
+
+
+def read_out(
+    x: Complex[Array, "*B R"], c_re: Float[Array, "R D"], c_im: Float[Array, "R D"], conj_sym: bool
+) -> Float[Array, "*B D"]:
+    y = x.real @ c_re - x.imag @ c_im
+    return 2 * y if conj_sym else y
+
+
+def lecun_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
+    """Normal of variance 1/fan_in, truncated at two standard deviations before it is scaled to that variance.
+
+    S5 counts fan_in over the states for B too, not over its inputs; so do we.
+    """
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape) / (0.87962566 * math.sqrt(fan_in))

@@ -1,0 +1,269 @@
+"""S5 against the published code's values and a float64 loop over its equations."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.linalg import block_diag, expm
+
+from models.backbone import Backbone
+from models.ops.state_space import hippo_normal
+from models.s5 import S5, apply_ssm
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PARAMETERS = ("lam_re", "lam_im", "log_step", "b_re", "b_im", "c_re", "c_im", "d")
+OPTIONS = {
+    "state_size": 8,
+    "num_blocks": 2,
+    "conj_sym": True,
+    "discretization": "zoh",
+    "dt_min": 0.001,
+    "dt_max": 0.1,
+    "c_init": "trunc_standard_normal",
+    "clip_eigs": False,
+    "bidirectional": False,
+}
+
+
+def s5(width=3, **options):
+    return S5(width, 0, **OPTIONS | options, rngs=nnx.Rngs(params=jax.random.key(0)))
+
+
+def inputs(batch=2, length=17, width=3):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(batch, length, width)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["s5_causal_zoh", "s5_bidirectional_bilinear"])
+def test_values_match_the_published_code(name):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    with jax.enable_x64(True):
+        lam_bar, b_bar, c, u = (jnp.asarray(golden[key]) for key in ("Lambda_bar", "B_bar", "C", "u"))
+        y = apply_ssm(
+            lam_bar,
+            b_bar.T,
+            c.real.T,
+            c.imag.T,
+            u[None],
+            jnp.ones((1, len(u)), bool),
+            conj_sym=bool(golden["conj_sym"]),
+            bidirectional=bool(golden["bidirectional"]),
+        )
+    np.testing.assert_allclose(y[0], golden["y"], atol=1e-12 * np.abs(golden["y"]).max())
+
+
+@pytest.mark.parametrize("name", ["s5_causal_zoh", "s5_bidirectional_bilinear"])
+def test_the_module_with_published_parameters_gives_published_values(name):
+    """The whole way in float32, from the continuous parameters."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    both = bool(golden["bidirectional"])
+    mixer = s5(
+        golden["u"].shape[1],
+        state_size=2 * len(golden["Lambda"]),
+        num_blocks=1,
+        discretization="bilinear" if "bilinear" in name else "zoh",
+        bidirectional=both,
+    )
+    values = {"lam": golden["Lambda"], "b": golden["B"].T, "c": golden["C"].T}
+    for key, value in values.items():
+        getattr(mixer, f"{key}_re")[...] = jnp.asarray(value.real, jnp.float32)
+        getattr(mixer, f"{key}_im")[...] = jnp.asarray(value.imag, jnp.float32)
+    mixer.log_step[...] = jnp.asarray(np.log(golden["dt"]), jnp.float32)
+    mixer.d[...] = jnp.zeros_like(mixer.d[...])
+    u = jnp.asarray(golden["u"], jnp.float32)[None]
+    np.testing.assert_allclose(
+        mixer(u, jnp.ones(u.shape[:2], bool))[0], golden["y"], atol=2e-5 * np.abs(golden["y"]).max()
+    )
+
+
+def by_loop(p, u, real, *, rule, conj_sym, both, clip):
+    """Equations of the paper one step after the other: sampling, x_k = lam_bar x_{k-1} + B_bar u_k, y_k = 2 Re(C x_k) + D u_k."""
+    lam = (jnp.minimum(p["lam_re"], -1e-4) if clip else p["lam_re"]) + 1j * p["lam_im"]
+    step = jnp.exp(p["log_step"])
+    if rule == "zoh":
+        lam_bar = jnp.exp(lam * step)
+        scale = (lam_bar - 1) / lam
+    else:
+        lam_bar = (1 + step / 2 * lam) / (1 - step / 2 * lam)
+        scale = step / (1 - step / 2 * lam)
+    b = (p["b_re"] + 1j * p["b_im"]).T * scale[:, None]
+    c = (p["c_re"] + 1j * p["c_im"]).T
+    n, length = len(lam), u.shape[1]
+    times = 2 if conj_sym else 1
+    y = [p["d"] * u[:, t] for t in range(length)]
+    x = jnp.zeros((len(u), n), complex)
+    for t in range(length):
+        x = lam_bar * x + u[:, t] @ b.T
+        y[t] = y[t] + times * (x @ c[:, :n].T).real
+    x = jnp.zeros((len(u), n), complex)
+    for t in reversed(range(length if both else 0)):
+        x = lam_bar * x + (u[:, t] * real[:, t, None]) @ b.T
+        y[t] = y[t] + times * (x @ c[:, n:].T).real
+    return jnp.stack(y, axis=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bidirectional": True},
+        {"discretization": "bilinear", "bidirectional": True},
+        {"conj_sym": False},
+        {"clip_eigs": True},
+    ],
+)
+def test_values_and_gradients_equal_a_loop(options):
+    mixer = s5(**options)
+    if mixer.clip_eigs:
+        mixer.lam_re[...] = jnp.asarray([-0.5, 0.3, -0.2, 0.1])
+    u = inputs(length=9)
+    real = np.arange(9)[None] < np.array([[9], [6]])
+    weights = np.random.default_rng(1).normal(size=u.shape) * real[..., None]
+
+    def loss(mixer, u):
+        y = mixer(u, jnp.asarray(real))
+        return jnp.sum(y * weights), y
+
+    (_, y), (grads, du) = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(mixer, u)
+    settings = {"rule": mixer.discretization, "conj_sym": mixer.conj_sym, "both": mixer.bidirectional}
+    with jax.enable_x64(True):
+        p = {name: jnp.asarray(np.asarray(getattr(mixer, name)[...], np.float64)) for name in PARAMETERS}
+
+        def loop_loss(p, u):
+            y = by_loop(p, u, real, **settings, clip=mixer.clip_eigs)
+            return jnp.sum(y * weights), y
+
+        (_, slow), (slow_grads, slow_du) = jax.value_and_grad(loop_loss, argnums=(0, 1), has_aux=True)(
+            p, jnp.asarray(np.asarray(u, np.float64))
+        )
+    np.testing.assert_allclose(np.where(real[..., None], y, 0), np.where(real[..., None], slow, 0), atol=1e-5)
+    np.testing.assert_allclose(du, slow_du, atol=1e-5)
+    for name in PARAMETERS:
+        scale = np.abs(slow_grads[name]).max()
+        np.testing.assert_allclose(grads[name][...], slow_grads[name], atol=2e-5 * scale, err_msg=name)
+
+
+def test_start_is_the_real_system_with_hippo_blocks():
+    """x' = A x + B u with A = blockdiag(HiPPO-N), sampled with dense exponentials; C reads V^H x."""
+    mixer = s5(state_size=12, num_blocks=2, dt_min=0.01, dt_max=0.01)
+    lam, vectors = hippo_normal(6)
+    a = block_diag(*2 * [((vectors * lam) @ vectors.conj().T).real])
+    v = block_diag(*2 * [vectors[:, :3]])
+    b = 2 * (v @ np.asarray(mixer.b_re[...] + 1j * mixer.b_im[...]).T).real
+    held = expm(0.01 * np.block([[a, b], [np.zeros((3, 15))]]))
+    u = inputs(batch=1)
+    x, expected = np.zeros(12), []
+    for u_t in np.asarray(u[0], np.float64):
+        x = held[:12, :12] @ x + held[:12, 12:] @ u_t
+        c = np.asarray(mixer.c_re[...] + 1j * mixer.c_im[...]).T
+        expected.append(2 * (c @ v.conj().T @ x).real + np.asarray(mixer.d[...]) * u_t)
+    np.testing.assert_allclose(mixer(u, jnp.ones((1, 17), bool))[0], np.stack(expected), atol=1e-5)
+
+
+def test_parameters_start_with_the_published_variances():
+    """V^H and V keep lengths: B has variance 1/N; C has 2/N or 2/(N D), its real and imaginary parts together, or 1."""
+    for c_init, variance in (
+        ("trunc_standard_normal", 2 / 64),
+        ("lecun_normal", 2 / (64 * 200)),
+        ("complex_normal", 1.0),
+    ):
+        mixer = s5(200, state_size=64, num_blocks=4, c_init=c_init, bidirectional=True)
+        b, c = (getattr(mixer, f"{x}_re")[...] + 1j * getattr(mixer, f"{x}_im")[...] for x in "bc")
+        assert b.shape == (200, 32)
+        assert c.shape == (64, 200)
+        assert np.mean(np.abs(b) ** 2) == pytest.approx(1 / 64, rel=0.05)
+        assert np.mean(np.abs(c) ** 2) == pytest.approx(variance, rel=0.05)
+    assert np.exp(mixer.log_step[...]).min() >= 0.001
+    assert np.exp(mixer.log_step[...]).max() <= 0.1
+    np.testing.assert_allclose(mixer.lam_im[...], np.tile(hippo_normal(16)[0].imag[:8], 4), rtol=1e-6)
+
+
+def test_causal_ignores_the_future_and_examples_do_not_meet():
+    mixer, u, mask = s5(), inputs(), jnp.ones((2, 17), bool)
+    y = mixer(u, mask)
+    np.testing.assert_array_equal(y[:, :9], mixer(u.at[:, 9:].add(1.0), mask)[:, :9])
+    np.testing.assert_allclose(y[1], mixer(u[1:], mask[1:])[0], atol=1e-6)
+
+
+def test_bidirectional_starts_at_the_last_real_position():
+    mixer, u = s5(bidirectional=True), inputs()
+    mask = jnp.arange(17)[None] < jnp.asarray([[7], [17]])
+    y = mixer(u, mask)
+    np.testing.assert_allclose(y[:1, :7], mixer(u[:1, :7], mask[:1, :7]), atol=1e-6)
+    np.testing.assert_array_equal(y[:, :7], mixer(u.at[0, 7:].add(1.0), mask)[:, :7])
+
+
+@pytest.mark.parametrize("options", [{}, {"discretization": "bilinear", "conj_sym": False}])
+def test_streaming_equals_the_scan(options):
+    mixer, u = s5(**options), inputs(length=200)
+    state = mixer.init_state(2)
+    assert state.shape == (2, 4 if mixer.conj_sym else 8)
+    _, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(u, 0, 1))
+    np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), mixer(u, jnp.ones((2, 200), bool)), atol=1e-5)
+
+
+def test_bidirectional_has_no_recurrent_form():
+    with pytest.raises(ValueError, match=r"model\.bidirectional"):
+        s5(bidirectional=True).init_state(1)
+
+
+def test_bfloat16_input_keeps_float32_states():
+    mixer, u, mask = s5(), inputs(length=400), jnp.ones((2, 400), bool)
+    y = mixer(u.astype(jnp.bfloat16), mask)
+    assert y.dtype == jnp.bfloat16
+    exact = mixer(u.astype(jnp.bfloat16).astype(jnp.float32), mask)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
+    state, y_t = mixer.step(mixer.init_state(2), u[:, 0].astype(jnp.bfloat16))
+    assert (state.dtype, y_t.dtype) == (jnp.complex64, jnp.bfloat16)
+
+
+def test_size_of_the_published_speech_model():
+    """280K parameters: 6 layers of width 96, N 128, on 35 classes (bin/run_experiments/run_speech35.sh)."""
+    count = num_parameters(
+        lambda **shape: S5(**OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}, **shape)
+    )
+    assert count == pytest.approx(280_000, rel=0.02)
+
+
+def num_parameters(mixer):
+    def build():
+        return Backbone(
+            mixer,
+            num_classes=35,
+            seq_len=64,
+            vocab_size=None,
+            depth=6,
+            width=96,
+            norm="batch",
+            norm_position="pre",
+            norm_momentum=0.95,
+            final_norm=False,
+            activation="gelu",
+            glu="half1",
+            mlp="none",
+            mlp_ratio=4,
+            dropout=0.1,
+            pool="mean",
+            positions="none",
+            rngs=nnx.Rngs(params=jax.random.key(0)),
+        )
+
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"state_size": 6}, "state_size"),
+        ({"state_size": 7, "num_blocks": 7}, "state_size"),
+        ({"num_blocks": 0}, "num_blocks"),
+        ({"discretization": "euler"}, "discretization"),
+        ({"c_init": "zeros"}, "c_init"),
+        ({"dt_min": 0.2}, "dt_min"),
+    ],
+)
+def test_bad_values_name_their_key(options, key):
+    with pytest.raises(ValueError, match=rf"model\.{key}="):
+        s5(**options)
