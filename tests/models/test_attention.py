@@ -1,5 +1,7 @@
 """What every kind of attention shares, and softmax attention's slopes; its values stand in test_mixers.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 from heads import check_16_bits, check_against_loop, turned
 
 from models.attention import Attention, MultiHead
+from models.backbone import Backbone
 from models.ops.positions import rotate
 
 
@@ -27,6 +30,20 @@ def test_attention_equals_a_loop(positions, causal):
         return weight, weight
 
     check_against_loop(attention(positions=positions, causal=causal), weigh)
+
+
+def test_transformer_has_the_published_number_of_parameters():
+    """797K: the attention baseline of the MLRA report on ListOps, 4 layers of 128, 8 heads, MLP of 512."""
+
+    def build():
+        mixer = partial(Attention, num_heads=8, positions="none", causal=False, max_len=None)
+        around = {"norm": "layer", "norm_position": "pre", "norm_momentum": 0.9, "final_norm": True}
+        branch = {"activation": "none", "glu": "none", "mlp": "gelu", "mlp_ratio": 4, "dropout": 0.0}
+        sizes = {"num_classes": 10, "seq_len": 2048, "vocab_size": 18, "depth": 4, "width": 128}
+        return Backbone(mixer, **sizes, **around, **branch, pool="mean", positions="none", rngs=nnx.Rngs(0))
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
+    assert count == pytest.approx(797_000, rel=0.02)
 
 
 def test_attention_returns_16_bits_for_16_bits():
