@@ -60,6 +60,8 @@ def test_streaming_is_refused_where_the_model_looks_ahead():
 @pytest.mark.parametrize("causal", [False, True])
 def test_16_bits(causal):
     check_16_bits(linear(causal=causal, positions="rotary"))
+    heads = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
+    assert {x.dtype for x in linear().features(heads, heads)} == {jnp.dtype("float32")}
     state, _ = linear(causal=True).step(linear(causal=True).init_state(2), jnp.ones((2, 8), jnp.bfloat16))
     assert state.values.dtype == state.keys.dtype == jnp.float32
 
