@@ -38,8 +38,7 @@ def test_linear_attention_equals_a_loop(positions, causal):
         total = phi(q) @ phi(k)
         return (turned(phi(q), t) @ turned(phi(k), s) if positions == "rotary" else total), total
 
-    # 1e-6 is added to the total
-    check_against_loop(linear(positions=positions, causal=causal), weigh, tolerance=2e-6)
+    check_against_loop(linear(positions=positions, causal=causal), weigh, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("causal", [False, True])
