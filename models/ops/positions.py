@@ -1,20 +1,26 @@
 """Rotary positions (Su et al. 2021, "RoFormer", equation 34): a turn of each channel pair by an angle linear in time."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
-def rotate(x: Float[Array, "B L H W"], base: float = 10_000.0) -> Float[Array, "B L H W"]:
+def rotate(
+    x: Float[Array, "B L H W"], base: float = 10_000.0, first: int | Int[Array, ""] = 0
+) -> Float[Array, "B L H W"]:
     """Turn channels (j, j + W/2) of position t by the angle t * base^(-2j/W), so that q . k depends on distance only.
 
+    Args:
+        first: the position of x[:, 0].
     Raises:
         ValueError: W is odd.
     """
     length, half = x.shape[1], x.shape[3] // 2
     if x.shape[3] % 2:
         raise ValueError(f"rotary positions need an even head width, found {x.shape[3]}; change model.num_heads")
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]  # (L, W/2)
+    # 16 bits cannot tell position 257 from 256
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle = (first + jnp.arange(length)).astype(dtype)[:, None] * frequency[None, :]  # (L, W/2)
     cos, sin = (f(angle)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    first_half, second_half = x[..., :half], x[..., half:]
+    return jnp.concatenate([first_half * cos - second_half * sin, first_half * sin + second_half * cos], axis=-1)
