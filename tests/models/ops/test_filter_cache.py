@@ -102,12 +102,17 @@ def other_content(file):
         np.savez(stream, sigma=sigma, phi=phi + 1e-9, digest=digest)
 
 
+def one_array(file):
+    with file.open("wb") as stream:
+        np.save(stream, arrays()[1])
+
+
 def pickled(file):
     with file.open("wb") as stream:
         np.savez(stream, sigma=np.array([None]), phi=np.array([None]), digest="")
 
 
-DAMAGES = (cut, emptied, text, flipped, another_length, without_digest, other_content, pickled)
+DAMAGES = (cut, emptied, text, flipped, another_length, without_digest, other_content, one_array, pickled)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
