@@ -1,15 +1,26 @@
 """Spectral Transform Unit, equation (4), and AR-STU, equation (6), of "Spectral State Space Models" (arXiv 2312.06837).
 
-The mathematics is `models.ops.stu`; this file owns the matrices, all zero at the start as in the paper. The published CIFAR
-code differs (random M_u, no negative filters, learned k_y = 2): see `docs/models.md`.
+The mathematics is `models.ops.stu`; this file owns the matrices. Reference code read: google-deepmind/spectral_ssm, which
+is this class with M_u random at the start, no negative filters and k_y = 2 (`conf/model/stu_official.yaml`).
+
+Ours: `bidirectional`, which the paper does not have, and the recurrent form (`step`), which `models.ops.filters` derives.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.ops.filters import spectral_filters
+from models.ops.filter_step import initial_features, next_features
+from models.ops.filters import alternative_filters, spectral_filters
 from models.ops.stu import stu
+
+FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
+INITS = ("zeros", "truncated_normal")
+
+State = dict[str, Array]
 
 
 class Filter(nnx.Variable):
@@ -17,20 +28,21 @@ class Filter(nnx.Variable):
 
 
 class STU(nnx.Module):
-    """Spectral filters over the input plus feedback from the output; causal.
+    """Spectral filters over the input plus feedback from the output; causal unless bidirectional.
 
     Args:
         width: D, of input and output.
         seq_len: L, the length the filters are made for.
-        num_filters: K, largest eigenpairs of the Hankel matrix.
+        num_filters: K, largest eigenpairs of the matrix of `filters`.
+        filters: hankel | alternative, the paper's section 2 or its appendix D.
         k_u: direct input taps M_u (equation (4) has 3).
         k_y: None for equation (4), where y_t starts from y_{t-2}; else the number of learned feedback matrices of equation (6).
-        negative_filters: also the features U- with signs (-1)^i, as in the paper.
+        negative_filters: also the features U- with signs (-1)^i, as in the paper; hankel only.
+        init_m_u: zeros (the paper) | truncated_normal (its code: scale D^(-1/2), cut at 2). All other matrices start at 0.
+        bidirectional: a second unit with matrices of its own reads the sequence from its end; the outputs are added.
     Raises:
-        ValueError: K > L, or a size below 1; the message names the config key.
+        ValueError: K > L, a size below 1, or an option that is unknown or does not fit; the message names the config key.
     """
-
-    causal = True
 
     def __init__(
         self,
@@ -38,25 +50,132 @@ class STU(nnx.Module):
         seq_len: int,
         *,
         num_filters: int,
+        filters: str,
         k_u: int,
         k_y: int | None,
         negative_filters: bool,
+        init_m_u: str,
+        bidirectional: bool,
         rngs: nnx.Rngs,
     ):
         if k_u < 1 or (k_y is not None and k_y < 1):
             raise ValueError(
                 f"model.k_u={k_u} and model.k_y={k_y} count matrices: at least 1 (model.k_y=null for equation (4))"
             )
-        sigma, phi = spectral_filters(seq_len, num_filters)
-        self.sigma, self.phi = Filter(jnp.asarray(sigma, jnp.float32)), Filter(jnp.asarray(phi, jnp.float32))
-        self.m_u = nnx.Param(jnp.zeros((k_u, width, width)))
+        if init_m_u not in INITS:
+            raise ValueError(f"model.init_m_u={init_m_u} is unknown; choose one of {', '.join(INITS)}")
+        self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
+        self.causal = not bidirectional
+        self.sigma, self.phi = fixed_filters(filters, seq_len, num_filters, negative_filters)
+        self.m_u = nnx.Param(
+            jnp.zeros((k_u, width, width))
+            if init_m_u == "zeros"
+            else jax.random.truncated_normal(rngs.params(), -2, 2, (k_u, width, width)) / width**0.5
+        )
         self.m_plus = nnx.Param(jnp.zeros((num_filters, width, width)))
         self.m_minus = nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
+        self.backward = (
+            STU(
+                width,
+                seq_len,
+                num_filters=num_filters,
+                filters=filters,
+                k_u=k_u,
+                k_y=k_y,
+                negative_filters=negative_filters,
+                init_m_u=init_m_u,
+                bidirectional=False,
+                rngs=rngs,
+            )
+            if bidirectional
+            else None
+        )
 
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
         m_minus = None if self.m_minus is None else self.m_minus[...]
         m_y = "lag2" if self.m_y is None else self.m_y[...]
-        return stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
+        y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
+        return y if self.backward is None else y + from_the_end(self.backward, x, mask)
+
+    def init_state(self, batch_size: int) -> State:
+        """What `step` knows before the first input; its size depends on K, k_u, k_y and D, not on L.
+
+        Raises:
+            ValueError: the model is bidirectional.
+        """
+        refuse_to_stream(self.causal)
+        k_u, width, _ = self.m_u.shape
+        features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
+        state = {
+            "inputs": jnp.zeros((batch_size, max(k_u - 1, 2), width)),  # the latest first, here and below
+            "outputs": jnp.zeros((batch_size, 2 if self.m_y is None else self.m_y.shape[0], width)),
+            "plus": features,
+        }
+        return state if self.m_minus is None else state | {"minus": features}
+
+    def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
+        """One more input and its output, as `__call__` gives it, up to the error that `filter_recurrence` states.
+
+        Made for L steps: after them filters go on where those of `__call__` end.
+        """
+        dtype = state["plus"].dtype
+        bank = (self.filters, self.seq_len, self.num_filters)
+        recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
+        new = {"inputs": recent[:, :-1]}
+        m_u = self.m_u[...].astype(dtype)
+        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u)
+        # y_t sees U_{t-2}, so the features are fed two steps late.
+        new["plus"] = next_features(state["plus"], recent[:, 2], *bank)
+        y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
+        if self.m_minus is not None:
+            new["minus"] = next_features(state["minus"], recent[:, 2], *bank, alternate=True)
+            y = y + weighted(new["minus"], self.sigma[...], self.m_minus[...])
+        if self.m_y is None:
+            y = y + state["outputs"][:, 1]
+        else:
+            y = y + jnp.einsum("bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype))
+        new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
+        return new, y.astype(u_t.dtype)
+
+
+def fixed_filters(filters: str, seq_len: int, num_filters: int, negative_filters: bool) -> tuple[Filter, Filter]:
+    """sigma (K,) and phi (L, K) by name, as variables that nobody trains.
+
+    Raises:
+        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the message names the config key.
+    """
+    if filters not in FILTERS:
+        raise ValueError(f"model.filters={filters} is unknown; choose one of {', '.join(FILTERS)}")
+    if filters == "alternative" and negative_filters:
+        raise ValueError("model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false")
+    sigma, phi = FILTERS[filters](seq_len, num_filters)
+    return Filter(jnp.asarray(sigma)), Filter(jnp.asarray(phi))
+
+
+def weighted(
+    h: Float[Array, "B N D"], sigma: Float[Array, " K"], m: Float[Array, "K D D_out"]
+) -> Float[Array, "B D_out"]:
+    """sum_k sigma_k^(1/4) h_k m_k over the first K states, or all where there are fewer."""
+    num = min(h.shape[1], sigma.shape[0])
+    scale = sigma[:num].astype(h.dtype) ** 0.25
+    return jnp.einsum("bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype))
+
+
+def from_the_end(
+    mixer: Callable[..., Array], x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """The output of a causal, linear mixer that reads each sequence from its last real position to its first.
+
+    Padding comes first in that order; as zeros it leaves a linear mixer at rest.
+    """
+    backwards = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
+    return jnp.flip(mixer(backwards, jnp.flip(mask, 1)), 1)
+
+
+def refuse_to_stream(causal: bool) -> None:
+    """A ValueError unless `causal`."""
+    if not causal:
+        raise ValueError("model.bidirectional=true reads the sequence from its end too and cannot run step by step")

@@ -11,7 +11,6 @@ from flax import nnx
 from models.attention import Attention
 from models.lru import LRU
 from models.ops.positions import rotate
-from models.stu import STU
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -78,43 +77,6 @@ def test_lru_starts_in_the_ring_uniform_in_area():
 def test_lru_refuses_a_ring_that_is_none(r_min, r_max):
     with pytest.raises(ValueError, match=r"model\.r_min"):
         lru(r_min=r_min, r_max=r_max)
-
-
-def stu_mixer(seq_len=12, **options):
-    defaults = {"num_filters": 5, "k_u": 3, "k_y": None, "negative_filters": True}
-    return STU(4, seq_len, **defaults | options, rngs=rngs())
-
-
-def test_stu_starts_at_zero_and_then_adds_up_every_part():
-    """At the paper's start the output is zero; each matrix on its own moves it."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 4)), jnp.float32)
-    mask = jnp.ones((2, 12), bool)
-    mixer = stu_mixer()
-    assert np.abs(mixer(x, mask)).max() == 0
-    for name in ("m_u", "m_plus", "m_minus"):
-        one = stu_mixer()
-        matrix = getattr(one, name)
-        matrix[...] = jax.random.normal(jax.random.key(1), matrix.shape)
-        assert np.abs(one(x, mask)).max() > 0.1, name
-
-
-def test_learned_feedback_of_zero_and_identity_is_equation_4():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 4)), jnp.float32)
-    mask = jnp.ones((2, 12), bool)
-    fixed, learned = stu_mixer(), stu_mixer(k_y=2)
-    for mixer in (fixed, learned):
-        mixer.m_u[...] = jax.random.normal(jax.random.key(1), mixer.m_u.shape)
-        mixer.m_plus[...] = jax.random.normal(jax.random.key(2), mixer.m_plus.shape)
-    learned.m_y[...] = jnp.stack([jnp.zeros((4, 4)), jnp.eye(4)])
-    np.testing.assert_allclose(fixed(x, mask), learned(x, mask), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "key"), [({"num_filters": 13}, "num_filters"), ({"k_u": 0}, "k_u"), ({"k_y": 0}, "k_y")]
-)
-def test_stu_names_the_key_of_a_bad_size(options, key):
-    with pytest.raises(ValueError, match=rf"model\.{key}"):
-        stu_mixer(**options)
 
 
 def attention(**options):

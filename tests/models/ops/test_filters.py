@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.ops.filters import alternative_filters, spectral_filters
+from models.ops import filters as module
+from models.ops.filters import alternative_filters, filter_recurrence, spectral_filters
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "spectral_filters.npz")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch, tmp_path):
+    """Filters are made here, not found in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module._filters.cache_clear()
 
 
 def hankel(seq_len):
@@ -106,3 +114,59 @@ def test_results_are_cached_and_cannot_be_changed(filters):
 def test_impossible_sizes_are_refused(filters, seq_len, num_filters, message):
     with pytest.raises(ValueError, match=message):
         filters(seq_len, num_filters)
+
+
+FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
+
+
+def recurrence_error(kind, seq_len, num_filters, extra_states, dtype=np.float64):
+    """The largest error of a filter, as the root of its summed squares times sigma^(1/4), as models weigh it."""
+    sigma, phi = FILTERS[kind](seq_len, num_filters)
+    a, h = (x.astype(dtype) for x in filter_recurrence(kind, seq_len, num_filters, extra_states))
+    found = np.zeros((seq_len, num_filters))
+    for i in range(seq_len):
+        found[i, : len(h)] = h[:num_filters]
+        h = h @ a
+    return (sigma**0.25 * np.linalg.norm(found - phi, axis=0)).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds"),
+    [
+        ("hankel", {0: 2e-4, 4: 1e-6, 8: 2e-9, 16: 1e-13, 24: 1e-13}),
+        ("alternative", {0: 2e-2, 4: 1e-3, 8: 1e-4, 16: 1e-7, 24: 2e-10}),
+    ],
+)
+def test_recurrence_errs_less_by_orders_with_every_few_states(kind, bounds):
+    for extra, bound in bounds.items():
+        assert recurrence_error(kind, 1024, 24, extra) < bound, extra
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILTERS)
+def test_recurrence_serves_float32_and_the_longest_task(kind):
+    assert recurrence_error(kind, 16384, 24, 24) < 1e-7
+    assert recurrence_error(kind, 16384, 24, 24, np.float32) < 1e-6
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("num_filters", [1, 5, 24, 40])
+def test_recurrence_of_any_size_fits_and_never_grows(kind, num_filters):
+    """Eigenvectors that are noise stay out: with them some of these grow by half at every step."""
+    for seq_len in (40, 44, 65, 67, 77, 100, 300):
+        a, b = filter_recurrence(kind, seq_len, num_filters)
+        assert a.shape == (len(b), len(b))
+        assert len(b) <= min(seq_len, num_filters + 24)
+        assert np.abs(np.linalg.eigvals(a)).max() < 1
+        assert recurrence_error(kind, seq_len, num_filters, 24) < 4e-8
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 48])
+def test_recurrence_of_full_size_is_exact(kind, seq_len):
+    assert recurrence_error(kind, seq_len, min(seq_len, 24), 24) < 1e-13
+
+
+def test_recurrence_names_the_key_of_a_bad_size():
+    with pytest.raises(ValueError, match=r"num_filters=9 exceeds seq_len=8.*model\.num_filters"):
+        filter_recurrence("hankel", 8, 9)
