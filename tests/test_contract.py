@@ -177,7 +177,15 @@ def test_task_yaml_carries_every_argument(name):
     section = lra.compose([f"task={name}"]).task
     wanted = set(inspect.signature(get_class(section._target_).__init__).parameters)
     assert set(arguments(section)) - {"_target_"} == wanted - {"self", "protocol", "data_root"}
-    assert set(section.budget) - {"pool"} == {"depth", "width", "state_size", "num_heads", "dropout", "batch_size", "steps"}
+    assert set(section.budget) - {"pool"} == {
+        "depth",
+        "width",
+        "state_size",
+        "num_heads",
+        "dropout",
+        "batch_size",
+        "steps",
+    }
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

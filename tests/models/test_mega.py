@@ -96,8 +96,14 @@ def mega_by_loop(p, x, residual, *, attention, causal, chunk):
 
 @pytest.mark.parametrize(
     ("attention", "bidirectional", "chunk_size"),
-    [("softmax", True, 4), ("softmax", False, 4), ("softmax", True, None), ("laplace", True, 4)]
-    + [("laplace", False, None), ("relu2", True, 4), ("relu2", False, 4)],
+    [
+        ("softmax", True, 4),
+        ("softmax", False, 4),
+        ("softmax", True, None),
+        ("laplace", True, 4),
+        ("laplace", False, None),
+        ("relu2", True, 4),
+    ],
 )
 def test_block_equals_a_loop_in_values_and_gradients(attention, bidirectional, chunk_size):
     with jax.enable_x64(True):
