@@ -2,7 +2,8 @@
 
 One backbone serves every model. A mixer is any callable `mixer(x (B, L, D), mask (B, L), *, train, rngs) -> (B, L, D)`
 made by `mixer(width=D, seq_len=L, rngs=...)`; a model that wants its paper's own surroundings says so in the `recipe` of its
-YAML. Blocks as in the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's as in Vaswani et al. 2017, pre-norm.
+YAML. A mixer that gates the residual stream itself (`gates_residual`) is given it as `residual` and brings its own dropout.
+Blocks as in the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's as in Vaswani et al. 2017, pre-norm.
 
 Padding never leaks: masked positions are left out of pooling and of batch-norm statistics, and mixers that look ahead get
 the mask. Batch norm over real positions only is a deliberate difference from the published codes, whose statistics see padding.
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 GLUS = ("full", "half1", "half2", "none")
-MLPS = ("none", "gelu", "relu", "swiglu")
+MLPS = ("none", "gelu", "relu", "silu", "swiglu")
 POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
@@ -186,6 +187,11 @@ class Block(nnx.Module):
     ):
         check_option("backbone.activation", activation, ACTIVATIONS)
         self.mixer, self.prenorm, self.activation = mixer, norm_position == "pre", activation
+        self.gates_residual = getattr(mixer, "gates_residual", False)
+        if self.gates_residual and (activation, glu) != ("none", "none"):
+            raise ValueError(
+                f"backbone.activation={activation}, backbone.glu={glu}: this mixer has its own gates; set both to none"
+            )
         self.norm = Norm(norm, width, norm_momentum, rngs=rngs)
         self.glu = GLU(glu, width, rngs=rngs)
         self.mlp = None if mlp == "none" else MLP(mlp, width, round(mlp_ratio * width), rngs=rngs)
@@ -199,6 +205,8 @@ class Block(nnx.Module):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
         def mix(y):
+            if self.gates_residual:
+                return self.mixer(y, mask, residual=x, train=train, rngs=rngs)
             y = self.mixer(y, mask, train=train, rngs=rngs)
             return drop(self.glu(y, lambda z: drop(ACTIVATIONS[self.activation](z))))
 

@@ -113,7 +113,7 @@ def test_mixers_that_claim_to_look_ahead_do(built):
         pytest.skip("causal")
     x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16))
     mask = jnp.ones(x.shape[:2], bool)
-    before, after = mixer(x, mask, train=False, rngs=None), mixer(x.at[:, -1].add(1.0), mask, train=False, rngs=None)
+    before, after = mixer(x, mask, train=False, rngs=None), mixer(x.at[:, -1].add(10.0), mask, train=False, rngs=None)
     assert np.abs(before[:, 0] - after[:, 0]).max() > 1e-5
 
 

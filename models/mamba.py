@@ -1,0 +1,126 @@
+"""Mamba's block with the selective state-space model S6: Gu & Dao 2023, "Mamba" (arXiv 2312.00752).
+
+    x, z = in_proj(u);  x = silu(conv(x));  Delta, B, C = functions of x;  y = S6(x);  out_proj(y * silu(z))
+
+(their figure 3, algorithm 2). The gate stands inside the block, so that nothing but a norm and the residual goes around it.
+Reference code read: state-spaces/mamba, `mamba_simple.py`. Differences: `docs/models/mamba.md`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from models.ops.selective_scan import selective_scan, selective_step
+
+_DT_FLOOR = 1e-4  # of the published code: smallest step size at the start
+
+
+class Mamba(nnx.Module):
+    """Gated block around a selective state-space model; causal.
+
+    Args:
+        width: D. seq_len: L, not used, the recurrence has no length.
+        state_size: N real states for each of the E inner channels.
+        expand: E / D, whole or such that E is whole.
+        conv_size: taps of the causal depthwise convolution before the state-space model.
+        dt_rank: rank of the projection that makes the step sizes; None for ceil(D / 16).
+        dt_min, dt_max: range of the step sizes at the start, uniform in their logarithm.
+    Raises:
+        ValueError: a size below 1, E is not a whole number, or the range is empty; the message names the config key.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        width: int,
+        seq_len: int,
+        *,
+        state_size: int,
+        expand: float | int,
+        conv_size: int,
+        dt_rank: int | None,
+        dt_min: float | int,
+        dt_max: float | int,
+        rngs: nnx.Rngs,
+    ):
+        for key, value in (("state_size", state_size), ("conv_size", conv_size), ("dt_rank", dt_rank)):
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key}={value} must be at least 1")
+        inner = round(expand * width)
+        if inner < 1 or inner != expand * width:
+            raise ValueError(f"model.expand={expand} times backbone.width={width} must be a whole number above 0")
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(f"model.dt_min={dt_min}, model.dt_max={dt_max}: expected 0 < dt_min <= dt_max")
+        rank = math.ceil(width / 16) if dt_rank is None else dt_rank
+        self.state_size, self.rank, self.conv_size, self.inner = state_size, rank, conv_size, inner
+        key = rngs.params
+        self.in_proj = nnx.Param(uniform(key, (width, 2 * inner), width))
+        self.conv_kernel = nnx.Param(uniform(key, (conv_size, inner), conv_size))
+        self.conv_bias = nnx.Param(uniform(key, (inner,), conv_size))
+        self.x_proj = nnx.Param(uniform(key, (inner, rank + 2 * state_size), inner))
+        self.dt_proj = nnx.Param(uniform(key, (rank, inner), rank))
+        dt = jnp.exp(key.uniform((inner,), minval=math.log(dt_min), maxval=math.log(dt_max)))
+        dt = jnp.maximum(dt, _DT_FLOOR)
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
+        # S4D-Real: A = -1, -2, ..., -N in every channel
+        self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, 1)))
+        self.d = nnx.Param(jnp.ones((inner,)))
+        self.out_proj = nnx.Param(uniform(key, (inner, width), inner))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B L D"]:
+        u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
+        kernel = self.conv_kernel[...].astype(x.dtype)
+        padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
+        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
+        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(x.dtype)[None, None])
+        delta, b, c = self.selected(u)
+        # 16-bit states would stop decaying after a few hundred steps
+        y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
+        return self.gated(y, u, z)
+
+    def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
+        """The last W = conv_size - 1 inputs of the convolution and the states of the recurrence, before the first step."""
+        window = jnp.zeros((batch_size, self.conv_size - 1, self.inner))
+        return window, jnp.zeros((batch_size, self.inner, self.state_size))
+
+    def step(
+        self, state: tuple[Float[Array, "B W E"], Float[Array, "B E N"]], u_t: Float[Array, "B D"]
+    ) -> tuple[tuple[Float[Array, "B W E"], Float[Array, "B E N"]], Float[Array, "B D"]]:
+        """One step of the recurrent form; it takes the same memory at any length."""
+        window, states = state
+        u, z = jnp.split(u_t @ self.in_proj[...].astype(u_t.dtype), 2, axis=-1)  # (B, E)
+        window = jnp.concatenate([window, u[:, None].astype(window.dtype)], axis=1)
+        u = jnp.einsum("bwe,we->be", window, self.conv_kernel[...]) + self.conv_bias[...][None]
+        u = jax.nn.silu(u.astype(u_t.dtype))
+        delta, b, c = self.selected(u)
+        states, y = selective_step(states, u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
+        return (window[:, 1:], states), self.gated(y, u, z)
+
+    def selected(self, u: Array) -> tuple[Array, Array, Array]:
+        """Step sizes (..., E) and matrices B, C (..., N) that inputs u (..., E) choose, in at least float32."""
+        dtype = jnp.promote_types(u.dtype, jnp.float32)
+        selected = (u @ self.x_proj[...].astype(u.dtype)).astype(dtype)
+        low, b, c = jnp.split(selected, [self.rank, self.rank + self.state_size], axis=-1)
+        delta = low @ self.dt_proj[...].astype(dtype)
+        return jax.nn.softplus(delta + jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)), b, c
+
+    def a(self, dtype) -> Float[Array, "E N"]:
+        return -jnp.exp(self.a_log[...].astype(dtype))
+
+    def gated(self, y: Array, u: Array, z: Array) -> Array:
+        """The skip D u, the gate and the projection back to the width."""
+        skip = jnp.broadcast_to(self.d[...].astype(y.dtype), y.shape) * u.astype(y.dtype)
+        gated = (y + skip).astype(z.dtype) * jax.nn.silu(z)
+        return gated @ self.out_proj[...].astype(z.dtype)
+
+
+def uniform(key, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Uniform in +-1/sqrt(fan_in), where PyTorch starts linear maps and convolutions."""
+    bound = fan_in**-0.5
+    return key.uniform(shape, minval=-bound, maxval=bound)

@@ -1,0 +1,315 @@
+"""Mega's gated attention over an exponential moving average: Ma et al. 2023 (arXiv 2209.10655), equations (5) to (14).
+
+The block mixes its output with the residual stream by a gate, Y = phi * H + (1 - phi) * X, so that it needs the stream itself
+beside its normalised copy: it returns the difference Y - X, which the backbone adds (`gates_residual`).
+Reference code read: facebookresearch/mega. What it adds to the equations, and what differs here: `docs/models/mega.md`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import scipy.fft
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from models.backbone import check_option
+
+ATTENTIONS = ("softmax", "laplace", "relu2")
+_ROWS = 256  # queries whose weights are held at once: memory grows with L, not with L^2
+
+
+class Mega(nnx.Module):
+    """Moving-average gated attention; causal unless bidirectional.
+
+    Args:
+        width: D. seq_len: L; without chunks, the longest input the position bias knows.
+        state_size: N averages a channel.
+        attention_size: Z, width of queries and keys.
+        expand: V / D of the values, such that V is whole.
+        attention: softmax | laplace | relu2, what turns scores into weights.
+        bidirectional: averages from both ends, attention to all positions.
+        chunk_size: attend within chunks of so many positions (Mega-chunk), in O(L) time; None: everywhere.
+        dropout: rate after the averages and on H, as in the published code.
+    Raises:
+        ValueError: a size below 1, V is not whole, or an unknown attention; the message names the config key.
+    """
+
+    gates_residual = True
+
+    def __init__(
+        self,
+        width: int,
+        seq_len: int,
+        *,
+        state_size: int,
+        attention_size: int,
+        expand: float | int,
+        attention: str,
+        bidirectional: bool,
+        chunk_size: int | None,
+        dropout: float | int,
+        rngs: nnx.Rngs,
+    ):
+        check_option("model.attention", attention, ATTENTIONS)
+        for key, value in (("state_size", state_size), ("attention_size", attention_size), ("chunk_size", chunk_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key}={value} must be at least 1")
+        values = round(expand * width)
+        if values < 1 or values != expand * width:
+            raise ValueError(f"model.expand={expand} times backbone.width={width} must be a whole number above 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout={dropout} must be at least 0 and below 1")
+        self.causal, self.attention, self.chunk_size = not bidirectional, attention, chunk_size
+        self.sizes = (width, attention_size, values)
+        self.average = MovingAverage(width, state_size, bidirectional=bidirectional, rngs=rngs)
+
+        def small(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * rngs.params.normal(shape))
+
+        gates = 2 * width + attention_size + values
+        self.value_kernel, self.value_bias = small(width, values), nnx.Param(jnp.zeros((values,)))
+        self.gate_kernel, self.gate_bias = small(width, gates), nnx.Param(jnp.zeros((gates,)))
+        self.output_kernel, self.output_bias = small(values, width), nnx.Param(jnp.zeros((width,)))
+        self.kappa, self.mu = small(2, attention_size), nnx.Param(jnp.zeros((2, attention_size)))
+        self.rel_bias = small(2 * (chunk_size or seq_len) - 1)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        residual: Float[Array, "B L D"] | None = None,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B L D"]:
+        """phi * (H - X): what to add to the residual stream X, which is `x` itself unless given."""
+
+        def drop(y):
+            return self.dropout(y, deterministic=not train, rngs=rngs)
+
+        update, q, k, reset, candidate = self.projected(drop(self.average(x, mask)))
+        o = self.attend(q, k, jax.nn.silu(affine(x, self.value_kernel, self.value_bias)), mask)
+        h = drop(self.candidate(reset, o, candidate))
+        return update * (h - (x if residual is None else residual))
+
+    def attend(
+        self, q: Float[Array, "B L Z"], k: Float[Array, "B L Z"], v: Float[Array, "B L V"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B L V"]:
+        """Equation (11), in chunks where the model has them."""
+        batch, length, _ = q.shape
+        size = min(self.chunk_size or length, length)
+        longest = self.chunk_size or (self.rel_bias.shape[0] + 1) // 2
+        if size > longest:
+            raise ValueError(f"inputs have length {length}, the model was built for task.seq_len={longest}")
+        bias = self.rel_bias[...][longest - size : longest + size - 1]
+        chunks = -(-length // size)
+
+        def cut(y):  # (B, L, ...) -> (B * chunks, size, ...)
+            y = jnp.pad(y, ((0, 0), (0, chunks * size - length), *((0, 0),) * (y.ndim - 2)))
+            return y.reshape(batch * chunks, size, *y.shape[2:])
+
+        o = attend(cut(q), cut(k), cut(v), cut(mask), bias, attention=self.attention, causal=self.causal)
+        return o.reshape(batch, chunks * size, v.shape[2])[:, :length]
+
+    def init_state(self, batch_size: int) -> tuple[Array, Array, Array, Int[Array, ""]]:
+        """Averages (B, D, N), keys (B, C, Z) and values (B, C, V) of the current chunk, and how many steps were taken.
+
+        Raises:
+            ValueError: the model is bidirectional, or attends to everything, which no bounded state remembers.
+        """
+        if not self.causal:
+            raise ValueError("model.bidirectional=true has no recurrent form; set model.bidirectional=false")
+        if self.chunk_size is None:
+            raise ValueError("model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size")
+        _, attention_size, values = self.sizes
+        keys = jnp.zeros((batch_size, self.chunk_size, attention_size))
+        averages = jnp.zeros((batch_size, *self.average.beta.shape[1:]))
+        return averages, keys, jnp.zeros((batch_size, self.chunk_size, values)), jnp.zeros((), jnp.int32)
+
+    def step(
+        self,
+        state: tuple[Array, Array, Array, Int[Array, ""]],
+        u_t: Float[Array, "B D"],
+        residual: Float[Array, "B D"] | None = None,
+    ) -> tuple[tuple[Array, Array, Array, Int[Array, ""]], Float[Array, "B D"]]:
+        """One step of the recurrent form of a causal model with chunks; memory of one chunk at any length."""
+        averages, keys, values, time = state
+        size = keys.shape[1]
+        averages, average = self.average.step(averages, u_t)
+        update, q, k, reset, candidate = self.projected(average)
+        slot = time % size
+        v = jax.nn.silu(affine(u_t, self.value_kernel, self.value_bias))
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, None].astype(keys.dtype), slot, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, None].astype(values.dtype), slot, axis=1)
+        bias = jax.lax.dynamic_slice_in_dim(self.rel_bias[...], size - 1 - slot, size)[None]
+        seen = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
+        o = attention_weights(q[:, None], keys, bias, seen, self.attention) @ values
+        h = self.candidate(reset, o[:, 0].astype(u_t.dtype), candidate)
+        return (averages, keys, values, time + 1), update * (h - (u_t if residual is None else residual))
+
+    def projected(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """Update gate phi, Q, K, reset gate gamma and the candidate's part X' W_h + b_h, all from the averages X'."""
+        width, attention_size, values = self.sizes
+        ends = [width, width + attention_size, width + attention_size + values]
+        update, z, reset, candidate = jnp.split(affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1)
+        kappa, mu = self.kappa[...].astype(z.dtype), self.mu[...].astype(z.dtype)
+        z = jax.nn.silu(z)
+        q, k = (z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1))
+        return jax.nn.sigmoid(update), q, k, jax.nn.silu(reset), candidate
+
+    def candidate(self, reset: Array, o: Array, candidate: Array) -> Array:
+        return jax.nn.silu(candidate + affine(reset * o, self.output_kernel, self.output_bias))
+
+
+class MovingAverage(nnx.Module):
+    """Multi-dimensional damped exponential moving average, equations (5) and (6), with the code's skip and SiLU.
+
+    N averages h of each channel, h_t = alpha beta x_t + (1 - alpha delta) h_{t-1}, read by eta / sqrt(N); alpha and delta are
+    kept in (0, 1) by a sigmoid. Bidirectional: a second set from the end, which leaves out the present.
+    """
+
+    def __init__(self, width: int, state_size: int, *, bidirectional: bool, rngs: nnx.Rngs):
+        key, shape = rngs.params, (2 if bidirectional else 1, width, state_size)
+        self.alpha = nnx.Param(0.2 * key.normal(shape))
+        self.delta = nnx.Param(0.2 * key.normal(shape))
+        # alternating signs start the kernel near zero ("seems more stable", says the published code)
+        self.beta = nnx.Param(0.02 * key.normal(shape) + (-1.0) ** jnp.arange(state_size)[None, None])
+        self.eta = nnx.Param(key.normal(shape))
+        self.omega = nnx.Param(key.normal((width,)))
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)  # 16-bit decays would round to 1
+        u = jnp.where(mask[..., None], x.astype(dtype), 0)
+        alpha, delta, beta, eta = (p[...].astype(dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
+        kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
+        skip = self.omega[...].astype(dtype)[None, None] * x.astype(dtype)
+        return jax.nn.silu(two_sided_convolution(u, kernels) + skip).astype(x.dtype)
+
+    def step(
+        self, state: Float[Array, "B D N"], x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
+        """The next averages and the output, of a one-directional average."""
+        alpha, delta, beta, eta = (p[...][0].astype(state.dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
+        u = x.astype(state.dtype)
+        drive = (jax.nn.sigmoid(alpha) * beta)[None] * u[..., None]
+        state = jnp.exp(log_decay(alpha, delta))[None] * state + drive
+        y = jnp.einsum("bdn,dn->bd", state, eta) / math.sqrt(eta.shape[-1])
+        return state, jax.nn.silu(y + self.omega[...].astype(u.dtype)[None] * u).astype(x.dtype)
+
+
+def ema_kernel(
+    alpha: Float[Array, "S D N"],
+    delta: Float[Array, "S D N"],
+    beta: Float[Array, "S D N"],
+    eta: Float[Array, "S D N"],
+    length: int,
+) -> Float[Array, "S D L"]:
+    """Impulse responses sum_n eta alpha beta (1 - alpha delta)^l / sqrt(N); alpha and delta are given before the sigmoid.
+
+    The power l is the sum of a coarse and a fine one, so that D N sqrt(L) exponentials and one product replace D N L of them.
+    """
+    log_q = log_decay(alpha, delta)[..., None]
+    fine_size = 2 ** math.ceil(math.log2(max(length, 1)) / 2)
+    coarse_size = -(-length // fine_size)
+    fine = jnp.exp(log_q * jnp.arange(fine_size, dtype=log_q.dtype)[None, None, None])
+    coarse = jnp.exp(log_q * (fine_size * jnp.arange(coarse_size)).astype(log_q.dtype)[None, None, None])
+    gain = jax.nn.sigmoid(alpha) * beta * eta / math.sqrt(alpha.shape[-1])
+    kernel = jnp.einsum("sdnc,sdnf->sdcf", gain[..., None] * coarse, fine, precision="highest")
+    return kernel.reshape(*alpha.shape[:2], coarse_size * fine_size)[..., :length]
+
+
+def log_decay(alpha: Float[Array, "*S"], delta: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """log(1 - sigmoid(alpha) sigmoid(delta)), finite and accurate where the product rounds to 0 or to 1."""
+    product = jax.nn.sigmoid(alpha) * jax.nn.sigmoid(delta)
+    slow = jnp.log1p(-jnp.minimum(product, 0.5))
+    # 1 - 1/((1 + a)(1 + d)) = (a + d + a d) / ((1 + a)(1 + d)) with a = exp(-alpha), d = exp(-delta)
+    fast = jnp.logaddexp(jnp.logaddexp(-alpha, -delta), -alpha - delta)
+    fast = fast + jax.nn.log_sigmoid(alpha) + jax.nn.log_sigmoid(delta)
+    return jnp.where(product < 0.5, slow, fast)
+
+
+def two_sided_convolution(x: Float[Array, "B L D"], kernels: Float[Array, "S D L"]) -> Float[Array, "B L D"]:
+    """Sum over the past and present with the first kernel, and over the future with the second where there is one."""
+    length = x.shape[1]
+    size = scipy.fft.next_fast_len(2 * length, real=True)
+    spectrum = jnp.fft.rfft(kernels[0], size)
+    if kernels.shape[0] == 2:
+        future = kernels[1].at[:, 0].set(0)  # the present counts once
+        spectrum = spectrum + jnp.conj(jnp.fft.rfft(future, size))
+    y = jnp.fft.irfft(jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * spectrum[None], size)
+    return jnp.swapaxes(y[..., :length], 1, 2)
+
+
+def attend(
+    q: Float[Array, "B K Z"],
+    k: Float[Array, "B K Z"],
+    v: Float[Array, "B K V"],
+    mask: Bool[Array, "B K"],
+    bias: Float[Array, " R"],
+    *,
+    attention: str,
+    causal: bool,
+) -> Float[Array, "B K V"]:
+    """f(Q K^T / tau + b_rel) V over K positions, a block of queries at a time; R = 2 K - 1 distances have a bias each."""
+    batch, length, _ = q.shape
+    rows = min(length, _ROWS)
+    blocks = -(-length // rows)
+    total = blocks * rows
+    q = jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))
+    bias = jnp.pad(bias, (total - length, 0))
+
+    def block(start):
+        part = jax.lax.dynamic_slice_in_dim(bias, total - rows - start, rows + length - 1)
+        seen = jnp.broadcast_to(mask[:, None, :], (batch, rows, length))
+        if causal:
+            seen = seen & (jnp.arange(length)[None, :] <= start + jnp.arange(rows)[:, None])[None]
+        queries = jax.lax.dynamic_slice_in_dim(q, start, rows, axis=1)
+        weights = attention_weights(queries, k, toeplitz(part, rows, length), seen, attention)
+        return weights.astype(v.dtype) @ v
+
+    if blocks == 1:
+        return block(0)
+    o = jax.lax.map(jax.checkpoint(block), rows * jnp.arange(blocks))  # (blocks, B, rows, V)
+    return jnp.moveaxis(o, 0, 1).reshape(batch, total, v.shape[2])[:, :length]
+
+
+def attention_weights(
+    q: Float[Array, "B Q Z"],
+    k: Float[Array, "B K Z"],
+    bias: Float[Array, "Q K"],
+    seen: Bool[Array, "B Q K"],
+    attention: str,
+) -> Float[Array, "B Q K"]:
+    """What each query takes of the keys it sees, in at least float32; tau is sqrt(Z) for softmax, else their number."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqz,bkz->bqk", q, k, preferred_element_type=dtype)
+    bias = bias.astype(dtype)[None]
+    if attention == "softmax":
+        # finite, since a row of padding alone sees nothing
+        return jax.nn.softmax(jnp.where(seen, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1)
+    scores = scores / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1).astype(dtype) + bias
+    return jnp.where(seen, laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2, 0)
+
+
+def laplace(x: Array) -> Array:
+    """The paper's attention function: a normal distribution function that matches relu^2 in value and slope at sqrt(1/2)."""
+    mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+    return 0.5 * (1 + jax.scipy.special.erf((x - mean) / (deviation * math.sqrt(2))))
+
+
+def toeplitz(diagonals: Float[Array, " R"], rows: int, columns: int) -> Float[Array, "Q K"]:
+    """The matrix whose entry (i, j) is diagonals[rows - 1 + j - i], R = rows + columns - 1.
+
+    By tiling, since the gradient of a look-up is a sum in no fixed order on a GPU.
+    """
+    period = rows + columns
+    tiled = jnp.tile(jnp.pad(diagonals, (0, 1)), rows)[: rows * (period - 1)]
+    return tiled.reshape(rows, period - 1)[:, rows - 1 : rows - 1 + columns]
+
+
+def affine(x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
+    """x W + b in the dtype of x, whatever the parameters' is."""
+    y = x @ kernel[...].astype(x.dtype)
+    return y + jnp.broadcast_to(bias[...].astype(x.dtype), y.shape)

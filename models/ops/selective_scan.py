@@ -1,0 +1,124 @@
+"""What does a state-space model read out whose step size, input and output matrices change with the input?
+
+Paper: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, algorithm 2 and
+section 3.3. Reference code read: state-spaces/mamba, `mamba_simple.py`.
+
+The states of the whole sequence would be B L E N numbers, N times the input. As in the paper they are never held: the
+sequence is cut into chunks, a chunk keeps only the state it starts from, and the backward pass computes the chunk's
+states again. What is held at once is one chunk's states and L / chunk boundary states.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# Numbers in the states of one chunk. On a CPU 4 MB in float32 take half the time of 16 MB, which leave its caches; an accelerator
+# wants few chunks, since they follow one another, and has room for 64 MB.
+_CPU_STATES, _ACCELERATOR_STATES = 2**20, 2**24
+
+
+def selective_scan(
+    u: Float[Array, "B L E"],
+    delta: Float[Array, "B L E"],
+    a: Float[Array, "E N"],
+    b: Float[Array, "B L N"],
+    c: Float[Array, "B L N"],
+) -> Float[Array, "B L E"]:
+    """y_t = C_t h_t of h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t with h_{-1} = 0, for each of E channels.
+
+    A is discretised by zero-order hold and B by Euler's rule, as in the paper's code (its equation 4 has zero-order
+    hold for both). Gradients are exact; forward mode (`jax.jvp`) does not work.
+
+    Args:
+        u: input. delta: step sizes, positive. a: diagonals of A, negative or the states grow without bound.
+        b, c: input and output matrices of each step, shared by the channels.
+    Source: Gu & Dao 2023, equation (2a), (2b) and algorithm 2.
+    """
+    batch, length, channels = u.shape
+    size = chunk_length(length, batch * channels * a.shape[1])
+    chunks = -(-length // size)
+
+    def cut(x):  # (B, L, .) -> (chunks, size, B, .); zeros at the end leave the state as it is
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
+        return jnp.moveaxis(x, 1, 0).reshape(chunks, size, batch, x.shape[2])
+
+    @jax.checkpoint
+    def one_chunk(state, inputs):
+        u, delta, b, c = inputs
+        decay = jnp.exp(delta[..., None] * a[None, None])  # (size, B, E, N)
+        drive = (delta * u)[..., None] * b[:, :, None, :]
+        drive = drive.at[0].add(decay[0] * state)
+        states = varying_recurrence(decay, drive, False)
+        return states[-1], jnp.einsum("tben,tbn->tbe", states, c)
+
+    start = jnp.zeros((batch, channels, a.shape[1]), u.dtype)
+    _, y = lax.scan(one_chunk, start, (cut(u), cut(delta), cut(b), cut(c)))
+    return jnp.moveaxis(y.reshape(chunks * size, batch, channels), 0, 1)[:, :length]
+
+
+def selective_step(
+    state: Float[Array, "B E N"],
+    u: Float[Array, "B E"],
+    delta: Float[Array, "B E"],
+    a: Float[Array, "E N"],
+    b: Float[Array, "B N"],
+    c: Float[Array, "B N"],
+) -> tuple[Float[Array, "B E N"], Float[Array, "B E"]]:
+    """One step of `selective_scan`: the next state and its output."""
+    state = jnp.exp(delta[..., None] * a[None]) * state + (delta * u)[..., None] * b[:, None, :]
+    return state, jnp.einsum("ben,bn->be", state, c)
+
+
+def chunk_length(length: int, states: int) -> int:
+    """Steps in a chunk, a power of two from 16 to 256 (no more than the sequence needs), of `states` numbers each."""
+    wanted = _CPU_STATES if jax.default_backend() == "cpu" else _ACCELERATOR_STATES
+    room = min(max(wanted // states, 16), 256, max(length, 1))
+    return 2 ** (room.bit_length() - 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def varying_recurrence(decay: Float[Array, "L *S"], drive: Float[Array, "L *S"], reverse: bool) -> Float[Array, "L *S"]:
+    """All states of h_t = decay_t h_{t-1} + drive_t, time in front; with `reverse`, of h_t = decay_t h_{t+1} + drive_t.
+
+    The backward pass is the same recurrence in the other direction; autodiff would keep each level of the scan.
+    """
+    steps, levels = partial(_by_steps, reverse=reverse), partial(_by_levels, reverse=reverse)
+    return lax.platform_dependent(decay, drive, cpu=steps, default=levels)
+
+
+def _forward(decay, drive, reverse):
+    states = varying_recurrence(decay, drive, reverse)
+    return states, (decay, states)
+
+
+def _backward(reverse, saved, cotangent):
+    decay, states = saved
+    none = jnp.zeros_like(decay[:1])
+    # the step after t is what carries t's cotangent back; the step before t is what decay_t multiplied
+    if reverse:
+        carried, before = jnp.concatenate([none, decay[:-1]]), jnp.concatenate([states[1:], none])
+    else:
+        carried, before = jnp.concatenate([decay[1:], none]), jnp.concatenate([none, states[:-1]])
+    d_drive = varying_recurrence(carried, cotangent, not reverse)
+    return d_drive * before, d_drive
+
+
+varying_recurrence.defvjp(_forward, _backward)
+
+
+def _by_steps(decay, drive, reverse):
+    def step(state, inputs):
+        state = inputs[0] * state + inputs[1]
+        return state, state
+
+    return lax.scan(step, jnp.zeros_like(drive[0]), (decay, drive), reverse=reverse)[1]
+
+
+def _by_levels(decay, drive, reverse):
+    def combine(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    return lax.associative_scan(combine, (decay, drive), reverse=reverse)[1]
