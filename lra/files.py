@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lra.errors import LraError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
