@@ -83,7 +83,11 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
         (["model=transformer", "model.num_heads=-1"], "model.num_heads=-1 must be at least 1"),
         (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional, gamma_norm,"),
         (["experiment=listops/lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional"),
-        (["model.state_size=16"], "model=stu has no state_size; it has: k_u, k_y, negative_filters, num_filters"),
+        (
+            ["model.state_size=16"],
+            "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "
+            "negative_filters, num_filters",
+        ),
         (["experiment=listops/quik"], "unknown experiment=listops/quik (did you mean listops/quick"),
         (["experiment=listops/stu", "model=lru"], "experiment=listops/stu owns its task and model; drop model=lru, or"),
         (["task=listops", "experiment=listops/quick"], "drop task=listops, or drop experiment=listops/quick"),
