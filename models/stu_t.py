@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.ops.depthwise import depthwise_convolution
+from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
 from models.stu import State, fixed_filters, from_the_end, refuse_to_stream
 
@@ -76,7 +76,9 @@ class TensorizedSTU(nnx.Module):
         if self.negative_filters:
             # phi(i) + (-1)^i phi(i)
             filters = filters * (2.0 * (jnp.arange(length) % 2 == 0)).astype(filters.dtype)[:, None]
-        y = depthwise_convolution(x @ self.m_in[...].astype(x.dtype), filters)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the transforms
+        u = (x @ self.m_in[...].astype(x.dtype)).astype(dtype)
+        y = fft_convolution(u, filters.astype(dtype).T).astype(x.dtype)
         return y if self.backward is None else y + from_the_end(self.backward, x, mask)
 
     def scales(self) -> Float[Array, "K D"]:

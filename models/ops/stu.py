@@ -26,6 +26,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.fft_convolution import smooth_size
+
 
 def stu(
     u: Float[Array, "B L D_in"],
@@ -96,7 +98,7 @@ def causal_convolution(
     dtype, float32 or float64.
     """
     length = u.shape[1]
-    size = _smooth_size(2 * length - 1)
+    size = smooth_size(2 * length - 1)
 
     def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
         u_part, basis_part = (_read(x, at, width) for x in spectra)
@@ -114,7 +116,7 @@ def _convolution_forward(u: Array, basis: Array, m: Array) -> tuple[Array, tuple
 def _convolution_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     u, basis, m = saved
     length = u.shape[1]
-    size = _smooth_size(2 * length - 1)
+    size = smooth_size(2 * length - 1)
     m_transposed = jnp.swapaxes(m, 1, 2)
     conjugate = jnp.asarray([1, -1], u.dtype)[None, :, None, None]
 
@@ -194,14 +196,6 @@ def _read(spectrum: Array, at: Any, width: int) -> Array:
 def _write(spectrum: Array, part: Array, at: Any) -> Array:
     turned = jnp.transpose(part, (1, 2, 3, 0))
     return lax.dynamic_update_slice_in_dim(spectrum, lax.complex(turned[0], turned[1]), at, axis=2)
-
-
-def _smooth_size(at_least: int) -> int:
-    """The smallest even number from `at_least` on whose only prime factors are 2, 3 and 5."""
-    size = at_least + at_least % 2
-    while 30 ** size.bit_length() % size:
-        size += 2
-    return size
 
 
 def lag_two_sum(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
