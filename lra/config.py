@@ -36,11 +36,12 @@ class Range(NamedTuple):
     interval: str
     whole: bool = False
     optional: bool = False  # or null
+    words: tuple[str, ...] = ()  # or one of these
 
     def check(self, key: str, value: Any) -> None:
         """Raises: ConfigError, if `value` is none of them."""
         low, high = self.interval[1:-1].split(", ")
-        if value is None and self.optional:
+        if (value is None and self.optional) or value in self.words:
             return
         if isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool):
             above = float(low) < value or (self.interval[0] == "[" and value == float(low))
@@ -50,7 +51,8 @@ class Range(NamedTuple):
         kind = "whole " if self.whole else "finite " if value == math.inf else ""
         bound = f"{'of at least' if self.interval[0] == '[' else 'above'} {low}"
         expected = f"a {kind}number {bound if high == 'inf' else f'in {self.interval}'}"
-        raise ConfigError(f"{key}={shown(value)} must be {expected}{' or null' * self.optional}")
+        others = [*self.words, *["null"] * self.optional]
+        raise ConfigError(f"{key}={shown(value)} must be {' or '.join([expected, *others])}")
 
 
 # what the harness asks of numbers; a task's and a model's own are their constructors' business
@@ -76,6 +78,8 @@ RANGES = {
     "optim.clip": Range("(0, inf)", optional=True),
     "trainer.steps": Range("[1, inf)", whole=True),
     "trainer.batch_size": Range("[1, inf)", whole=True),
+    "trainer.micro_batch": Range("[1, inf)", whole=True, optional=True, words=("auto",)),
+    "trainer.devices": Range("[1, inf)", whole=True, optional=True),
     "trainer.eval_batch_size": Range("[1, inf)", whole=True),
     "trainer.train_eval_examples": Range("[1, inf)", whole=True),
     "trainer.eval_examples": Range("[1, inf)", whole=True, optional=True),
@@ -83,6 +87,16 @@ RANGES = {
     "trainer.checkpoint_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.log_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.call_seconds": Range("(0, inf)"),
+}
+
+# keys that take one word of a few
+WORDS = {
+    "trainer.precision": ("float32", "tf32", "bf16"),
+    "trainer.remat": (
+        *("none", "block", "dots", "everything_saveable", "nothing_saveable", "dots_saveable"),
+        "dots_with_no_batch_dims_saveable",
+    ),
+    "data.placement": ("auto", "device", "host"),
 }
 
 
@@ -158,13 +172,15 @@ def with_names(
 
 
 def check_ranges(section: Mapping[Any, Any], prefix: str = "") -> None:
-    """Refuse a number outside of `RANGES`; `prefix` is the dotted key of `section`, with a dot at its end."""
+    """Refuse a number outside of `RANGES` and a word that is none of `WORDS`; `prefix` is the dotted key of `section`, with a dot at its end."""
     for name, value in section.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             check_ranges(value, f"{key}.")
         elif key in RANGES:
             RANGES[key].check(key, value)
+        elif key in WORDS and value not in WORDS[key]:
+            raise ConfigError(f"{key}={shown(value)} is unknown; choose one of {', '.join(WORDS[key])}")
 
 
 def shown(value: Any) -> str:

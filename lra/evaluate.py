@@ -1,27 +1,30 @@
 """Scores of a whole split: logits of every example once, then sums and counts divided at the end."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
 def predict(
-    apply: Callable[[jax.Array, jax.Array], jax.Array], inputs: jax.Array, lengths: jax.Array, batch_size: int
+    apply: Callable[[Any, Any], jax.Array],
+    inputs: jax.Array | np.ndarray,
+    lengths: jax.Array | np.ndarray,
+    batch_size: int,
 ) -> np.ndarray:
     """Logits (n, C) or (n, T, C) float32 of every example, in order.
 
     Args:
         apply: jitted (inputs (B, ...), lengths (B,)) -> logits (B, C) or (B, T, C).
-        inputs, lengths: a whole split, on the device.
+        inputs, lengths: a whole split, on the device or on the host.
     The last batch is filled up with example 0, whose extra logits are dropped, so that one shape is compiled.
     """
     count = len(lengths)
     batches = []
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
-        chosen = jnp.asarray(np.where(rows < count, rows, 0))
+        chosen = np.where(rows < count, rows, 0)
         batches.append(apply(inputs[chosen], lengths[chosen]))  # not waited for: the device stays busy
     return np.concatenate([np.asarray(batch, np.float32) for batch in batches])[:count]
 

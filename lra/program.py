@@ -4,7 +4,8 @@
 (seed, step) alone, so where a call ends changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +17,7 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config import build_task, model_builder
+from lra.devices import Layout
 from lra.errors import ConfigError
 from lra.optim import adamw
 
@@ -48,10 +50,18 @@ class Split(NamedTuple):
     labels: jax.Array  # (n,), or (n, T) where a task asks for several
 
 
+class Window(NamedTuple):
+    """The batches of steps `first`, `first` + 1, ..., for data that stay on the host."""
+
+    first: jax.Array  # () int32
+    batches: Split  # each (steps, parts, micro-batch, ...)
+
+
 class Program(NamedTuple):
     """The jitted functions of one (model, task, optimizer)."""
 
     run: Callable[..., State]  # (state, fixed, train, until) -> state
+    run_window: Callable[..., State]  # (state, fixed, window, until) -> state
     apply: Callable[..., jax.Array]  # (params, stats, fixed, inputs, lengths) -> logits
 
 
@@ -59,7 +69,7 @@ class Setup:
     """What a config builds before any data is read: task, model, optimizer. Refuses what does not fit together."""
 
     def __init__(self, cfg: DictConfig):
-        self.task = build_task(cfg)
+        self.task, self.precision = build_task(cfg), cfg.trainer.precision
         count = (self.task.split_sizes() or {}).get("train")
         if count is not None:
             check_batch_size(cfg, count)
@@ -84,9 +94,20 @@ def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
     return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 
-def compile_program(setup: Setup, batch_size: int) -> Program:
-    """The two jitted functions of a run; `run` gives its state's memory to its result."""
+def compile_program(
+    setup: Setup, batch_size: int, micro_batch: int | None = None, layout: Layout | None = None
+) -> Program:
+    """The jitted functions of a run; those that train give their state's memory to their result.
+
+    Args:
+        batch_size: examples a step, over all devices.
+        micro_batch: examples whose activations are held at once, a divisor of `batch_size`; None for all.
+        layout: the devices that share the batch; None for one.
+    """
     graph, tx, decode = setup.graph, setup.tx, setup.task.decode
+    layout = layout or Layout()
+    size = micro_batch or batch_size
+    parts = batch_size // size
 
     def loss(params, stats, fixed, batch: Split, key):
         model = nnx.merge(graph, params, stats, fixed, copy=True)  # batch norm writes to its own variables
@@ -96,13 +117,41 @@ def compile_program(setup: Setup, batch_size: int) -> Program:
         tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(losses.size)])
         return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
 
-    def step(state: State, fixed, batch: Split) -> State:
+    @contextmanager
+    def tracing() -> Iterator[None]:
+        with layout.tracing(), matmul_precision(setup.precision):
+            yield
+
+    def gradients(state: State, fixed, draw: Callable[[jax.Array | int], Split], key) -> tuple:
+        """Mean gradient over the batch, batch statistics and tally; `draw(part)` is a micro-batch."""
+
+        def gradient(params, stats, fixed, batch: Split, key):
+            return jax.grad(loss, has_aux=True)(params, stats, fixed, layout.split(batch), key)
+
+        if parts == 1:
+            grads, (stats, tally) = gradient(state.params, state.stats, fixed, draw(0), key)
+            return grads, stats, tally
+
+        def add(carry, part):
+            grads, stats, tally = carry
+            more, (stats, seen) = gradient(state.params, stats, fixed, draw(part), jax.random.fold_in(key, part))
+            return (jax.tree.map(jnp.add, grads, more), stats, tally + seen), None
+
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.stats, jnp.zeros_like(state.tally))
+        (grads, stats, tally), _ = jax.lax.scan(add, start, jnp.arange(parts))
+        return jax.tree.map(lambda grad: grad / parts, grads), stats, tally  # of equal parts the mean of means
+
+    def step(state: State, fixed, draw: Callable[[jax.Array | int], Split]) -> State:
         key = jax.random.fold_in(setup.dropout_key, state.step)
-        grads, (stats, tally) = jax.grad(loss, has_aux=True)(state.params, state.stats, fixed, batch, key)
+        with tracing():
+            grads, stats, tally = gradients(state, fixed, draw, key)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(tally[0]) & jnp.isfinite(optax.tree.norm(grads))
         return State(state.step + 1, params, stats, opt, state.tally + tally, finite)
+
+    def goes_on(state: State, until: jax.Array) -> jax.Array:
+        return (state.step < until) & state.finite
 
     @partial(jax.jit, donate_argnums=0)
     def run(state: State, fixed, data: Split, until: jax.Array) -> State:
@@ -114,17 +163,41 @@ def compile_program(setup: Setup, batch_size: int) -> Program:
             state, order = carry
             epoch, position = jnp.divmod(state.step, steps_per_epoch)
             order = jax.lax.cond(position == 0, lambda: epoch_order(setup.order_key, epoch, count), lambda: order)
-            rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-            return step(state, fixed, jax.tree.map(lambda x: x[rows], data)), order
+
+            def draw(part) -> Split:
+                rows = jax.lax.dynamic_slice(order, (position * batch_size + part * size,), (size,))
+                return jax.tree.map(lambda x: x[rows], data)
+
+            return step(state, fixed, draw), order
 
         carry = (state, epoch_order(setup.order_key, state.step // steps_per_epoch, count))
-        return jax.lax.while_loop(lambda c: (c[0].step < until) & c[0].finite, body, carry)[0]
+        return jax.lax.while_loop(lambda c: goes_on(c[0], until), body, carry)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def run_window(state: State, fixed, window: Window, until: jax.Array) -> State:
+        """As `run`, to the end of the window at most."""
+
+        def body(state: State) -> State:
+            batch = jax.tree.map(lambda x: x[state.step - window.first], window.batches)
+            return step(state, fixed, lambda part: jax.tree.map(lambda x: x[part], batch))
+
+        return jax.lax.while_loop(lambda state: goes_on(state, until), body, state)
 
     @jax.jit
     def apply(params, stats, fixed, inputs, lengths):
-        return nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
+        inputs, lengths = layout.split((inputs, lengths))
+        with tracing():
+            logits = nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
+        return layout.gather(logits)
 
-    return Program(run, apply)
+    return Program(run, run_window, apply)
+
+
+def matmul_precision(precision: str) -> AbstractContextManager:
+    """How float32 matrices are multiplied by what is traced inside: in full, or on GPUs with 10 bits of mantissa."""
+    if jax.default_backend() == "cpu":  # which knows float32 alone
+        return nullcontext()
+    return jax.default_matmul_precision("float32" if precision == "float32" else "tensorfloat32")
 
 
 def epoch_order(key: jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:

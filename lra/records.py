@@ -26,7 +26,8 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     tuning_runs     how many runs the choice of this configuration rests on
     commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
-    device          {platform, kind, count}
+    device          {platform, kind, count: that share a batch, processes}
+    micro_batch     examples whose activations were held at once, over all devices; the batch where it was not cut
     time            {wall_s, train_s, steps_per_s, examples_per_s}
     memory          {peak_bytes}
 """
@@ -65,6 +66,9 @@ _NOT_IDENTITY = (
     "tuning_runs",
     "data.root",
     "data.download",
+    "data.placement",
+    "trainer.devices",
+    "trainer.distributed",
 )  # where a run is kept and told of
 
 
@@ -226,8 +230,9 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root` and `data.download`, and the keys in
-    `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, where the data lie (`data.root`, `data.download`,
+    `data.placement`) and which devices work (`trainer.devices`, `trainer.distributed`), so that a run may be resumed
+    on other ones, and the keys in `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
     `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
     configuration is `tables.NO_EFFECT`.
     """

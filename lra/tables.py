@@ -37,6 +37,7 @@ LEARNED_BY = 3.0  # standard errors above the majority class
 NO_EFFECT = (
     *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
     *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.log_every"),
+    *("trainer.remat", "trainer.deterministic", "backbone.remat"),
 )
 SHORT = "_short"  # `x_short` is a smaller tier of task `x`; the only thing known here of any task's name
 

@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from lra import records
+from lra import hosts, records
 from lra.checkpoint import Checkpoints, holds_checkpoint
 from lra.config import CONF, data_arguments
 from lra.data.store import Store, prepare
+from lra.devices import Layout, choose_layout
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
+from lra.feed import HostFeed, Resident, fits, on_host
+from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_micro_batch, sizes
 from lra.optim import Group, schedule
-from lra.program import Best, Setup, Split, State, check_batch_size, compile_program, copy, on_device
+from lra.program import Best, Program, Setup, Split, State, check_batch_size, compile_program, copy, on_device
 from lra.progress import Reporter, preparing
 from lra.signals import Signals
 from lra.tasks import SPLITS
@@ -39,14 +42,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         LraError: bad config or data, a folder in use, a diverged loss, an interruption; the record says which.
     """
     check(cfg)
+    hosts.start(cfg)  # before anything asks JAX for a device
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
+    layout = choose_layout(cfg)
+    check_micro_batch(cfg, layout.count)
     setup = Setup(cfg)  # whatever is wrong with the config shows here, before a folder is made
     path = records.run_path(cfg.output.root, plain(cfg), container(cfg.names))
-    with records.RunFolder(path) as folder:
-        if (finished := claim(folder, plain(cfg), cfg.resume)) is not None:
+    with hosts.open_folder(path) as folder:
+        if (finished := hosts.agree(lambda: claim(folder, plain(cfg), cfg.resume))) is not None:
             return finished
-        run = Run(cfg, folder, setup)
+        run = Run(cfg, folder, setup, layout)
         try:
             with Signals() as signals:
                 return run.train(signals)
@@ -56,11 +62,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
                 run.end(status.get(type(error), "failed"), error)
             except LraError as second:  # a full disk, say: the first error is the one to report
                 records.warn(str(second))
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-                raise LraError(
-                    f"out of memory at trainer.batch_size={cfg.trainer.batch_size}, backbone.width={cfg.backbone.width}, "
-                    f"depth {cfg.backbone.depth}; lower one of them"
-                ) from error
+            if is_exhausted(error):
+                raise LraError(advice(cfg, run.record["micro_batch"])) from error
             raise
 
 
@@ -109,30 +112,40 @@ def check(cfg: DictConfig) -> None:
 class Run:
     """One run from data to record. `train` is the story; the other methods are its steps."""
 
-    def __init__(self, cfg: DictConfig, folder: records.RunFolder, setup: Setup):
+    def __init__(self, cfg: DictConfig, folder: records.RunFolder, setup: Setup, layout: Layout):
         self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
-        self.before = folder.read_record() or {}
+        self.layout = layout
+        self.before = hosts.agree(folder.read_record) or {}
         self.trackers = Trackers([])
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
-        self.record = first_record(cfg, self.before, setup.groups)
+        self.reporter.console.quiet = not hosts.is_first()
+        self.record = first_record(cfg, self.before, setup.groups) | {"micro_batch": None}
+        self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
         store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
         self.record |= {"data": describe_data(store), "reference": store.manifest["reference"]}
-        data = {name: self.scored(name, split) for name, split in place(store).items()}
-        self.program = compile_program(setup, cfg.trainer.batch_size)
+        setup.params, setup.stats, setup.fixed = self.layout.replicate((setup.params, setup.stats, setup.fixed))
+        placed = place(store, self.layout, cfg.data.placement)
+        data = {name: self.scored(name, split) for name, split in placed.items()}
+        self.feed, self.program = self.fit(data["train"])
 
         state, best = self.restore()
         self.folder.truncate_metrics(int(state.step))
         self.save_record(step=int(state.step))
-        self.trackers = make_trackers(
-            cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
-        )
+        if hosts.is_first():
+            self.trackers = make_trackers(
+                cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
+            )
         self.reporter.header(self.record, self.rates(), self.folder.path)
-        with signals.noted(), self.reporter:
-            state, best = self.loop(state, best, data, signals)
+        self.feed.start(int(state.step), cfg.trainer.steps)
+        try:
+            with signals.noted(), self.reporter:
+                state, best = self.loop(state, best, data, signals)
+        finally:
+            self.feed.close()
         return self.finish(state, best, data)
 
     def scored(self, name: str, split: Split) -> Split:
@@ -143,6 +156,40 @@ class Run:
         self.record["data"]["partial"] = True
         return Split(*(x[:limit] for x in split))
 
+    def fit(self, train: Split) -> tuple[Resident | HostFeed, Program]:
+        """What trains: the batches and the jitted functions, at the micro-batch that is asked for or that fits.
+
+        A resumed run keeps the micro-batch that it started with, where the devices can share it.
+        """
+        batch_size, wanted = self.cfg.trainer.batch_size, self.cfg.trainer.micro_batch
+
+        def feed(size: int) -> Resident | HostFeed:
+            if isinstance(train.labels, jax.Array):
+                return Resident(train)
+            return HostFeed(train, self.setup.order_key, batch_size, size, self.layout)
+
+        def program(size: int) -> Program:
+            return compile_program(self.setup, batch_size, size, self.layout)
+
+        if wanted == "auto":
+            before = self.before.get("micro_batch")
+            candidates = halvings(batch_size, self.layout.count)
+            wanted, needs = largest_micro_batch(
+                [before] if before in sizes(batch_size, self.layout.count) else candidates,
+                program,
+                lambda made, size: feed(size).trial(made, self.new_state(), self.setup.fixed),
+                lambda fits: all(hosts.gather(fits)),
+            )
+            self.reporter.micro_batch(wanted, batch_size, needs)
+        self.record["micro_batch"] = wanted or batch_size
+        return feed(wanted or batch_size), program(wanted or batch_size)
+
+    def new_state(self) -> State:
+        setup = self.setup
+        params, stats = copy((setup.params, setup.stats))  # a program gives the memory of its state away
+        start = State(jnp.int32(0), params, stats, setup.tx.init(params), jnp.zeros(3), jnp.bool_(True))
+        return self.layout.replicate(start)
+
     def restore(self) -> tuple[State, Best]:
         """The state to start from: the newest checkpoint's, or a new one.
 
@@ -150,10 +197,7 @@ class Run:
             RunFolderError: the checkpoint was trained on other data or with another vocabulary.
         """
         setup = self.setup
-        state = State(
-            jnp.int32(0), setup.params, setup.stats, setup.tx.init(setup.params), jnp.zeros(3), jnp.bool_(True)
-        )
-        best = Best(copy(setup.params), copy(setup.stats))  # not the arrays of the state, whose memory is given away
+        state, best = self.new_state(), Best(setup.params, setup.stats)
         self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
         if (step := self.checkpoints.latest_step()) is None:
             return state, best
@@ -179,11 +223,13 @@ class Run:
         per_call, rate = 1, Rate(cfg.call_seconds)
         step = int(state.step)
         while step < cfg.steps:
-            until = min(step + per_call, *(next_multiple(step, n) for n in every.values()), cfg.steps)
+            due_at = [next_multiple(step, n) for n in every.values()]
+            until = min(step + per_call, *due_at, cfg.steps, self.feed.end(step))
             start = time.perf_counter()
-            state = jax.block_until_ready(self.program.run(state, self.setup.fixed, data["train"], jnp.int32(until)))
+            state = jax.block_until_ready(self.feed.run(self.program, state, self.setup.fixed, until))
             seconds, done = time.perf_counter() - start, until - step
-            per_call, step = rate.steps_per_call(done, seconds), int(state.step)
+            # the clocks of several processes differ, what they run may not
+            per_call, step = hosts.agree(partial(rate.steps_per_call, done, seconds)), int(state.step)
             if not bool(state.finite):
                 raise DivergedError(
                     f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
@@ -195,7 +241,7 @@ class Run:
                 state = self.log(step, state)
             if "eval" in due:
                 best = self.evaluate(step, state, best, data["val"])
-            stop = signals.received
+            stop = next(filter(None, hosts.gather(signals.received)), None)
             if "checkpoint" in due or stop:
                 self.save(step, state, best)
             if stop and step < cfg.steps:
@@ -249,7 +295,7 @@ class Run:
 
     def predict(self, params, stats, split: Split) -> np.ndarray:
         apply = partial(self.program.apply, params, stats, self.setup.fixed)
-        return predict(apply, split.inputs, split.lengths, self.cfg.trainer.eval_batch_size)
+        return predict(apply, split.inputs, split.lengths, self.layout.whole(self.cfg.trainer.eval_batch_size))
 
     def learning_rate(self, step: int) -> float:
         return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1))
@@ -335,7 +381,7 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "tuning_runs": cfg.tuning_runs,
         "commit": records.git_commit(),
         "versions": records.versions(),
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": 1},  # a run uses one
+        "device": {"platform": device.platform, "kind": device.device_kind},
         "time": dict(before.get("time") or {}),
         "memory": None,
     }
@@ -352,21 +398,24 @@ def container(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg))
 
 
-def place(store: Store) -> dict[str, Split]:
-    """All splits on the device; one that serves under two names is there once.
+def place(store: Store, layout: Layout, placement: str) -> dict[str, Split]:
+    """All splits on the devices or, as `data.placement` says or where they do not fit, on the host; each is there once.
 
     Raises:
-        LraError: they do not fit.
+        LraError: they do not fit, and have to.
     """
+    unique = {id(split): split for split in store.splits.values()}
+    size = sum(split.inputs.nbytes for split in unique.values())
+    put = on_host if placement == "host" or (placement == "auto" and not fits(size, layout)) else on_device
     try:
-        placed = {id(split): on_device(split) for split in store.splits.values()}
+        placed = {key: put(split) for key, split in unique.items()}
+        if put is on_device:
+            placed = layout.replicate(placed)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_exhausted(error):
             raise
-        size = sum({id(split): split.inputs.nbytes for split in store.splits.values()}.values())
         raise LraError(
-            f"the data, {size / 1e9:.1f} GB, do not fit on {jax.devices()[0].device_kind}; set smaller task.sizes where "
-            "the task has them, or take a larger device"
+            f"the data, {size / 1e9:.1f} GB, do not fit on {jax.devices()[0].device_kind}; set data.placement=host"
         ) from error
     return {name: placed[id(split)] for name, split in store.splits.items()}
 

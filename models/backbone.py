@@ -25,6 +25,9 @@ MLPS = ("none", "gelu", "relu", "silu", "swiglu")
 POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
+PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
+# what a block keeps for the backward pass; other names are those of jax.checkpoint_policies
+REMATS = {"block": "nothing_saveable", "dots": "dots_saveable"}
 
 
 class Backbone(nnx.Module):
@@ -43,6 +46,9 @@ class Backbone(nnx.Module):
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
         pool: mean | last over real positions, or cls (a learned token in front; for mixers that look ahead).
         positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
+        precision: float32 | tf32 | bf16. With bf16 the blocks see bfloat16, and so do their matrix products; parameters,
+            encoder, statistics of norms, pooling and head stay float32. What a mixer keeps is its own affair.
+        remat: none | block | dots | a name of `jax.checkpoint_policies`: what each block keeps for the backward pass.
     Raises:
         ValueError: an option is unknown, or the pool does not fit the mixer; the message names the config key.
     """
@@ -71,9 +77,12 @@ class Backbone(nnx.Module):
         dropout: float | int,
         pool: str,
         positions: str,
+        precision: str = "float32",
+        remat: str = "none",
         rngs: nnx.Rngs,
     ):
         check_option("backbone.pool", pool, POOLS)
+        check_option("backbone.precision", precision, PRECISIONS)
         check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
@@ -107,6 +116,9 @@ class Backbone(nnx.Module):
                 "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"
             )
         self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
+        self.dtype, self.remat = PRECISIONS[precision], remat
+        if self.dtype != jnp.float32:
+            follow_inputs(self.blocks)
         self.head: Any = (
             nnx.Linear(width, num_classes, rngs=rngs)
             if num_pairs == 1
@@ -148,8 +160,10 @@ class Backbone(nnx.Module):
             x = x + self.positions[...][None]
         if self.sinusoidal:
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
+        x = x.astype(self.dtype)
         for block in self.blocks:
-            x = block(x, mask, train=train, rngs=rngs)
+            x = rematerialised(block, self.remat)(x, mask, train=train, rngs=rngs)
+        x = x.astype(jnp.float32)  # a mean over thousands of positions needs its digits
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
         return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
@@ -206,8 +220,9 @@ class Block(nnx.Module):
 
         def mix(y):
             if self.gates_residual:
-                return self.mixer(y, mask, residual=x, train=train, rngs=rngs)
-            y = self.mixer(y, mask, train=train, rngs=rngs)
+                return self.mixer(y, mask, residual=x, train=train, rngs=rngs).astype(x.dtype)
+            # a mixer that multiplies by its parameters as they are returns float32 whatever it was given
+            y = self.mixer(y, mask, train=train, rngs=rngs).astype(x.dtype)
             return drop(self.glu(y, lambda z: drop(ACTIVATIONS[self.activation](z))))
 
         x = self.residual(x, mix, self.norm, mask, train)
@@ -237,8 +252,8 @@ class Norm(nnx.Module):
         if self.norm is None:
             return x
         if isinstance(self.norm, nnx.BatchNorm):
-            return self.norm(x, use_running_average=not train, mask=mask[..., None])
-        return self.norm(x)
+            return self.norm(x, use_running_average=not train, mask=mask[..., None]).astype(x.dtype)
+        return self.norm(x).astype(x.dtype)  # its float32 parameters have made it one
 
 
 class GLU(nnx.Module):
@@ -312,6 +327,32 @@ def sinusoids(length: int, width: int) -> np.ndarray:
         raise ValueError(f"backbone.positions=sinusoidal needs an even backbone.width, found {width}")
     angles = np.arange(length)[:, None] / 10_000.0 ** (np.arange(0, width, 2)[None, :] / width)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width)
+
+
+def follow_inputs(module: nnx.Module) -> None:
+    """Make every linear map inside of `module` take its parameters in the dtype of its inputs, not the wider of both."""
+
+    def promote(args, *, dtype=None, **_):
+        return tuple(None if x is None else x.astype(args[0].dtype) for x in args)
+
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv) and part.dtype is None:
+            part.promote_dtype = promote
+
+
+def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Array]:
+    """`block`, which keeps for the backward pass what `policy` says and computes the rest of it again."""
+    if policy == "none":
+        return block
+
+    def call(x, mask, *, train, rngs):
+        rerun = nnx.remat(
+            lambda block, x, mask, rngs: block(x, mask, train=train, rngs=rngs),
+            policy=getattr(jax.checkpoint_policies, REMATS.get(policy, policy)),
+        )
+        return rerun(block, x, mask, rngs)
+
+    return call
 
 
 def check_option(key: str, found: str, allowed) -> None:
