@@ -178,7 +178,10 @@ def job(cfg) -> None:
         record = run_job(cfg)
     except LraError as error:
         sys.exit(fail(str(error), error.exit_code))
-    print_table([cfg.output.root], [record["task"]])
+    from lra.hosts import is_first
+
+    if is_first():
+        print_table([cfg.output.root], [record["task"]])
 
 
 def sweep_job(cfg) -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.backbone import check_option
+from models.ops.by_example import by_example
 
 ATTENTIONS = ("softmax", "laplace", "relu2")
 _ROWS = 256  # queries whose weights are held at once: memory grows with L, not with L^2
@@ -238,8 +239,12 @@ def two_sided_convolution(x: Float[Array, "B L D"], kernels: Float[Array, "S D L
     if kernels.shape[0] == 2:
         future = kernels[1].at[:, 0].set(0)  # the present counts once
         spectrum = spectrum + jnp.conj(jnp.fft.rfft(future, size))
-    y = jnp.fft.irfft(jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * spectrum[None], size)
-    return jnp.swapaxes(y[..., :length], 1, 2)
+
+    def convolve(x: Array, spectrum: Array) -> Array:
+        y = jnp.fft.irfft(jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * spectrum[None], size)
+        return jnp.swapaxes(y[..., :length], 1, 2)
+
+    return by_example(convolve, x, spectrum)
 
 
 def attend(

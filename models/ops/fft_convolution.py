@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.ops.by_example import by_example
+
 
 def fft_convolution(
     x: Float[Array, "B L D"], kernel: Float[Array, "D L"], back: Float[Array, "D L"] | None = None
@@ -22,8 +24,12 @@ def fft_convolution(
     else:
         gap = jnp.zeros((kernel.shape[0], size - 2 * length + 1), kernel.dtype)
         filters = jnp.concatenate([kernel, gap, jnp.flip(back[:, : length - 1], axis=1)], axis=1)
-    spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * jnp.fft.rfft(filters, size)[None]
-    return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
+
+    def convolve(x: Array, filters: Array) -> Array:
+        spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * jnp.fft.rfft(filters, size)[None]
+        return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
+
+    return by_example(convolve, x, filters)
 
 
 def smooth_size(at_least: int) -> int:

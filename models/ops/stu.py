@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.by_example import by_example
 from models.ops.fft_convolution import smooth_size
 
 
@@ -68,7 +69,7 @@ def stu(
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
     basis = _basis(jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype), length, m_u.shape[0], m_minus is not None)
     matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
-    y = causal_convolution(u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
+    y = by_example(causal_convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
     if isinstance(m_y, str):
         y = lag_two_sum(y)
     elif m_y is not None:

@@ -1,0 +1,274 @@
+"""Several devices and several processes give the run of one, and take over each other's checkpoints."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lra
+from lra import hosts, trainer
+from lra.devices import Layout
+from lra.errors import LraError, RunFolderError
+from lra.records import RunFolder, read_metrics, read_predictions, read_record, run_path
+
+ROOT = Path(__file__).parents[1]
+# two epochs and a half; dropout and batch norm, whose masks and statistics are those of the whole batch
+RUN = ["trainer.batch_size=8", "trainer.steps=20", "trainer.eval_every=5", "backbone.dropout=0.1", "backbone.norm=batch"]
+
+
+def python(code, devices):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def folder_of(overrides):
+    cfg = lra.compose(overrides)
+    return run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names))
+
+
+def assert_same_run(folder, other):
+    record, expected = read_record(folder), read_record(other)
+    assert record["status"] == expected["status"] == "finished"
+    for split in ("train", "val", "test"):
+        assert record["metrics"][split]["count"] == expected["metrics"][split]["count"]
+        assert record["metrics"][split]["loss"] == pytest.approx(expected["metrics"][split]["loss"], abs=1e-4)
+    np.testing.assert_allclose(read_predictions(folder)["logits"], read_predictions(other)["logits"], atol=1e-3)
+    rows, others = read_metrics(folder), read_metrics(other)
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    for row, one in zip(rows, others, strict=True):
+        if "train/loss" in row:
+            assert row["train/loss"] == pytest.approx(one["train/loss"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(data_root, tmp_path_factory):
+    """Overrides of a run, and the folder of that run on one device."""
+    from conftest import TINY
+
+    overrides = [*TINY, *RUN, f"data.root={data_root}"]
+    here = [*overrides, f"output.root={tmp_path_factory.mktemp('alone')}"]
+    lra.train(here)
+    return overrides, folder_of(here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["trainer.micro_batch=4"], ["data.placement=host"]])
+def test_four_devices_give_the_run_of_one(alone, tmp_path, more):
+    overrides, folder = alone
+    here = [*overrides, *more, f"output.root={tmp_path}"]
+    python(f"import lra; lra.train({here!r})", devices=4)
+    record = read_record(folder_of(here))
+    assert record["device"]["count"] == 4
+    if more == ["trainer.micro_batch=4"]:  # batch norm: to be compared with the same on one device
+        one = [*overrides, *more, f"output.root={tmp_path / 'one'}"]
+        lra.train(one)
+        folder = folder_of(one)
+    assert_same_run(folder_of(here), folder)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_devices_goes_on_on_one(alone, tmp_path):
+    overrides, folder = alone
+    here = [*overrides, f"output.root={tmp_path}"]
+    code = f"""
+import os, signal
+import lra
+from lra import trainer
+from lra.errors import PreemptedError
+trainer.Rate.steps_per_call = lambda self, done, seconds: 1
+trainer.Reporter.advance = lambda self, step, *_: step == 13 and os.kill(os.getpid(), signal.SIGTERM)
+try:
+    lra.train({here!r})
+except PreemptedError:
+    print("stopped")
+"""
+    assert "stopped" in python(code, devices=4)
+    assert read_record(folder_of(here))["device"]["count"] == 4
+    resumed = lra.train([*here, "resume=auto", "trainer.devices=1"])
+    assert resumed["resumed_from"] == [13]
+    assert resumed["device"]["count"] == 1
+    assert_same_run(folder_of(here), folder)
+
+
+@pytest.mark.slow
+def test_devices_that_cannot_share_the_batch_are_refused(tiny):
+    code = f"""
+import lra
+from lra.errors import ConfigError
+for more in ([], ["trainer.devices=5"], ["trainer.devices=3", "trainer.batch_size=9", "trainer.micro_batch=1"]):
+    try:
+        lra.train([*{tiny!r}, "trainer.batch_size=6", *more])
+    except ConfigError as error:
+        print(error)
+"""
+    shared, too_many, micro = python(code, devices=4).splitlines()
+    assert re.match(r"trainer.batch_size=6 \(the global batch\) must be a multiple of the 4 devices", shared)
+    assert re.match(r"trainer.devices=5: this process has 4 .*take at most 4", too_many)
+    assert "trainer.micro_batch=1 must be a divisor of trainer.batch_size=9 and a multiple of the 3 devices" in micro
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["stu", "s4d", "mega", "transformer"])
+def test_no_device_collects_the_examples_of_others(model, tiny):
+    """The compiler would, for a Fourier transform and for some reshapes: right numbers, and no gain from devices."""
+    code = f"""
+import re
+import jax, jax.numpy as jnp, numpy as np
+import lra
+from lra.config import data_arguments
+from lra.data.store import prepare
+from lra.devices import Layout
+from lra.program import Setup, State, compile_program, copy, on_device
+cfg = lra.compose([*{tiny!r}, "model={model}", "trainer.batch_size=8"])
+setup, layout = Setup(cfg), Layout(jax.devices())
+data = on_device(prepare(setup.task, **data_arguments(cfg)).splits["train"])
+params, stats = setup.params, setup.stats
+state = State(jnp.int32(0), params, stats, setup.tx.init(params), jnp.zeros(3), jnp.bool_(True))
+state, fixed, data = layout.replicate((state, setup.fixed, data))
+text = compile_program(setup, 8, None, layout).run.lower(state, fixed, data, np.int32(6)).compile().as_text()
+print(len(re.findall(r" all-reduce\\(", text)), len(re.findall(r" (all-gather|all-to-all|collective-permute)\\(", text)))
+"""
+    sums, gathers = map(int, python(code, devices=4).split())
+    assert sums > 0
+    assert gathers == 0
+
+
+# ---- processes
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Pair:
+    """`lra train` as two processes on loopback."""
+
+    def __init__(self, overrides):
+        members = f"coordinator:'127.0.0.1:{free_port()}',num_processes:2"
+        env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "lra.cli", "train", *overrides, f"trainer.distributed={{{members},process_id:{i}}}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
+            for i in range(2)
+        ]
+
+    def wait(self):
+        """(exit code, stdout, stderr) of each."""
+        results = [(*process.communicate(timeout=300)[:2], process.returncode) for process in self.processes]
+        return [(code, out, error) for out, error, code in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_two_processes_give_the_run_of_one(alone, tmp_path, placement):
+    overrides, folder = alone
+    here = [*overrides, f"output.root={tmp_path}", f"data.placement={placement}"]
+    (code, out, error), (other_code, other_out, other_error) = Pair(here).wait()
+    assert (code, other_code) == (0, 0), error + other_error
+    record = read_record(folder_of(here))
+    assert record["device"] == {"platform": "cpu", "kind": "cpu", "count": 2, "processes": 2}
+    assert_same_run(folder_of(here), folder)
+    assert "test accuracy" in out
+    assert other_out == ""  # one of them speaks
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_one_goes_on(alone, tmp_path):
+    overrides, _ = alone
+    here = [*overrides, f"output.root={tmp_path}", "trainer.steps=400", "trainer.log_every=1"]  # a call a step
+    pair = Pair(here)
+    metrics = folder_of(here) / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    (code, _, error), (other_code, _, other_error) = pair.wait()
+    assert (code, other_code) == (75, 75), error + other_error
+    record = read_record(folder_of(here))
+    assert record["status"] == "preempted"
+    assert 0 < record["step"] < 400
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [record["step"]]
+    assert (resumed["status"], resumed["device"]["processes"]) == ("finished", 1)
+
+
+@pytest.mark.slow
+def test_an_error_of_process_0_ends_both_in_one_line(alone, tmp_path):
+    overrides, folder = alone
+    here = [*overrides, f"output.root={folder.parents[2]}"]  # holds the finished run
+    (code, _, error), (other_code, _, other_error) = Pair(here).wait()
+    assert (code, other_code) == (4, 4)
+    assert "holds this run already, finished" in error
+    assert "on process 0: " in other_error
+    assert "Traceback" not in error + other_error
+
+
+def test_one_process_agrees_with_itself():
+    assert hosts.gather({"a": 1}) == [{"a": 1}]
+    assert hosts.agree(lambda: object).__class__ is type  # not sent anywhere: any value will do
+    with pytest.raises(RunFolderError, match="taken"):
+        hosts.agree(lambda: (_ for _ in ()).throw(RunFolderError("taken")))
+
+
+def test_an_error_there_is_the_same_error_here(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    for name, kind in (("RunFolderError", RunFolderError), ("OSError", LraError)):
+        monkeypatch.setattr(hosts, "gather", lambda value, name=name: [{"error": [name, "taken"]}, value])
+        with pytest.raises(kind, match="on process 0: taken"):
+            hosts.agree(lambda: pytest.fail("only process 0 works"))
+    monkeypatch.setattr(hosts, "gather", lambda value: [{"value": 7}, value])
+    assert hosts.agree(lambda: 8) == 7
+
+
+def test_an_onlooker_writes_nothing(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.append_metrics({"step": 1})
+        before = {path: path.read_bytes() for path in folder.path.iterdir()}
+        onlooker = hosts.Onlooker(folder.path)
+        with onlooker:  # takes no lock
+            onlooker.write_record({"status": "running"})
+            onlooker.append_metrics({"step": 2})
+            onlooker.truncate_metrics(0)
+            onlooker.write_predictions(np.zeros((1, 2)), np.zeros(1), np.zeros(1))
+            assert onlooker.read_metrics() == [{"step": 1}]
+        assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_one_device_has_no_mesh():
+    layout = Layout()
+    tree = {"x": np.ones(3)}
+    assert layout.count == 1
+    assert layout.replicate(tree) is layout.split(tree) is layout.gather(tree) is tree
+
+
+def test_members_are_checked_before_they_are_called(monkeypatch, tiny):
+    monkeypatch.setattr(hosts, "has_started", lambda: False)
+    members = "{coordinator: 'h:1', num_processes: 2, process_id: %s}"
+    for number in (2, -1):
+        with pytest.raises(lra.errors.ConfigError, match=r"process_id=-?\d must be in \[0, 2\)"):
+            lra.train([*tiny, f"trainer.distributed={members % number}"])
+    with pytest.raises(lra.errors.ConfigError, match="trainer.distributed.process_id=one does not fit"):
+        lra.train([*tiny, f"trainer.distributed={members % 'one'}"])
+
+
+def test_the_devices_of_a_run_are_not_its_identity(tiny):
+    name = folder_of(tiny).name
+    assert folder_of([*tiny, "trainer.devices=1", "data.placement=host"]).name == name

@@ -1,0 +1,362 @@
+"""What a step computes does not depend on how it is cut: micro-batches, rematerialisation, precision, where the data lie."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lra
+from lra import feed, hosts, memory, trainer
+from lra.config import data_arguments, options
+from lra.data.store import prepare
+from lra.devices import Layout
+from lra.errors import ConfigError, LraError, PreemptedError
+from lra.memory import compiled_bytes, halvings, largest_micro_batch, sizes
+from lra.program import Setup, State, compile_program, copy, on_device
+from lra.records import read_record, run_path
+
+MODELS = options("model")
+EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+
+@pytest.fixture(scope="module")
+def made(data_root):
+    """(setup, training data) of a tiny run with more overrides."""
+    from conftest import TINY
+
+    def make(*overrides):
+        cfg = lra.compose([*TINY, f"data.root={data_root}", "trainer.batch_size=8", *overrides])
+        setup = Setup(cfg)
+        return setup, on_device(prepare(setup.task, **data_arguments(cfg)).splits["train"])
+
+    return make
+
+
+def state_of(setup):
+    params, stats = copy((setup.params, setup.stats))
+    return State(jnp.int32(0), params, stats, setup.tx.init(params), jnp.zeros(3), jnp.bool_(True))
+
+
+def trained(setup, data, steps, micro_batch=None):
+    run = compile_program(setup, 8, micro_batch).run
+    return jax.device_get(run(state_of(setup), setup.fixed, data, jnp.int32(steps)))
+
+
+def assert_close(tree, other, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), tree, other)
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize("model", ["stu", "lru", "s4d", "transformer", "mamba"])
+def test_micro_batches_make_the_update_of_the_whole_batch(made, model):
+    setup, data = made(f"model={model}", "backbone.norm=layer", "optim.lr=0.01")
+    # sums and means of gradients, before Adam divides small ones by small ones
+    whole, cut = trained(setup, data, 1), trained(setup, data, 1, micro_batch=2)
+    assert_close(whole.opt, cut.opt, atol=1e-6)
+    np.testing.assert_allclose(whole.tally, cut.tally, rtol=1e-5)
+    whole, cut = trained(setup, data, 10), trained(setup, data, 10, micro_batch=4)
+    np.testing.assert_allclose(whole.tally, cut.tally, rtol=1e-3)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(setup.params), strict=True))
+
+
+def test_batch_norm_takes_the_statistics_of_each_micro_batch_in_turn(made):
+    setup, data = made("model=lru", "backbone.norm=batch")
+    stats = setup.stats
+    order = lra.program.epoch_order(setup.order_key, 0, len(data.labels))
+    for rows in (order[:4], order[4:8]):
+        model = nnx.merge(setup.graph, setup.params, stats, setup.fixed, copy=True)
+        model(setup.task.decode(data.inputs[rows]), data.lengths[rows], train=True, rngs=nnx.Rngs(dropout=0))
+        stats = nnx.state(model, nnx.BatchStat)
+    assert_close(trained(setup, data, 1, micro_batch=4).stats, stats, atol=1e-6)
+    whole = trained(setup, data, 1)
+    assert any(
+        np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(whole.stats), jax.tree.leaves(stats), strict=True)
+    )
+
+
+def test_each_micro_batch_drops_other_units(made):
+    setup, data = made("model=lru", "backbone.norm=none", "backbone.dropout=0.5")
+    twice = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), data)  # every example the same
+    losses = [trained(setup, twice, 1, micro_batch=size).tally[0] for size in (1, 2, 8)]
+    # were each of 8 micro-batches of one dropped alike, the loss would be 8 times that of a single example
+    alone = 8 * float(
+        compile_program(setup, 1).run(state_of(setup), setup.fixed, twice, jnp.int32(1)).tally[0]
+    )
+    assert abs(losses[0] - alone) > 1e-3
+
+
+def test_sizes_divide_the_batch_and_the_devices_share_them():
+    assert sizes(12) == [12, 6, 4, 3, 2, 1]
+    assert sizes(12, devices=4) == [12, 4]
+    assert halvings(48) == [48, 24, 12, 6, 3, 1]
+    assert halvings(50, devices=5) == [50, 25, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.micro_batch=3", "trainer.micro_batch=3 must be a divisor of trainer.batch_size=4; take 2 or 4"),
+        ("trainer.micro_batch=8", "divisor of trainer.batch_size=4; take 4 or 2, or auto"),
+        ("trainer.micro_batch=0", "trainer.micro_batch=0 must be a whole number of at least 1 or auto or null"),
+        ("trainer.micro_batch=most", "trainer.micro_batch=most must be a whole number"),
+        ("trainer.devices=99", "trainer.devices=99: this process has .* take at most"),
+        ("trainer.devices=0", "trainer.devices=0 must be a whole number"),
+        ("trainer.precision=fp16", "trainer.precision=fp16 is unknown; choose one of float32, tf32, bf16"),
+        ("trainer.remat=all", "trainer.remat=all is unknown; choose one of none, block, dots"),
+        ("data.placement=disk", "data.placement=disk is unknown; choose one of auto, device, host"),
+        ("trainer.deterministic=1", "trainer.deterministic=1 must be true or false"),
+        ("trainer.deterministic=true", "comes too late, .* set XLA_FLAGS=--xla_gpu_deterministic_ops=true"),
+        ("trainer.distributed=no", "trainer.distributed=no must be .*coordinator: HOST:PORT"),
+        ("trainer.distributed=auto", "trainer.distributed comes too late"),
+        ("+trainer.distributed.coordinator=here", "must be .*coordinator"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, override, message):
+    late = "late" in message
+    monkeypatch.setattr(hosts, "has_started", lambda: late)
+    with pytest.raises(ConfigError, match=message) as caught:
+        lra.train([*tiny, override])
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, monkeypatch, capsys):
+    setup, data = made("trainer.batch_size=4")
+    needs = {}
+    for size in (4, 2):
+        run = compile_program(setup, 4, size).run
+        needs[size] = compiled_bytes(run.lower(state_of(setup), setup.fixed, data, np.int32(0)).compile())
+    assert needs[2] < needs[4]
+    monkeypatch.setattr(memory, "device_bytes", lambda device: needs[4] - 1)
+    here = [*tiny, "trainer.micro_batch=auto"]
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    advance = trainer.Reporter.advance
+    monkeypatch.setattr(trainer.Reporter, "advance", lambda self, *_: os.kill(os.getpid(), 15))
+    with pytest.raises(PreemptedError):
+        lra.train(here)
+    assert "micro-batch 2 of 4 examples (4 needs" in capsys.readouterr().out
+    # with all the memory in the world, a resumed run keeps what it began with
+    monkeypatch.setattr(memory, "device_bytes", lambda device: None)
+    monkeypatch.setattr(trainer.Reporter, "advance", advance)
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [1]
+    assert resumed["micro_batch"] == 2
+    explicit = lra.train([*tiny, "trainer.micro_batch=2"])
+    assert explicit["metrics"] == resumed["metrics"]
+
+
+def test_auto_halves_where_the_device_runs_out_of_memory(made):
+    setup, data = made()
+    tried = []
+
+    class Full:
+        def __init__(self, size):
+            self.size = size
+
+        def lower(self, *args):
+            return jax.jit(lambda: 0).lower()
+
+        def __call__(self):
+            tried.append(self.size)
+            if self.size > 2:
+                raise EXHAUSTED
+            return jnp.zeros(())
+
+    found, needs = largest_micro_batch([8, 4, 2, 1], lambda n: n, lambda _, n: (Full(n), ()), lambda fits: fits)
+    assert (found, tried, list(needs)) == (2, [8, 4, 2], [8, 4, 2])
+    with pytest.raises(LraError, match=r"out of memory even at a micro-batch of 4.*trainer.remat=block"):
+        largest_micro_batch([8, 4], lambda n: n, lambda _, n: (Full(n), ()), lambda fits: fits)
+
+
+def test_a_trial_takes_no_step(made):
+    setup, data = made()
+    function, args = feed.Resident(data).trial(compile_program(setup, 8), state_of(setup), setup.fixed)
+    state = function(*args)
+    assert int(state.step) == 0
+    assert_equal(state.params, setup.params)
+
+
+def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
+    def full(*_):
+        raise EXHAUSTED
+
+    monkeypatch.setattr(feed.Resident, "run", full)
+    with pytest.raises(LraError) as caught:
+        lra.train([*tiny, "trainer.micro_batch=2"])
+    message = str(caught.value)
+    assert message.startswith("out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none")
+    assert "set a trainer.micro_batch below 2, or trainer.remat=block, or trainer.precision=bf16" in message
+    assert "\n" not in message
+    cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
+    assert read_record(run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names)))["status"] == "failed"
+
+
+# ---- rematerialisation
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_remat_gives_the_same_gradients(made, model):
+    def first(policy):
+        # no Adam yet, whose first step makes every gradient one: its moments are the gradients
+        return trained(*made(f"model={model}", "backbone.dropout=0.2", f"trainer.remat={policy}"), 1)
+
+    kept, again = first("none"), first("block")
+    assert_close(kept.opt, again.opt, atol=1e-6)
+    assert_close(kept.stats, again.stats, atol=1e-6)
+
+
+def temporary_bytes(made, model, policy):
+    sized = ["task.max_length=1022", "trainer.batch_size=2", "backbone.depth=4", f"trainer.remat={policy}"]
+    setup, _ = made(f"model={model}", *sized)
+    shape = (64, setup.task.seq_len)
+    assert shape[1] >= 1024
+    data = lra.program.Split(jnp.zeros(shape, jnp.uint8), jnp.full(64, 1000), jnp.zeros(64, jnp.int32))
+    lowered = compile_program(setup, 2).run.lower(state_of(setup), setup.fixed, data, jnp.int32(1))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("model", ["lru", "s4d"])
+def test_remat_takes_less_memory_at_length_1024(made, model):
+    kept, dots, forgotten = (temporary_bytes(made, model, policy) for policy in ("none", "dots", "block"))
+    assert forgotten < 0.8 * kept
+    assert forgotten <= dots < kept
+
+
+# ---- precision
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_is_near_float32_and_keeps_float32_where_it_counts(made, model):
+    (full, data), (half, _) = made(f"model={model}"), made(f"model={model}", "trainer.precision=bf16")
+    logits = [
+        compile_program(s, 8).apply(s.params, s.stats, s.fixed, data.inputs[:8], data.lengths[:8]) for s in (full, half)
+    ]
+    assert logits[1].dtype == jnp.float32
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.05
+
+    program, state = compile_program(half, 8), state_of(half)
+    jaxpr = jax.make_jaxpr(program.run)(state, half.fixed, data, jnp.int32(20)).jaxpr
+    found = list(equations(jaxpr))
+    products = [e.outvars[0].aval.dtype for e in found if e.primitive.name == "dot_general"]
+    assert products.count(jnp.bfloat16) >= 6  # forward and backward of two blocks
+    for equation in found:  # transforms, softmax and losses
+        if equation.primitive.name in ("fft", "exp", "log"):
+            assert all(v.aval.dtype != jnp.bfloat16 for v in equation.invars), equation
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.stats)))
+    state = program.run(state, half.fixed, data, jnp.int32(20))
+    assert int(state.step) == 20
+    assert np.isfinite(state.tally).all()
+    assert all(
+        jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.opt))
+    )
+
+
+def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
+    """What a GPU would be asked, seen in the jaxpr; a CPU is asked nothing, so that its numbers are those of before."""
+
+    def asked(precision):
+        setup, data = made("model=lru", f"trainer.precision={precision}")
+        run = compile_program(setup, 8).run
+        jaxpr = jax.make_jaxpr(run)(state_of(setup), setup.fixed, data, jnp.int32(1)).jaxpr
+        found = [e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+        return {None if p is None else str(p[0]) for p in found}
+
+    assert asked("float32") == {None, "HIGHEST"}  # the embedding's own wish
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert asked("float32") == {"HIGHEST"}
+    assert asked("tf32") == {"HIGH", "HIGHEST"}
+
+
+# ---- data on the host
+
+
+@pytest.mark.parametrize("micro_batch", ["null", "2"])
+def test_batches_from_the_host_give_the_same_run_bit_for_bit(tiny, tmp_path, monkeypatch, micro_batch):
+    monkeypatch.setattr(feed, "WINDOW_BYTES", 3 * 4 * 40)  # three steps: windows end between evaluations and in epochs
+    options = [f"trainer.micro_batch={micro_batch}", "trainer.steps=40", "trainer.eval_every=7", "backbone.dropout=0.1"]
+    seen = []
+
+    class Seen(feed.HostFeed):
+        def run(self, *args):
+            seen.append(self.window_steps)
+            return super().run(*args)
+
+    monkeypatch.setattr(trainer, "HostFeed", Seen)
+    ends = []
+    finish = trainer.Run.finish
+    monkeypatch.setattr(trainer.Run, "finish", lambda run, state, *a: ends.append(state) or finish(run, state, *a))
+    on_the_device = lra.train([*tiny, *options])
+    assert not seen
+    from_the_host = lra.train([*tiny, *options, "data.placement=host", f"output.root={tmp_path / 'host'}"])
+    assert set(seen) == {3}
+    assert from_the_host["metrics"] == on_the_device["metrics"]
+    assert from_the_host["selection"] == on_the_device["selection"]
+    assert_equal(ends[0], ends[1])
+
+
+def test_feed_reads_two_windows_ahead_and_stops(made):
+    setup, data = made()
+    split = lra.program.Split(*(np.asarray(x) for x in data))
+    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout(), window_bytes=1)
+    source.start(3, 30)
+    assert source.end(3) == 4
+    assert source.end(4) == 5
+    np.testing.assert_array_equal(source.current.batches.labels[0, 0], split.labels[source.rows(4)])
+    source.close()
+    assert not source.thread.is_alive()
+    assert source.ready.maxsize == 2
+
+
+def test_an_error_of_the_feed_reaches_the_run(made):
+    setup, data = made()
+    split = lra.program.Split(*(np.asarray(x) for x in data))
+    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout())
+    source.rows = lambda step: (_ for _ in ()).throw(OSError("the disk is gone"))
+    source.start(0, 10)
+    with pytest.raises(OSError, match="the disk is gone"):
+        source.end(0)
+    source.close()
+
+
+def test_auto_placement_follows_the_memory(tiny, monkeypatch):
+    assert feed.fits(10**18, Layout())  # one CPU device reads the mapped file
+    layout = Layout()
+    layout.mesh = type("Two", (), {"local_devices": [0, 1]})()
+    monkeypatch.setattr(feed, "device_bytes", lambda device: 1000)
+    assert feed.fits(250, layout)
+    assert not feed.fits(251, layout)
+
+
+# ---- determinism
+
+
+def test_determinism_is_asked_for_before_the_backend_starts(tiny):
+    code = f"""
+import json, os
+import lra
+lra.train({[*tiny, "trainer.deterministic=true"]!r})
+print(json.dumps(os.environ["XLA_FLAGS"]))
+"""
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == hosts.DETERMINISTIC
