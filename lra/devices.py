@@ -42,6 +42,8 @@ class Layout:
         sharding = self.sharding(*axes)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(self.put(jax.random.key_data(x), *axes), impl=jax.random.key_impl(x))
         x = np.asarray(x)  # not device_put, which compares the arrays of all processes first
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

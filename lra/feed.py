@@ -25,7 +25,7 @@ class Resident:
     def __init__(self, split: Split):
         self.split = split
 
-    def start(self, step: int, steps: int) -> None: ...
+    def start(self, step: int) -> None: ...
 
     def end(self, step: int) -> int:
         return sys.maxsize
@@ -47,7 +47,7 @@ class HostFeed:
         split: NumPy arrays, as `Split` on the device would hold them.
         order_key: of `epoch_order`.
         batch_size, micro_batch: examples, over all devices.
-        window_bytes: what a window may hold, at least one step.
+        steps: of the whole run.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class HostFeed:
         batch_size: int,
         micro_batch: int,
         layout: Layout,
-        window_bytes: int = WINDOW_BYTES,
+        steps: int,
     ):
         self.split, self.order_key, self.batch_size, self.layout = split, order_key, batch_size, layout
         self.parts = (batch_size // micro_batch, micro_batch)
         step_bytes = batch_size * sum(x[:1].nbytes for x in split)
-        self.window_steps = max(1, min(window_bytes // step_bytes, 4096))
+        self.steps, self.window_steps = steps, max(1, min(WINDOW_BYTES // step_bytes, steps))
         self.steps_per_epoch = len(split.labels) // batch_size
         self.epoch: tuple[int, np.ndarray] | None = None
         self.ready: queue.Queue[Window | Exception] = queue.Queue(AHEAD)
@@ -71,9 +71,9 @@ class HostFeed:
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int) -> None:
         """Begin to read ahead, from `step` to the end of the run."""
-        self.thread = threading.Thread(target=self._read_ahead, args=(step, steps), name="lra-feed", daemon=True)
+        self.thread = threading.Thread(target=self._read_ahead, args=(step,), name="lra-feed", daemon=True)
         self.thread.start()
 
     def end(self, step: int) -> int:
@@ -96,6 +96,7 @@ class HostFeed:
                 self.ready.get(timeout=0.05)  # it may be waiting for room
             except queue.Empty:
                 continue
+        self.current = None
 
     def window(self, first: int) -> Window:
         """The batches of `window_steps` steps from `first` on, on the devices."""
@@ -125,9 +126,9 @@ class HostFeed:
                 raise found
             self.current, self.first = found, int(found.first)
 
-    def _read_ahead(self, step: int, steps: int) -> None:
+    def _read_ahead(self, step: int) -> None:
         try:
-            for first in range(step, steps, self.window_steps):
+            for first in range(step, self.steps, self.window_steps):
                 window = self.window(first)
                 while not self.stopped.is_set():
                     try:

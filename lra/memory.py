@@ -108,15 +108,13 @@ def is_exhausted(error: BaseException) -> bool:
 def advice(cfg: DictConfig, micro_batch: int | None) -> str:
     """What to change after an out of memory, in one line."""
     trainer, backbone = cfg.trainer, cfg.backbone
-    helps = [f"trainer.micro_batch={trainer.batch_size // 2} or auto (the batch stays {trainer.batch_size})"]
-    if micro_batch and micro_batch < trainer.batch_size:
-        helps = [f"a trainer.micro_batch below {micro_batch}"] if micro_batch > 1 else []
+    now = micro_batch or trainer.batch_size
+    helps = [f"trainer.micro_batch=auto or below {now} (the batch stays {trainer.batch_size})"] if now > 1 else []
     helps += ["trainer.remat=block"] if trainer.remat == "none" else []
     helps += ["trainer.precision=bf16"] if trainer.precision != "bf16" else []
     helps += [f"a trainer.eval_batch_size below {trainer.eval_batch_size} if it was in an evaluation"]
     return (
-        f"out of memory at trainer.batch_size={trainer.batch_size}, trainer.micro_batch="
-        f"{micro_batch or trainer.micro_batch or 'null'}, trainer.remat={trainer.remat}, "
+        f"out of memory at trainer.batch_size={trainer.batch_size}, trainer.micro_batch={now}, trainer.remat={trainer.remat}, "
         f"trainer.precision={trainer.precision}, backbone.width={backbone.width}, depth {backbone.depth}; "
         f"set {', or '.join(helps)}"
     )

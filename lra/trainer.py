@@ -102,6 +102,9 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"resume={cfg.resume} is unknown; choose never or auto")
     if cfg.protocol.select not in ("best", "last"):
         raise ConfigError(f"protocol.select={cfg.protocol.select} is unknown; choose best or last")
+    for key, default in (("precision", "float32"), ("remat", "none")):
+        if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
+            raise ConfigError(f"trainer.{key}={cfg.trainer[key]} changes nothing: this backbone has no argument {key}")
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
         raise ConfigError(
@@ -140,7 +143,7 @@ class Run:
                 cfg.tracker, self.folder.path, config=self.record["config"], names=container(cfg.names), seed=cfg.seed
             )
         self.reporter.header(self.record, self.rates(), self.folder.path)
-        self.feed.start(int(state.step), cfg.trainer.steps)
+        self.feed.start(int(state.step))
         try:
             with signals.noted(), self.reporter:
                 state, best = self.loop(state, best, data, signals)
@@ -166,7 +169,7 @@ class Run:
         def feed(size: int) -> Resident | HostFeed:
             if isinstance(train.labels, jax.Array):
                 return Resident(train)
-            return HostFeed(train, self.setup.order_key, batch_size, size, self.layout)
+            return HostFeed(train, self.setup.order_key, batch_size, size, self.layout, self.cfg.trainer.steps)
 
         def program(size: int) -> Program:
             return compile_program(self.setup, batch_size, size, self.layout)

@@ -26,8 +26,9 @@ POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
-# what a block keeps for the backward pass; other names are those of jax.checkpoint_policies
-REMATS = {"block": "nothing_saveable", "dots": "dots_saveable"}
+# what a block keeps for the backward pass, of jax.checkpoint_policies
+REMATS = {"none": "everything_saveable", "block": "nothing_saveable", "dots": "dots_saveable"}
+REMATS |= {name: name for name in (*REMATS.values(), "dots_with_no_batch_dims_saveable")}
 
 
 class Backbone(nnx.Module):
@@ -48,7 +49,7 @@ class Backbone(nnx.Module):
         positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
         precision: float32 | tf32 | bf16. With bf16 the blocks see bfloat16, and so do their matrix products; parameters,
             encoder, statistics of norms, pooling and head stay float32. What a mixer keeps is its own affair.
-        remat: none | block | dots | a name of `jax.checkpoint_policies`: what each block keeps for the backward pass.
+        remat: none | block | dots | a policy's name: what each block keeps for the backward pass (`REMATS`).
     Raises:
         ValueError: an option is unknown, or the pool does not fit the mixer; the message names the config key.
     """
@@ -83,6 +84,7 @@ class Backbone(nnx.Module):
     ):
         check_option("backbone.pool", pool, POOLS)
         check_option("backbone.precision", precision, PRECISIONS)
+        check_option("backbone.remat", remat, REMATS)
         check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
@@ -162,7 +164,7 @@ class Backbone(nnx.Module):
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
         x = x.astype(self.dtype)
         for block in self.blocks:
-            x = rematerialised(block, self.remat)(x, mask, train=train, rngs=rngs)
+            x = rematerialised(block, self.remat if train else "none")(x, mask, train=train, rngs=rngs)
         x = x.astype(jnp.float32)  # a mean over thousands of positions needs its digits
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
@@ -331,13 +333,13 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 def follow_inputs(module: nnx.Module) -> None:
     """Make every linear map inside of `module` take its parameters in the dtype of its inputs, not the wider of both."""
-
-    def promote(args, *, dtype=None, **_):
-        return tuple(None if x is None else x.astype(args[0].dtype) for x in args)
-
     for _, part in nnx.iter_modules(module):
         if isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv) and part.dtype is None:
-            part.promote_dtype = promote
+            part.promote_dtype = to_first
+
+
+def to_first(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
 
 
 def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Array]:
@@ -348,7 +350,7 @@ def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Ar
     def call(x, mask, *, train, rngs):
         rerun = nnx.remat(
             lambda block, x, mask, rngs: block(x, mask, train=train, rngs=rngs),
-            policy=getattr(jax.checkpoint_policies, REMATS.get(policy, policy)),
+            policy=getattr(jax.checkpoint_policies, REMATS[policy]),
         )
         return rerun(block, x, mask, rngs)
 

@@ -108,7 +108,7 @@ def test_sizes_divide_the_batch_and_the_devices_share_them():
     ("override", "message"),
     [
         ("trainer.micro_batch=3", "trainer.micro_batch=3 must be a divisor of trainer.batch_size=4; take 2 or 4"),
-        ("trainer.micro_batch=8", "divisor of trainer.batch_size=4; take 4 or 2, or auto"),
+        ("trainer.micro_batch=8", "divisor of trainer.batch_size=4; take 2 or 4, or auto"),
         ("trainer.micro_batch=0", "trainer.micro_batch=0 must be a whole number of at least 1 or auto or null"),
         ("trainer.micro_batch=most", "trainer.micro_batch=most must be a whole number"),
         ("trainer.devices=99", "trainer.devices=99: this process has .* take at most"),
@@ -197,7 +197,7 @@ def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
         lra.train([*tiny, "trainer.micro_batch=2"])
     message = str(caught.value)
     assert message.startswith("out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none")
-    assert "set a trainer.micro_batch below 2, or trainer.remat=block, or trainer.precision=bf16" in message
+    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16" in message
     assert "\n" not in message
     cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
     assert read_record(run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names)))["status"] == "failed"
@@ -313,11 +313,12 @@ def test_batches_from_the_host_give_the_same_run_bit_for_bit(tiny, tmp_path, mon
     assert_equal(ends[0], ends[1])
 
 
-def test_feed_reads_two_windows_ahead_and_stops(made):
+def test_feed_reads_two_windows_ahead_and_stops(made, monkeypatch):
     setup, data = made()
     split = lra.program.Split(*(np.asarray(x) for x in data))
-    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout(), window_bytes=1)
-    source.start(3, 30)
+    monkeypatch.setattr(feed, "WINDOW_BYTES", 1)
+    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout(), steps=30)
+    source.start(3)
     assert source.end(3) == 4
     assert source.end(4) == 5
     np.testing.assert_array_equal(source.current.batches.labels[0, 0], split.labels[source.rows(4)])
@@ -329,9 +330,9 @@ def test_feed_reads_two_windows_ahead_and_stops(made):
 def test_an_error_of_the_feed_reaches_the_run(made):
     setup, data = made()
     split = lra.program.Split(*(np.asarray(x) for x in data))
-    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout())
+    source = feed.HostFeed(split, setup.order_key, 8, 8, Layout(), steps=10)
     source.rows = lambda step: (_ for _ in ()).throw(OSError("the disk is gone"))
-    source.start(0, 10)
+    source.start(0)
     with pytest.raises(OSError, match="the disk is gone"):
         source.end(0)
     source.close()
