@@ -92,4 +92,3 @@ def choose_layout(cfg: DictConfig) -> Layout:
             f"devices{hosts} that share it; change it, or set trainer.devices"
         )
     return layout
-

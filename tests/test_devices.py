@@ -21,7 +21,13 @@ from lra.records import RunFolder, read_metrics, read_predictions, read_record, 
 
 ROOT = Path(__file__).parents[1]
 # two epochs and a half; dropout and batch norm, whose masks and statistics are those of the whole batch
-RUN = ["trainer.batch_size=8", "trainer.steps=20", "trainer.eval_every=5", "backbone.dropout=0.1", "backbone.norm=batch"]
+RUN = [
+    "trainer.batch_size=8",
+    "trainer.steps=20",
+    "trainer.eval_every=5",
+    "backbone.dropout=0.1",
+    "backbone.norm=batch",
+]
 
 
 def python(code, devices):
@@ -160,7 +166,14 @@ class Pair:
         env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "lra.cli", "train", *overrides, f"trainer.distributed={{{members},process_id:{i}}}"],
+                [
+                    sys.executable,
+                    "-m",
+                    "lra.cli",
+                    "train",
+                    *overrides,
+                    f"trainer.distributed={{{members},process_id:{i}}}",
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -68,7 +68,9 @@ def test_micro_batches_make_the_update_of_the_whole_batch(made, model):
     np.testing.assert_allclose(whole.tally, cut.tally, rtol=1e-5)
     whole, cut = trained(setup, data, 10), trained(setup, data, 10, micro_batch=4)
     np.testing.assert_allclose(whole.tally, cut.tally, rtol=1e-3)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(setup.params), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(setup.params), strict=True)
+    )
 
 
 def test_batch_norm_takes_the_statistics_of_each_micro_batch_in_turn(made):
@@ -91,9 +93,7 @@ def test_each_micro_batch_drops_other_units(made):
     twice = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), data)  # every example the same
     losses = [trained(setup, twice, 1, micro_batch=size).tally[0] for size in (1, 2, 8)]
     # were each of 8 micro-batches of one dropped alike, the loss would be 8 times that of a single example
-    alone = 8 * float(
-        compile_program(setup, 1).run(state_of(setup), setup.fixed, twice, jnp.int32(1)).tally[0]
-    )
+    alone = 8 * float(compile_program(setup, 1).run(state_of(setup), setup.fixed, twice, jnp.int32(1)).tally[0])
     assert abs(losses[0] - alone) > 1e-3
 
 
@@ -197,7 +197,10 @@ def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
         lra.train([*tiny, "trainer.micro_batch=2"])
     message = str(caught.value)
     assert message.startswith("out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none")
-    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16" in message
+    assert (
+        "set trainer.micro_batch=auto or below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
+        in message
+    )
     assert "\n" not in message
     cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
     assert read_record(run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names)))["status"] == "failed"
@@ -266,7 +269,8 @@ def test_bf16_is_near_float32_and_keeps_float32_where_it_counts(made, model):
     assert int(state.step) == 20
     assert np.isfinite(state.tally).all()
     assert all(
-        jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.opt))
+        jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.float32
+        for x in jax.tree.leaves((state.params, state.opt))
     )
 
 
