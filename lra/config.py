@@ -172,7 +172,10 @@ def with_names(
 
 
 def check_ranges(section: Mapping[Any, Any], prefix: str = "") -> None:
-    """Refuse a number outside of `RANGES` and a word that is none of `WORDS`; `prefix` is the dotted key of `section`, with a dot at its end."""
+    """Refuse a number outside of `RANGES` and a word that is none of `WORDS`.
+
+    `prefix` is the dotted key of `section`, with a dot at its end.
+    """
     for name, value in section.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):

@@ -116,7 +116,7 @@ class HostFeed:
             return jnp.asarray(x[rows])
         # each process reads the rows of its own devices alone
         shape, sharding = (*rows.shape, *x.shape[1:]), self.layout.sharding(None, None, "data")
-        return jax.make_array_from_callback(shape, sharding, lambda index: x[rows[index[:3]]])
+        return jax.make_array_from_callback(shape, sharding, lambda index: x[rows[(index or ())[:3]]])
 
     def _advance(self, step: int) -> None:
         while self.current is None or step >= self.first + self.window_steps:

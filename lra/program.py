@@ -43,11 +43,11 @@ class Best(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A split on the device."""
+    """A split on the device, or as NumPy arrays on the host."""
 
-    inputs: jax.Array
-    lengths: jax.Array
-    labels: jax.Array  # (n,), or (n, T) where a task asks for several
+    inputs: Any
+    lengths: Any
+    labels: Any  # (n,), or (n, T) where a task asks for several
 
 
 class Window(NamedTuple):

@@ -231,10 +231,10 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
     Left out are `output`, `resume`, `tracker`, `tuning_runs`, where the data lie (`data.root`, `data.download`,
-    `data.placement`) and which devices work (`trainer.devices`, `trainer.distributed`), so that a run may be resumed
-    on other ones, and the keys in `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
-    `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
-    configuration is `tables.NO_EFFECT`.
+    `data.placement`) and which devices work (`trainer.devices`, `trainer.distributed`), so that a run may be resumed on
+    other ones, and the keys in `without`, dotted like these. Everything else counts, also a key that cannot change the
+    result, such as `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes
+    for one configuration is `tables.NO_EFFECT`.
     """
     kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
     return hashlib.sha256(json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()).hexdigest()

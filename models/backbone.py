@@ -338,7 +338,7 @@ def follow_inputs(module: nnx.Module) -> None:
             part.promote_dtype = to_first
 
 
-def to_first(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+def to_first(arrays: Any, /, **_: Any) -> Any:
     return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
 
 

@@ -157,8 +157,7 @@ def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, mo
     assert explicit["metrics"] == resumed["metrics"]
 
 
-def test_auto_halves_where_the_device_runs_out_of_memory(made):
-    setup, data = made()
+def test_auto_halves_where_the_device_runs_out_of_memory():
     tried = []
 
     class Full:
