@@ -148,6 +148,9 @@ def test_second_call_does_not_compile_again(built):
 
 
 def test_parameter_count_does_not_grow_with_length(built):
+    if getattr(built.model().blocks[0].mixer, "grows_with_length", False):
+        pytest.skip("has parameters for each scale of the length by design; its own test counts them")
+
     def count(length):
         cfg = lra.compose(
             [f"model={built.name}", "task=listops_short", f"task.max_length={length}", "backbone.width=16"]
