@@ -125,7 +125,11 @@ def parser() -> argparse.ArgumentParser:
     plot.set_defaults(run=plot_command)
 
     bench = commands.add_parser("bench", help="measure how fast it is here")
-    bench.add_argument("suite", choices=("data",), help="what to measure")
+    bench.add_argument(
+        "suite",
+        choices=("data", "ops"),
+        help="data: preparation and batches; ops: the models' operations beside the published order of the same work",
+    )
     bench.add_argument("--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)")
     bench.add_argument("--output", metavar="FILE", type=Path, help="also keep the result as JSON")
     bench.set_defaults(run=bench_command)

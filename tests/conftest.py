@@ -26,6 +26,17 @@ TINY = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu run with `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import jax
+
+        if jax.default_backend() == "cpu":
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator; JAX_PLATFORMS=cuda,cpu pytest -m gpu"))
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")

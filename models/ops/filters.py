@@ -47,6 +47,14 @@ def spectral_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, 
     return _filters("hankel", seq_len, num_filters)
 
 
+def uncached_spectral_filters(
+    seq_len: int, num_filters: int
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+    """`spectral_filters`, computed whatever is kept."""
+    _check_sizes(seq_len, num_filters)
+    return _hankel_filters(seq_len, num_filters)
+
+
 def alternative_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
     """The same for the matrix of appendix D, whose filters serve eigenvalues in [-1, 1] without a second,
     sign-alternated set.
