@@ -24,6 +24,7 @@ NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kM]?)")
 TOLERANCE = 0.1
 SMALLEST = 512  # a model that accepts some widths accepts one up to here, and its multiples
 WIDEST = 2**16
+COMPOSITE = 2**6 * 3**2 * 5 * 7  # a width for every customary number of heads
 
 
 class Budget(NamedTuple):
@@ -80,9 +81,11 @@ def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequenc
         except ConfigError:
             return None
 
-    near = nearest_widths(params, target, resolved(cfg).backbone.width)
+    guess = resolved(cfg).backbone.width
+    if params(guess) is None and params(COMPOSITE) is None:
+        count(resolved(cfg), task)  # not the width is wrong; this says what is
+    near = nearest_widths(params, target, guess)
     if not near:
-        count(resolved(cfg), task)  # says what is wrong, where that is not the width
         raise ConfigError(f"model.budget={text}: the model takes no backbone.width up to {SMALLEST}")
     best = min(near, key=lambda width: abs(near[width] - target))
     if abs(near[best] - target) > budget.tolerance * target:
@@ -109,7 +112,7 @@ def nearest_widths(params: Callable[[int], int | None], target: int, guess: int 
         """The first width from `k` steps on that the model takes."""
         return next((w for w in range(k * step, (2 * k + 1) * step, step) if params(w) is not None), None)
 
-    def size(k: int) -> float:
+    def size(k: int) -> float | int:
         width = first(k)
         return math.inf if width is None else cast(int, params(width))
 
@@ -146,7 +149,7 @@ def reference(cfg: DictConfig, name: str, choices: Mapping[str, Any], text: str)
     from lra.config import translated_errors
 
     debug = [f"debug={choices['debug']}"] if choices.get("debug") else []
-    words = [f"task={choices['task']}", f"model={name}", *debug]
+    words = [f"task={choices['task']}", f"model='{name}'", *debug]
     try:
         with translated_errors(words):
             other = hydra.compose("train", overrides=words)
