@@ -9,7 +9,6 @@ The width found stands in `backbone.width` of the resolved config, as if it had 
 
 import bisect
 import copy
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -48,7 +47,9 @@ def parse(text: Any) -> Budget:
         target = round(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6}[number[2]])
     tolerance = float(match["percent"]) / 100 if match["percent"] else TOLERANCE
     if target == 0 or not 0 < tolerance < 1:
-        raise ConfigError(f"model.budget={text}: expected at least 1 parameter, and a tolerance above 0 and below 100 %")
+        raise ConfigError(
+            f"model.budget={text}: expected at least 1 parameter, and a tolerance above 0 and below 100 %"
+        )
     return Budget(target, tolerance)
 
 
@@ -112,15 +113,15 @@ def nearest_widths(params: Callable[[int], int | None], target: int, guess: int 
         """The first width from `k` steps on that the model takes."""
         return next((w for w in range(k * step, (2 * k + 1) * step, step) if params(w) is not None), None)
 
-    def size(k: int) -> float | int:
+    def beyond(k: int) -> bool:
         width = first(k)
-        return math.inf if width is None else cast(int, params(width))
+        return width is None or cast(int, params(width)) > target
 
     low, high = 1, max(guess // step, 1)
-    while high * step < WIDEST and size(high) <= target:
+    while high * step < WIDEST and not beyond(high):
         low, high = high, 2 * high
-    beyond = low + bisect.bisect_right(range(low, high + 1), target, key=size)
-    found = [first(k) for k in (beyond - 1, beyond) if k]
+    above = low + bisect.bisect_left(range(low, high + 1), True, key=beyond)
+    found = [first(k) for k in (above - 1, above) if k]
     return {width: cast(int, params(width)) for width in found if width is not None}
 
 

@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)")
 
     commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
-    models = commands.add_parser("models", help="list the models; with task=NAME their parameters, operations and state")
+    models = commands.add_parser(
+        "models", help="list the models; with task=NAME their parameters, operations and state"
+    )
     models.add_argument(
         "overrides",
         nargs="*",

@@ -21,15 +21,15 @@ from lra.config import build_task, compose, model_builder, options
 from lra.errors import ConfigError
 
 # what moves, names or makes up numbers without calculating
-FREE = frozenset(
-    """
-    bitcast_convert_type broadcast broadcast_in_dim complex concatenate conj convert_element_type copy copy_p
-    device_put dynamic_slice dynamic_update_slice empty expand_dims gather get imag iota opt_barrier
-    optimization_barrier pad platform_index pvary random_bits random_fold_in random_seed random_split random_unwrap
-    random_wrap real reduce_precision reshape rev select_n sharding_constraint slice split squeeze stop_gradient swap
-    threefry2x32 transpose
-    """.split()
-)
+# fmt: off
+FREE = frozenset((
+    "broadcast", "broadcast_in_dim", "bitcast_convert_type", "complex", "concatenate", "conj", "convert_element_type",
+    "copy", "copy_p", "device_put", "dynamic_slice", "dynamic_update_slice", "empty", "expand_dims", "gather", "get",
+    "imag", "iota", "optimization_barrier", "pad", "platform_index", "random_bits", "random_fold_in", "random_seed",
+    "random_split", "random_unwrap", "random_wrap", "real", "reduce_precision", "reshape", "rev", "select_n",
+    "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "swap", "threefry2x32", "transpose",
+))
+# fmt: on
 COMPLEX = {"mul": 6, "div": 11, "square": 6, "add": 2, "sub": 2, "neg": 2}  # real operations of a complex one; others 2
 
 
@@ -144,7 +144,9 @@ def table(overrides: Sequence[str], format: str = "terminal") -> str:
         disable_numparse=True,
         colalign=("left", *["right"] * (len(HEADERS) - 1), "left")[: len(noted)],
     )
-    about = f"{title}FLOPs: one example, forward, on {jax.default_backend()}; state: numbers a step keeps for one sequence"
+    about = (
+        f"{title}FLOPs: one example, forward, on {jax.default_backend()}; state: numbers a step keeps for one sequence"
+    )
     return f"{about}\n\n{body}\n" if format in ("terminal", "markdown") else f"{body}\n"
 
 
@@ -214,7 +216,8 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
     if inner := list(_inner(params)):  # a call: jit, remat, custom derivatives
         return _count(inner[0])
-    (out, *_), sources = (v.aval for v in equation.outvars), [v.aval for v in equation.invars]
+    out: Any = equation.outvars[0].aval
+    sources: list[Any] = [v.aval for v in equation.invars]
     is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
     if name == "dot_general":
         ((contracted, _), _) = params["dimension_numbers"]

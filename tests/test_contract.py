@@ -138,6 +138,12 @@ def test_same_seed_same_parameters(built):
     assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, other)))
 
 
+def test_inputs_longer_than_the_model_was_made_for_are_refused(built):
+    inputs, lengths = built.batch()
+    with pytest.raises(ValueError, match=r"built for task\.seq_len="):
+        built.model()(jnp.pad(inputs, ((0, 0), (0, 1))), lengths)
+
+
 def test_second_call_does_not_compile_again(built):
     traces = []
 
@@ -204,7 +210,9 @@ def test_recurrent_state_does_not_grow_with_length(name):
 
     if (short := size(1000)) is None:
         pytest.skip("no recurrent form")
-    assert size(2000) <= 1.1 * short  # the sums of exponentials that stand for STU's filters reach their last, 2 K, here
+    assert (
+        size(2000) <= 1.1 * short
+    )  # the sums of exponentials that stand for STU's filters reach their last, 2 K, here
 
 
 def causal_mixer(name, max_length):

@@ -86,9 +86,13 @@ def test_loop_of_unknown_length_is_refused():
         flops(lambda x: jax.lax.while_loop(lambda h: h[0] < 1, jnp.exp, x), shape(3))
 
 
-@pytest.mark.parametrize("overrides", [["model=transformer"], ["model=linear", "backbone.mlp_ratio=2"], ["model=local"]])
+@pytest.mark.parametrize(
+    "overrides", [["model=transformer"], ["model=linear", "backbone.mlp_ratio=2"], ["model=local"]]
+)
 def test_operations_of_a_model_without_loops_are_near_those_of_xla(overrides):
-    cfg = lra.compose(["task=listops_short", "backbone.width=128", "backbone.depth=2", "task.max_length=250", *overrides])
+    cfg = lra.compose(
+        ["task=listops_short", "backbone.width=128", "backbone.depth=2", "task.max_length=250", *overrides]
+    )
     task = build_task(cfg)
     model = model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
     graph, state = nnx.split(model)
