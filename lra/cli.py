@@ -102,9 +102,18 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--split", choices=("train", "val", "test"), default="train", help="of which split (train)")
     show.add_argument("--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)")
 
-    for name, group in (("tasks", "task"), ("models", "model")):
-        listing = commands.add_parser(name, help=f"list the {name}")
-        listing.set_defaults(run=list_options, group=group)
+    commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
+    models = commands.add_parser(
+        "models", help="list the models; with task=NAME their parameters, operations and state"
+    )
+    models.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a task, and what else `lra train` takes; model=A,B shows these alone",
+    )
+    models.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
+    models.set_defaults(run=models_command, group="model")
 
     table = commands.add_parser("table", help="compare runs with each other and with published numbers")
     table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
@@ -251,6 +260,15 @@ def list_options(args: argparse.Namespace) -> int:
         about = " ".join(line.removeprefix("#").strip() for line in head)
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
         print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
+    return 0
+
+
+def models_command(args: argparse.Namespace) -> int:
+    if not args.overrides:
+        return list_options(args)
+    from lra.costs import table
+
+    print(table(args.overrides, args.format), end="")
     return 0
 
 

@@ -44,6 +44,11 @@ class Reporter:
             f"[bold]{record['model']}[/] on [bold]{record['task']}[/] ({record['data']['source']}, {counts}), "
             f"protocol {record['protocol']}, seed {record['seed']}, {device['count']} x {device['kind']}"
         )
+        config, params = record["config"], record["params"]["total"]
+        if budget := config["model"].get("budget"):
+            self.console.print(
+                f"model.budget={budget}: backbone.width={config['backbone']['width']}, {params:,} parameters"
+            )
         table = Table("group", "learning rate", "weight decay", "tensors", "parameters", box=None, pad_edge=False)
         for name, lr, decay, tensors, count in rates:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
@@ -52,9 +57,9 @@ class Reporter:
             "to beat: "
             + ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in record["reference"].items())
         )
-        if device["platform"] == "cpu" and record["params"]["total"] > LARGE:
+        if device["platform"] == "cpu" and params > LARGE:
             self.console.print(
-                f"{record['params']['total'] / 1e6:.0f} M parameters on a CPU may take minutes a step and days in all; "
+                f"{params / 1e6:.0f} M parameters on a CPU may take minutes a step and days in all; "
                 "debug=tiny tries whether it runs"
             )
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""

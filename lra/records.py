@@ -65,7 +65,8 @@ _NOT_IDENTITY = (
     "tuning_runs",
     "data.root",
     "data.download",
-)  # where a run is kept and told of
+    "model.budget",  # the width that it chose counts
+)  # where a run is kept and told of, and how it was chosen
 
 
 class RunFolder:
@@ -226,8 +227,8 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root` and `data.download`, and the keys in
-    `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root`, `data.download` and `model.budget`, and the
+    keys in `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
     `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
     configuration is `tables.NO_EFFECT`.
     """

@@ -86,6 +86,8 @@ class Backbone(nnx.Module):
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
         self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if positions == "learned" else None
         self.sinusoidal = positions == "sinusoidal"
+        if self.sinusoidal:
+            sinusoids(1, width)  # refuses an odd width here already, before anything is trained
         self.blocks = nnx.List(
             Block(
                 mixer(width=width, seq_len=length, rngs=rngs),
