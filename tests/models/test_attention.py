@@ -15,7 +15,14 @@ from models.ops.positions import rotate
 
 
 def attention(**options):
-    defaults = {"num_heads": 2, "positions": "none", "causal": False, "max_len": None}
+    defaults = {
+        "num_heads": 2,
+        "positions": "none",
+        "causal": False,
+        "max_len": None,
+        "qkv_width": None,
+        "attention_dropout": 0.0,
+    }
     return Attention(8, 11, **defaults | options, rngs=nnx.Rngs(0))
 
 
@@ -36,7 +43,9 @@ def test_transformer_has_the_published_number_of_parameters():
     """797K: the attention baseline of the MLRA report on ListOps, 4 layers of 128, 8 heads, MLP of 512."""
 
     def build():
-        mixer = partial(Attention, num_heads=8, positions="none", causal=False, max_len=None)
+        mixer = partial(
+            Attention, num_heads=8, positions="none", causal=False, max_len=None, qkv_width=None, attention_dropout=0.0
+        )
         around = {"norm": "layer", "norm_position": "pre", "norm_momentum": 0.9, "final_norm": True}
         branch = {"activation": "none", "glu": "none", "mlp": "gelu", "mlp_ratio": 4, "dropout": 0.0}
         sizes = {"num_classes": 10, "seq_len": 2048, "vocab_size": 18, "depth": 4, "width": 128}
