@@ -6,6 +6,8 @@ weights where it is small, else one block of queries after the other, whose weig
 Staats 2021, arXiv 2112.05682, take blocks of keys too; with 16,384 keys a row of weights is small enough).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,7 +57,7 @@ def attention(
     return by_blocks(q, k, v, mask, causal, rows)
 
 
-def has_flash(dtype: jnp.dtype, head_width: int, device: jax.Device | None = None) -> bool:
+def has_flash(dtype: jnp.dtype, head_width: int, device: Any = None) -> bool:
     """Whether `device` (of this process, by default) has cuDNN's flash attention for heads of this type and width.
 
     It takes 16-bit numbers alone, on NVIDIA GPUs from Ampere on, heads of a multiple of 8 and at most 128 channels (256 from
