@@ -176,4 +176,4 @@ def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, "
 
 def at_least_float32(x: Array) -> Array:
     """16-bit states would stop decaying after a few hundred steps."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

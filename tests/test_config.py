@@ -82,7 +82,10 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
         (["model=transformer", "model.num_heads=0"], "model.num_heads=0 must be at least 1"),
         (["model=transformer", "model.num_heads=-1"], "model.num_heads=-1 must be at least 1"),
         (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: activation, bidirectional,"),
-        (["experiment=listops/lru", "model.num_filters=16"], "model=lru has no num_filters; it has: activation, bidirectional"),
+        (
+            ["experiment=listops/lru", "model.num_filters=16"],
+            "model=lru has no num_filters; it has: activation, bidirectional",
+        ),
         (
             ["model.state_size=16"],
             "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "

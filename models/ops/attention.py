@@ -93,7 +93,7 @@ def by_blocks(
     """
     length, head_width = q.shape[1], q.shape[3]
     rows = min(rows, length)
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     queries = jnp.transpose(cut(q, rows), (1, 0, 3, 2, 4))  # (blocks, B, H, rows, W)
     keys = jnp.transpose(k, (0, 2, 3, 1))  # (B, H, W, L), once for all blocks
     values = jnp.transpose(v, (0, 2, 1, 3))  # (B, H, L, W)
