@@ -63,6 +63,7 @@ RANGES = {
     "backbone.depth": Range("[1, inf)", whole=True),
     "backbone.width": Range("[1, inf)", whole=True),
     "backbone.dropout": Range("[0, 1)"),
+    "backbone.embedding_dropout": Range("[0, 1)"),
     "backbone.norm_momentum": Range("[0, 1)"),
     "backbone.mlp_ratio": Range("(0, inf)"),
     "optim.lr": Range("(0, inf)"),

@@ -24,6 +24,7 @@ GLUS = ("full", "half1", "half2", "none")
 MLPS = ("none", "gelu", "relu", "silu", "swiglu")
 POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
+HEADS = ("linear", "mlp")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 
 
@@ -41,8 +42,11 @@ class Backbone(nnx.Module):
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: what follows the mixer; GLU `full` doubles the width and gates, `half1`/`half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
+        dropout: rate, after the activation and after the GLU (once where there is none), and in and after the MLP.
+        embedding_dropout: rate, after the embeddings and their positions.
         pool: mean | last over real positions, or cls (a learned token in front; for mixers that look ahead).
         positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
+        head: linear | mlp (one hidden layer of `mlp_ratio` D, ReLU: the LRA paper's); of a pair, `pair_head`'s.
     Raises:
         ValueError: an option is unknown, or the pool does not fit the mixer; the message names the config key.
     """
@@ -71,9 +75,12 @@ class Backbone(nnx.Module):
         dropout: float | int,
         pool: str,
         positions: str,
+        embedding_dropout: float | int = 0.0,
+        head: str = "linear",
         rngs: nnx.Rngs,
     ):
         check_option("backbone.pool", pool, POOLS)
+        check_option("backbone.head", head, HEADS)
         check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
@@ -88,6 +95,7 @@ class Backbone(nnx.Module):
         self.sinusoidal = positions == "sinusoidal"
         if self.sinusoidal:
             sinusoids(1, width)  # refuses an odd width here already, before anything is trained
+        self.embedding_dropout = nnx.Dropout(embedding_dropout)
         self.blocks = nnx.List(
             Block(
                 mixer(width=width, seq_len=length, rngs=rngs),
@@ -110,9 +118,11 @@ class Backbone(nnx.Module):
             )
         self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
         self.head: Any = (
-            nnx.Linear(width, num_classes, rngs=rngs)
-            if num_pairs == 1
-            else PairHead(width, num_classes, pair_head, rngs=rngs)
+            PairHead(width, num_classes, pair_head, rngs=rngs)
+            if num_pairs > 1
+            else MLPHead(width, round(mlp_ratio * width), num_classes, rngs=rngs)
+            if head == "mlp"
+            else nnx.Linear(width, num_classes, rngs=rngs)
         )
 
     def __call__(
@@ -150,6 +160,7 @@ class Backbone(nnx.Module):
             x = x + self.positions[...][None]
         if self.sinusoidal:
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
+        x = self.embedding_dropout(x, deterministic=not train, rngs=rngs)
         for block in self.blocks:
             x = block(x, mask, train=train, rngs=rngs)
         if self.final_norm is not None:
@@ -210,7 +221,10 @@ class Block(nnx.Module):
             if self.gates_residual:
                 return self.mixer(y, mask, residual=x, train=train, rngs=rngs)
             y = self.mixer(y, mask, train=train, rngs=rngs)
-            return drop(self.glu(y, lambda z: drop(ACTIVATIONS[self.activation](z))))
+            act = ACTIVATIONS[self.activation]
+            if self.glu.linear is None:
+                return drop(act(y))  # twice would drop 1 - (1 - rate)^2
+            return drop(self.glu(y, lambda z: drop(act(z))))
 
         x = self.residual(x, mix, self.norm, mask, train)
         if self.mlp is not None:
@@ -279,6 +293,17 @@ class MLP(nnx.Module):
         else:
             y = ACTIVATIONS[self.kind](y)
         return self.down(drop(y))
+
+
+class MLPHead(nnx.Module):
+    """The LRA paper's head: one hidden layer with ReLU."""
+
+    def __init__(self, width: int, hidden: int, num_classes: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(width, hidden, rngs=rngs)
+        self.output = nnx.Linear(hidden, num_classes, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
+        return self.output(jax.nn.relu(self.hidden(features)))
 
 
 class PairHead(nnx.Module):

@@ -84,7 +84,7 @@ class KernelAttention(MultiHead):
         keys = state.keys + k
         total = jnp.einsum("bhm,bhm->bh", q, keys)
         y = jnp.einsum("bhm,bhmw->bhw", turned_q, values) / (total + EPSILON)[..., None]
-        return KernelState(values, keys, state.time + 1), self.output(y.reshape(u_t.shape)).astype(u_t.dtype)
+        return KernelState(values, keys, state.time + 1), self.join(y[:, None])[:, 0].astype(u_t.dtype)
 
 
 class LinearAttention(KernelAttention):

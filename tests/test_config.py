@@ -93,8 +93,11 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
         (["model=stu", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),  # K > L
         (["model=stu_t", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),
         (["model=lru", "model.dtype=bfloat16"], "unknown key model.dtype"),  # complex states are always complex64
-        (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional, gamma_norm,"),
-        (["experiment=listops/lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional"),
+        (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: activation, bidirectional,"),
+        (
+            ["experiment=listops/lru", "model.num_filters=16"],
+            "model=lru has no num_filters; it has: activation, bidirectional",
+        ),
         (
             ["model.state_size=16"],
             "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "

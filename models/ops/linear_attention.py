@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.blocks import cut, joined
+
 CHUNK = 128  # C: about where the weights inside a chunk, L C, cost what the states do, L M W / C
 # Added to the sum of the weights, for a sequence without a key. The published codes add 1e-6, which is a fifth of the
 # smallest sum that ReLU features of width 4 have.
@@ -73,12 +75,10 @@ def _sums(q: Array, k: Array, v: Array, reverse: bool) -> Array:
     """sum_s (q_t . k_s) v_s over s <= t, or over s >= t with `reverse`."""
     batch, length, heads, _ = q.shape
     chunk = min(CHUNK, length)
-    chunks = -(-length // chunk)
 
-    def cut(x: Array) -> Array:
+    def chunks(x: Array) -> Array:
         """(B, L, H, M) to (chunks, B, H, chunk, M); what is added at the end is zero."""
-        padded = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
-        return jnp.transpose(padded.reshape(batch, chunks, chunk, heads, -1), (1, 0, 3, 2, 4))
+        return jnp.transpose(cut(x, chunk), (1, 0, 3, 2, 4))
 
     seen = np.tri(chunk, dtype=bool)
     seen = (seen.T if reverse else seen)[None, None]
@@ -89,5 +89,5 @@ def _sums(q: Array, k: Array, v: Array, reverse: bool) -> Array:
         return state + jnp.swapaxes(k, 2, 3) @ v, near + q @ state
 
     state = jnp.zeros((batch, heads, q.shape[3], v.shape[3]), q.dtype)
-    _, y = lax.scan(step, state, (cut(q), cut(k), cut(v)), reverse=reverse)
-    return jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(batch, chunks * chunk, heads, -1)[:, :length]
+    _, y = lax.scan(step, state, (chunks(q), chunks(k), chunks(v)), reverse=reverse)
+    return joined(jnp.transpose(y, (1, 0, 3, 2, 4)), length)

@@ -58,7 +58,9 @@ def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
 def test_many_features_are_softmax_attention(causal, positions):
     """With the same projections; the error falls as 1 / sqrt(M), by 8 here, once M tells the kernel's tails."""
     options = {"positions": positions, "causal": causal}
-    softmax = Attention(8, 11, num_heads=2, max_len=None, **options, rngs=nnx.Rngs(0))
+    softmax = Attention(
+        8, 11, num_heads=2, max_len=None, qkv_width=None, attention_dropout=0.0, **options, rngs=nnx.Rngs(0)
+    )
     x, mask = jnp.asarray(0.5 * inputs(), jnp.float32), mask_of((11, 6), 11)
 
     def error(num_features):
