@@ -149,11 +149,12 @@ class LRU(nnx.Module):
         """gamma B u."""
         if self.dense:
             return u @ self.b[...]
+        b_re, b_im = self.b_re[...], self.b_im[...]
+        if self.gamma_log is not None:
+            gamma = jnp.exp(self.gamma_log[...])[None]
+            b_re, b_im = gamma * b_re, gamma * b_im  # D N products instead of B L N
         # two real products: complex ones are slow on every backend
-        bu = jax.lax.complex(u @ self.b_re[...], u @ self.b_im[...])
-        if self.gamma_log is None:
-            return bu
-        return bu * jnp.exp(self.gamma_log[...]).reshape((1,) * (u.ndim - 1) + (-1,))
+        return jax.lax.complex(u @ b_re, u @ b_im)
 
     def write(self, h: Inexact[Array, "*B N"]) -> Float[Array, "*B D"]:
         """Re(C h)."""
