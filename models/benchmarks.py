@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float
 
 from models.backbone import Backbone
+from models.ops.attention import attention
 from models.ops.filters import spectral_filters, uncached_spectral_filters
 from models.ops.recurrence import linear_recurrence
 from models.ops.stu import feedback, stu
@@ -52,6 +53,7 @@ def cases(platform: str) -> Iterator[Case | HostCase]:
         yield recurrence_case(16, 2048, 256, faster=">= 1.5 x")
         yield feedback_case(16, 1024, 128, k_y=2)
         yield feedback_case(16, 1024, 128, k_y=32)
+        yield attention_case(8, 1024, 8, 16)
         return
     yield stu_case(48, 1024, 256, k_y=2, faster=">= 10 x")
     yield stu_case(48, 1024, 256, k_y=32)
@@ -60,6 +62,7 @@ def cases(platform: str) -> Iterator[Case | HostCase]:
     yield recurrence_case(32, 16_384, 256, faster=">= 3 x")
     yield feedback_case(48, 1024, 256, k_y=2)
     yield feedback_case(48, 1024, 256, k_y=32)
+    yield attention_case(8, 4096, 8, 64)
     yield path_x_case()
 
 
@@ -148,6 +151,21 @@ def published_recurrence(lam: Complex[Array, " N"], bu: Complex[Array, "B L N"])
         return first[0] * second[0], second[0] * first[1] + second[1]
 
     return jax.vmap(lambda row: lax.associative_scan(combine, (decays, row))[1])(bu)
+
+
+def attention_case(batch: int, length: int, heads: int, head_width: int) -> Case:
+    draw = np.random.default_rng(0).normal
+    learned = _float32(tuple(draw(size=(batch, length, heads, head_width)) for _ in "qkv"))
+    mask = jnp.arange(length)[None] < np.linspace(length // 2, length, batch, dtype=int)[:, None]
+    what = f"attention, B={batch} L={length:,} H={heads} W={head_width}"
+    return Case(what, whole_attention, partial(attention, causal=False), learned, (mask,))
+
+
+def whole_attention(
+    q: Float[Array, "B L H W"], k: Float[Array, "B L H W"], v: Float[Array, "B L H W"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L H W"]:
+    """With the (B, H, L, L) weights held."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
 
 
 def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: int = 6) -> Case:

@@ -351,7 +351,11 @@ def test_unknown_argument_is_refused(name):
 
 def causal_words(name, max_length):
     words = [f"model={name}", "task=listops_short", f"task.max_length={max_length}"]
-    words += ["backbone.depth=1", "backbone.width=16", "backbone.pool=mean"]  # a class token comes first and sees nothing
+    words += [
+        "backbone.depth=1",
+        "backbone.width=16",
+        "backbone.pool=mean",
+    ]  # a class token comes first and sees nothing
     section = lra.compose(words).model
     causal = {"bidirectional": "false", "causal": "true"}
     return [*words, *(f"model.{key}={value}" for key, value in causal.items() if key in section)]

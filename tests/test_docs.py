@@ -115,10 +115,11 @@ def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch)
     assert names["train"][0]["inputs"].shape == (32,)
 
 
-def test_benchmark_table_is_that_of_the_record():
-    """Rounded as `lra bench data` prints it."""
-    result = json.loads((ROOT / "results" / "bench_data_cpu.json").read_text())
-    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / "data.md").read_text()
+@pytest.mark.parametrize(("suite", "page"), [("data", "data.md"), ("ops", "speed.md")])
+def test_benchmark_table_is_that_of_the_record(suite, page):
+    """Rounded as `lra bench` prints it."""
+    result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
+    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
 
 
 @pytest.mark.parametrize(

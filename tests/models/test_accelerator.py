@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.benchmarks import feedback_case, path_x_case, recurrence_case, stu_case
+from models.benchmarks import attention_case, feedback_case, path_x_case, recurrence_case, stu_case
 
 pytestmark = pytest.mark.gpu
 
@@ -15,6 +15,7 @@ CASES = [
     stu_case(1, 512, 256, k_y=2),
     recurrence_case(4, 2048, 64, faster=""),
     feedback_case(4, 1024, 32, k_y=32),
+    attention_case(2, 4096, 2, 32),
 ]
 
 

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.benchmarks import feedback_case, path_x_case, recurrence_case, stu_case
+from models.benchmarks import attention_case, feedback_case, path_x_case, recurrence_case, stu_case
 
 SMALL = [
     stu_case(2, 37, 4, k_y=2, num_filters=5),
     stu_case(1, 16, 8, k_y=5, num_filters=3),
     feedback_case(2, 20, 4, k_y=3),
     recurrence_case(2, 50, 3, faster=""),
+    attention_case(2, 24, 2, 4),
 ]
 
 
