@@ -81,7 +81,6 @@ class Backbone(nnx.Module):
     ):
         check_option("backbone.pool", pool, POOLS)
         check_option("backbone.head", head, HEADS)
-        check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
         length = seq_len + (pool == "cls")
@@ -112,6 +111,12 @@ class Backbone(nnx.Module):
             )
             for _ in range(depth)
         )
+        check_option("backbone.positions", positions, POSITIONS)  # after the mixer, whose key it mostly comes from
+        if (positions == "rotary") != any(getattr(block.mixer, "rotary", False) for block in self.blocks):
+            raise ValueError(
+                f"backbone.positions={positions} does not go with this mixer: rotary positions turn its queries and keys; "
+                "set model.positions where the model has it, else backbone.positions other than rotary"
+            )
         if pool == "cls" and any(getattr(block.mixer, "causal", False) for block in self.blocks):
             raise ValueError(
                 "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"

@@ -72,6 +72,7 @@ class TensorizedSTU(nnx.Module):
             raise ValueError(
                 f"the filters have length {self.seq_len} and the input {length}; set task.seq_len to {length} or more"
             )
+        x = jnp.where(mask[..., None], x, 0)  # rounding in the transforms is not causal: padding would be seen in it
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
         if self.negative_filters:
             # phi(i) + (-1)^i phi(i)

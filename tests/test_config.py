@@ -92,6 +92,11 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
         (["model=transformer", "model.max_len=20"], "task.seq_len=32 is longer than model.max_len=20"),
         (["model=stu", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),  # K > L
         (["model=stu_t", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),
+        (["model=ar_stu", "model.k_y=32"], "model.k_u=3 and model.k_y=32 reach further back than task.seq_len=32"),
+        (["model=stu", "model.k_u=33"], "model.k_u=33 and model.k_y=null reach further back"),
+        (["model=lru", "backbone.positions=rotary"], "backbone.positions=rotary does not go with this mixer"),
+        (["model=transformer", "backbone.positions=learned"], "backbone.positions=learned does not go with this mixer"),
+        (["model=transformer", "model.positions=rotari"], "model.positions=rotari is unknown"),
         (["model=lru", "model.dtype=bfloat16"], "unknown key model.dtype"),  # complex states are always complex64
         (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: activation, bidirectional,"),
         (

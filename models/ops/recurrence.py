@@ -97,6 +97,9 @@ def states_by_blocks(
     """`linear_recurrence` in O(log L) dependent steps, for an accelerator: blocks of 8 steps run side by side from a zero
     state, their last states by the same recurrence over blocks, and what a block starts from is added at the end.
 
+    Powers of lam come by repeated multiplication, so that at L = 16,384 and |lam| = 0.9999 complex64 states are off by 1e-4 of
+    the largest, as with `lax.associative_scan`, where the steps in order are off by 3e-6.
+
     XLA makes one kernel of a block's steps, which touches the states about 5 times where `lax.associative_scan` does 16 times
     (bytes accessed, by XLA's own count, at L = 2048).
     """

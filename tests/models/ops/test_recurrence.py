@@ -41,6 +41,17 @@ def test_states_equal_loop(order, kind, reverse, length):
     np.testing.assert_allclose(fast, states_by_loop(lam, bu, reverse), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("order", "tolerance"), [("steps", 1e-5), ("blocks", 3e-4)])
+def test_slow_states_keep_their_accuracy_over_long_inputs(order, tolerance):
+    """complex64 at L = 16,384, states that forget in 10,000 steps."""
+    rng = np.random.default_rng(0)
+    lam = (0.9999 * np.exp(1j * rng.uniform(0, 6, 4))).astype(np.complex64)
+    bu = rng.normal(size=(1, 16_384, 4)).astype(np.complex64)
+    exact = states_by_loop(lam.astype(complex), bu.astype(complex))
+    found = ORDERS[order](jnp.asarray(lam), jnp.asarray(bu))
+    assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_equal_autodiff_of_a_scan(kind, reverse):

@@ -154,9 +154,9 @@ def test_orders_and_frequency_blocks_change_nothing(num_matrices, monkeypatch):
 
 
 def test_wide_single_sequences_take_the_published_order():
-    assert basis_first(1, 1024, 512, 51, 512)
-    assert not basis_first(1, 1024, 64, 51, 64)
-    assert not basis_first(16, 1024, 512, 51, 512)
+    assert basis_first(1, 1024, 51, 512)
+    assert not basis_first(1, 1024, 51, 64)
+    assert not basis_first(16, 1024, 51, 512)
 
 
 @pytest.mark.parametrize("first", [True, False])
