@@ -81,7 +81,9 @@ def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
         model = builder(rngs=nnx.Rngs(params=key))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    graph, *variables = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    # a weak type (of `jnp.full(shape, 0.5)`, say) would be lost in the first step, and the second would compile again
+    return graph, *jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, variables)
 
 
 def compile_program(setup: Setup, batch_size: int) -> Program:
