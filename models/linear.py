@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import MultiHead
+from models.checks import at_least_float32, refuse_to_stream
 from models.ops.linear_attention import EPSILON, linear_attention, weight_totals
 
 
@@ -56,8 +57,7 @@ class KernelAttention(MultiHead):
 
     def features(self, q: Array, k: Array, first: int | Int[Array, ""] = 0) -> tuple[Array, Array, Array, Array]:
         """Features of queries and keys from position `first` on: as the total weighs them, and as the values'."""
-        dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32  # sums over L terms
-        q, k = q.astype(dtype), k.astype(dtype)
+        q, k = at_least_float32(q), at_least_float32(k)
         if self.turns_features:
             q, k = self.query_features(q), self.key_features(k)
             return q, k, self.turn(q, first), self.turn(k, first)
@@ -70,8 +70,7 @@ class KernelAttention(MultiHead):
         Raises:
             ValueError: the model looks ahead.
         """
-        if not self.causal:
-            raise ValueError("model.causal=false looks ahead and has no recurrent form; set model.causal=true")
+        refuse_to_stream(self.causal, "model.causal=false", "model.causal=true")
         head_width = self.output.in_features // self.num_heads
         sums = jnp.zeros((batch_size, self.num_heads, self.num_features, head_width))
         return KernelState(sums, sums[..., 0], jnp.int32(0))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
-from models.backbone import check_option
+from models.checks import at_least_float32, check_option, refuse_to_stream
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
 from models.ops.recurrence import linear_recurrence
 
@@ -125,8 +125,7 @@ class LRU(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        if self.bidirectional:
-            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        refuse_to_stream(self.causal)
         size = (self.c if self.dense else self.c_re).shape[0]
         return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
 
@@ -173,8 +172,3 @@ def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, "
     """exp(-nu + i theta)."""
     radius = jnp.exp(-nu)
     return jax.lax.complex(radius * jnp.cos(theta), radius * jnp.sin(theta))
-
-
-def at_least_float32(x: Array) -> Array:
-    """16-bit states would stop decaying after a few hundred steps."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

@@ -13,7 +13,7 @@ import scipy.fft
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.backbone import check_option
+from models.checks import check_option, refuse_to_stream
 
 ATTENTIONS = ("softmax", "laplace", "relu2")
 _ROWS = 256  # queries whose weights are held at once: memory grows with L, not with L^2
@@ -119,8 +119,7 @@ class Mega(nnx.Module):
         Raises:
             ValueError: the model is bidirectional, or attends to everything, which no bounded state remembers.
         """
-        if not self.causal:
-            raise ValueError("model.bidirectional=true has no recurrent form; set model.bidirectional=false")
+        refuse_to_stream(self.causal)
         if self.chunk_size is None:
             raise ValueError("model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size")
         _, attention_size, values = self.sizes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from models.backbone import check_option
+from models.checks import check_option
 from models.linear import KernelAttention
 
 KERNELS = ("softmax", "relu")

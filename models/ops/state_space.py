@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from models.checks import check_option
+
 DISCRETIZATIONS = ("zoh", "bilinear")
 
 
@@ -45,8 +47,7 @@ def discretize(
     Raises:
         ValueError: `rule` is neither.
     """
-    if rule not in DISCRETIZATIONS:
-        raise ValueError(f"model.discretization={rule} is unknown; choose one of {', '.join(DISCRETIZATIONS)}")
+    check_option("model.discretization", rule, DISCRETIZATIONS)
     z = lam * step
     if rule == "zoh":
         return z, jnp.expm1(z) / lam  # expm1, since slow states have exp(z) within 1e-3 of 1
