@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.checks import at_least_float32, refuse_to_stream
+from models.ops.products import exactly
 
 _SHUT = 1e4  # sigmoid is exactly 1 here, so that a state stays as it is
 
@@ -119,7 +120,7 @@ def next_state(
 ) -> Float[Array, "B H"]:
     """Equations (5) to (8) for one position."""
     r_in, z_in, n_in = jnp.split(gates, 3, axis=-1)
-    r_h, z_h, n_h = jnp.split(h @ recurrent_kernel, 3, axis=-1)
+    r_h, z_h, n_h = jnp.split(exactly(h, recurrent_kernel), 3, axis=-1)
     r, z = jax.nn.sigmoid(r_in + r_h), jax.nn.sigmoid(z_in + z_h)
     n = jnp.tanh(n_in + r * (n_h + candidate_bias[None]))
     return z * h + (1 - z) * n

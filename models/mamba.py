@@ -73,14 +73,19 @@ class Mamba(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
-        kernel = self.conv_kernel[...].astype(x.dtype)
-        padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
-        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
-        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(x.dtype)[None, None])
-        delta, b, c = self.selected(u)
+        # the backward pass takes taps and gates again: autodiff would keep 13 arrays of (B, L, E) here
+        u, delta, b, c = jax.checkpoint(self.convolved)(u)
         # 16-bit states would stop decaying after a few hundred steps
         y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
-        return self.gated(y, u, z)
+        return jax.checkpoint(self.gated)(y, u, z)
+
+    def convolved(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
+        """The inputs of the state-space model, and what they choose."""
+        kernel = self.conv_kernel[...].astype(u.dtype)
+        padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
+        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
+        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(u.dtype)[None, None])
+        return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
         """The last W = conv_size - 1 inputs of the convolution and the states of the recurrence, before the first step."""

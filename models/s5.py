@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
 from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.ops.products import real_product
 from models.ops.recurrence import linear_recurrence
 from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
 
@@ -145,18 +146,19 @@ def apply_ssm(
     Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
     """
     bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)  # two real products: complex ones are slow on every backend
-    x = linear_recurrence(lam_bar, bu)
+    p = lam_bar.shape[0]
+    y = read_out(linear_recurrence(lam_bar, bu), c_re[:p], c_im[:p], conj_sym)
     if bidirectional:
         # padding must not enter the scan that starts at the end
         back = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
-        x = jnp.concatenate([x, back], axis=-1)
-    return read_out(x, c_re, c_im, conj_sym)
+        y = y + read_out(back, c_re[p:], c_im[p:], conj_sym)
+    return y
 
 
 def read_out(
-    x: Complex[Array, "*B R"], c_re: Float[Array, "R D"], c_im: Float[Array, "R D"], conj_sym: bool
+    x: Complex[Array, "*B P"], c_re: Float[Array, "P D"], c_im: Float[Array, "P D"], conj_sym: bool
 ) -> Float[Array, "*B D"]:
-    y = x.real @ c_re - x.imag @ c_im
+    y = real_product(x, c_re, c_im)
     return 2 * y if conj_sym else y
 
 
