@@ -8,7 +8,8 @@ this package shares: the projections and the heads. Reference code read: google-
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.backbone import POSITIONS, check_option
+from models.backbone import POSITIONS
+from models.checks import check_option
 from models.ops.attention import attention, has_flash
 from models.ops.positions import rotate
 

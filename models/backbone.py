@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from models.checks import check_option
+
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 GLUS = ("full", "half1", "half2", "none")
@@ -344,8 +346,3 @@ def sinusoids(length: int, width: int) -> np.ndarray:
         raise ValueError(f"backbone.positions=sinusoidal needs an even backbone.width, found {width}")
     angles = np.arange(length)[:, None] / 10_000.0 ** (np.arange(0, width, 2)[None, :] / width)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width)
-
-
-def check_option(key: str, found: str, allowed) -> None:
-    if found not in allowed:
-        raise ValueError(f"{key}={found} is unknown; choose one of {', '.join(allowed)}")

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import at_least_float32, refuse_to_stream
+from models.ops.products import exactly
+
 _SHUT = 1e4  # sigmoid is exactly 1 here, so that a state stays as it is
 
 
@@ -52,7 +55,7 @@ class GRU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
-        u = jnp.swapaxes(x, 0, 1).astype(jnp.float32)  # (L, B, D): turned while it is small, for a scan over time
+        u = at_least_float32(jnp.swapaxes(x, 0, 1))  # (L, B, D): turned while it is small, for a scan over time
         both = jnp.stack([u, jnp.flip(u, axis=0)]) if self.bidirectional else u[None]
         gates = jax.vmap(self.input_part)(both, self.input_kernel[...], self.input_bias[...])
         if self.bidirectional:
@@ -71,15 +74,14 @@ class GRU(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        if self.bidirectional:
-            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        refuse_to_stream(self.causal)
         return jnp.zeros((batch_size, self.recurrent_kernel.shape[1]), jnp.float32)
 
     def step(
         self, state: Float[Array, "B H"], u_t: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B H"], Float[Array, "B D"]]:
         """The next state and output: one position of `__call__`."""
-        gates = self.input_part(u_t.astype(jnp.float32), self.input_kernel[0], self.input_bias[0])
+        gates = self.input_part(at_least_float32(u_t), self.input_kernel[0], self.input_bias[0])
         state = next_state(state, gates, self.recurrent_kernel[0], self.candidate_bias[0])
         return state, self.output(state).astype(u_t.dtype)
 
@@ -118,7 +120,7 @@ def next_state(
 ) -> Float[Array, "B H"]:
     """Equations (5) to (8) for one position."""
     r_in, z_in, n_in = jnp.split(gates, 3, axis=-1)
-    r_h, z_h, n_h = jnp.split(h @ recurrent_kernel, 3, axis=-1)
+    r_h, z_h, n_h = jnp.split(exactly(h, recurrent_kernel), 3, axis=-1)
     r, z = jax.nn.sigmoid(r_in + r_h), jax.nn.sigmoid(z_in + z_h)
     n = jnp.tanh(n_in + r * (n_h + candidate_bias[None]))
     return z * h + (1 - z) * n

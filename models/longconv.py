@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from models.backbone import check_option
+from models.checks import at_least_float32, check_option
 from models.ops.fft_convolution import fft_convolution
 
 INITS = ("normal", "cosine")
@@ -87,7 +87,7 @@ class LongConv(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
-        u = x.astype(jnp.float32)  # the transform wants all its digits
+        u = at_least_float32(x)  # the transform wants all its digits
         kernels = self.kernels(x.shape[1])
         if self.bidirectional:
             # padding must not enter the kernel that looks ahead

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
-from models.backbone import check_option
+from models.checks import at_least_float32, check_option, refuse_to_stream
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
+from models.ops.products import exactly, real_product
 from models.ops.recurrence import linear_recurrence
 
 PARAMETRIZATIONS = ("dense", "real_imag", "exp", "stable_exp")
@@ -112,12 +113,12 @@ class LRU(nnx.Module):
     ) -> Float[Array, "B L D"]:
         u = at_least_float32(x)
         bu = self.read(u)  # (B, L, N)
-        h = self.states(bu, reverse=False)
+        # a direction after the other, each read by its rows of C: both at once would be 4 B L N numbers more
+        y = self.write(self.states(bu, reverse=False))
         if self.bidirectional:
             # padding must not enter the scan that starts at the end
-            back = self.states(jnp.where(mask[..., None], bu, 0), reverse=True)
-            h = jnp.concatenate([h, back], axis=-1)
-        return (self.write(h) + self.d[...][None, None, :] * u).astype(x.dtype)
+            y = y + self.write(self.states(jnp.where(mask[..., None], bu, 0), reverse=True), back=True)
+        return (y + self.d[...][None, None, :] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Inexact[Array, "B N"]:
         """The state before the first input, zero.
@@ -125,8 +126,7 @@ class LRU(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        if self.bidirectional:
-            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        refuse_to_stream(self.causal)
         size = (self.c if self.dense else self.c_re).shape[0]
         return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
 
@@ -136,7 +136,7 @@ class LRU(nnx.Module):
         """The next state and output: one position of `__call__`."""
         u = at_least_float32(u_t)
         bu = self.read(u)
-        after = state @ self.a[...] if self.dense else self.eigenvalues()[None] * state
+        after = exactly(state, self.a[...]) if self.dense else self.eigenvalues()[None] * state
         state = ACTIVATIONS[self.activation][0](after + bu)
         return state, (self.write(state) + self.d[...][None] * u).astype(u_t.dtype)
 
@@ -156,9 +156,13 @@ class LRU(nnx.Module):
         # two real products: complex ones are slow on every backend
         return jax.lax.complex(u @ b_re, u @ b_im)
 
-    def write(self, h: Inexact[Array, "*B N"]) -> Float[Array, "*B D"]:
-        """Re(C h)."""
-        return h @ self.c[...] if self.dense else h.real @ self.c_re[...] - h.imag @ self.c_im[...]
+    def write(self, h: Inexact[Array, "*B N"], back: bool = False) -> Float[Array, "*B D"]:
+        """Re(C h) of a direction's states; the later rows of C are the second's."""
+        size = h.shape[-1]
+        rows = slice(size, None) if back else slice(size)
+        if self.dense:
+            return exactly(h, self.c[rows])
+        return real_product(h, self.c_re[rows], self.c_im[rows])
 
     def eigenvalues(self) -> Complex[Array, " N"]:
         """lam as it is parametrised."""
@@ -173,8 +177,3 @@ def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, "
     """exp(-nu + i theta)."""
     radius = jnp.exp(-nu)
     return jax.lax.complex(radius * jnp.cos(theta), radius * jnp.sin(theta))
-
-
-def at_least_float32(x: Array) -> Array:
-    """16-bit states would stop decaying after a few hundred steps."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

@@ -61,10 +61,14 @@ def has_flash(dtype: jnp.dtype, head_width: int, device: Any = None) -> bool:
     """Whether `device` (of this process, by default) has cuDNN's flash attention for heads of this type and width.
 
     It takes 16-bit numbers alone, on NVIDIA GPUs from Ampere on, heads of a multiple of 8 and at most 128 channels (256 from
-    Hopper on). AMD's GPUs, whose capability is a name such as gfx90a, are left to the other orders.
+    Hopper on). Capability 10.3 wants a newer cuDNN (9.11) than JAX asks for and is left out, as are AMD's GPUs, whose capability
+    is a name such as gfx90a.
     """
     device = jax.devices()[0] if device is None else device
-    capability = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    exact = str(getattr(device, "compute_capability", ""))
+    capability = exact.partition(".")[0]
+    if exact == "10.3":
+        return False
     if device.platform not in ("gpu", "cuda") or not capability.isdigit() or int(capability) < 8:
         return False
     widest = 256 if int(capability) >= 9 else 128

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.products import exactly
+
 # each with its slope as a function of its value
 ACTIVATIONS = {
     "none": (lambda x: x, jnp.ones_like),
@@ -64,7 +66,7 @@ def _steps(a, driven, f, reverse, *more):
         state, states = carry
         t = length - 1 - count if reverse else count
         at = partial(lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
-        state = f(state @ a + at(driven), *map(at, more))
+        state = f(exactly(state, a) + at(driven), *map(at, more))
         return state, lax.dynamic_update_index_in_dim(states, state, t, axis=1)
 
     return lax.fori_loop(0, length, step, (jnp.zeros_like(driven[:, 0]), jnp.zeros_like(driven)))[1]

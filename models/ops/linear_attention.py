@@ -21,33 +21,22 @@ CHUNK = 128  # C: about where the weights inside a chunk, L C, cost what the sta
 # Added to the sum of the weights, for a sequence without a key. The published codes add 1e-6, which is a fifth of the
 # smallest sum that ReLU features of width 4 have.
 EPSILON = 1e-12
+# Numbers in the features of one block where all positions are read: what a CPU's caches hold, and enough to fill an accelerator.
+_CPU_FEATURES, _ACCELERATOR_FEATURES = 2**20, 2**26
 
 
-def linear_attention(
-    q: Float[Array, "B L H M"],
-    k: Float[Array, "B L H M"],
-    v: Float[Array, "B L H W"],
-    total: Float[Array, "B L H"],
-    causal: bool,
-) -> Float[Array, "B L H W"]:
-    """Values averaged with the weights q_t . k_s, over all s or over s <= t.
+def block_rows(length: int, features_a_row: int) -> int:
+    """Positions whose features are held at once, a power of two, where one has `features_a_row` numbers in all."""
+    wanted = _CPU_FEATURES if jax.default_backend() == "cpu" else _ACCELERATOR_FEATURES
+    return min(length, 1 << max(wanted // features_a_row, 16).bit_length() - 1)
 
-    Args:
-        q, k: features; those of keys that must not be seen are 0.
-        total: the sums of the weights, see `weight_totals`. They are an argument because rotary positions turn the
-            features in the numerator alone (Su et al. 2021, equation 19).
+
+def weight_totals(q: Float[Array, "B L H M"], k: Float[Array, "B L H M"]) -> Float[Array, "B L H"]:
+    """sum_{s <= t} q_t . k_s, by which the sums of the values are divided.
+
+    Apart from those, because rotary positions turn the features in the numerator alone (Su et al. 2021, equation 19).
     """
-    weight = 1 / (total + EPSILON)[..., None]
-    if causal:
-        return causal_sums(q, k, v) * weight
-    return jnp.einsum("blhm,bhmw->blhw", q, jnp.einsum("blhm,blhw->bhmw", k, v)) * weight
-
-
-def weight_totals(q: Float[Array, "B L H M"], k: Float[Array, "B L H M"], causal: bool) -> Float[Array, "B L H"]:
-    """sum_s q_t . k_s over all s or over s <= t."""
-    if causal:
-        return jnp.einsum("blhm,blhm->blh", q, jnp.cumsum(k, axis=1))
-    return jnp.einsum("blhm,bhm->blh", q, k.sum(axis=1))
+    return jnp.einsum("blhm,blhm->blh", q, jnp.cumsum(k, axis=1))
 
 
 @jax.custom_vjp

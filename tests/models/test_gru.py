@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from loops import check_in_float64
 
 from models.gru import GRU
 
@@ -53,30 +54,9 @@ def by_loop(p, u, lengths):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_values_and_gradients_equal_a_loop(bidirectional):
-    mixer, u, lengths = gru(bidirectional=bidirectional), inputs(), (9, 6)
+    lengths = (9, 6)
     real = np.arange(9)[None] < np.array(lengths)[:, None]
-    weights = np.random.default_rng(1).normal(size=u.shape) * real[..., None]
-
-    def loss(mixer, u):
-        y = mixer(u, jnp.asarray(real))
-        return jnp.sum(y * weights), y
-
-    (_, y), (grads, du) = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(mixer, u)
-    with jax.enable_x64(True):
-        p = {name: jnp.asarray(np.asarray(getattr(mixer, name)[...], np.float64)) for name in PARAMETERS}
-
-        def loop_loss(p, u):
-            y = by_loop(p, u, lengths)
-            return jnp.sum(y * weights), y
-
-        (_, slow), (slow_grads, slow_du) = jax.value_and_grad(loop_loss, argnums=(0, 1), has_aux=True)(
-            p, jnp.asarray(np.asarray(u, np.float64))
-        )
-    np.testing.assert_allclose(np.where(real[..., None], y, 0), slow, atol=2e-6)
-    np.testing.assert_allclose(du, slow_du, atol=2e-6)
-    for name in PARAMETERS:
-        scale = np.abs(slow_grads[name]).max()
-        np.testing.assert_allclose(grads[name][...], slow_grads[name], atol=2e-6 * scale, err_msg=name)
+    check_in_float64(gru(bidirectional=bidirectional), inputs(), real, lambda p, u: by_loop(p, u, lengths))
 
 
 def test_recurrent_matrices_start_orthogonal_and_differ():

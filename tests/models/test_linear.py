@@ -25,6 +25,7 @@ def phi(x):
 @pytest.fixture(autouse=True)
 def _three_chunks(monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 4)
+    monkeypatch.setattr("models.linear.block_rows", lambda *sizes: 4)
 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from loops import check_in_float64
 
 import lra
 from lra.config import build_task, model_builder
@@ -85,33 +86,9 @@ def by_loop(p, u, real, variant, both):
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_values_and_gradients_equal_a_loop_in_float64(variant, both):
-    mixer, u = lru(**VARIANTS[variant], bidirectional=both), inputs(11)
+    mixer = lru(**VARIANTS[variant], bidirectional=both)
     real = np.arange(11)[None] < np.array([[11], [6]])
-    weights = np.random.default_rng(1).normal(size=u.shape) * real[..., None]
-    with jax.enable_x64(True):
-        graph, params = nnx.split(mixer)
-        p = {path[0]: jnp.asarray(np.asarray(leaf[...], np.float64)) for path, leaf in nnx.to_flat_state(params)}
-        u = jnp.asarray(np.asarray(u, np.float64))
-
-        def ours(p, u):
-            model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float64), params))
-            for name, value in p.items():
-                getattr(model, name)[...] = value
-            y = model(u, jnp.asarray(real))
-            return jnp.sum(y * weights), y
-
-        def loop(p, u):
-            y = by_loop(p, u, real, variant, both)
-            return jnp.sum(y * weights), y
-
-        (_, y), grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(p, u)
-        (_, expected), slow = jax.jit(jax.value_and_grad(loop, argnums=(0, 1), has_aux=True))(p, u)
-    assert y.dtype == jnp.float64
-    np.testing.assert_allclose(np.asarray(y)[real], np.asarray(expected)[real], atol=1e-12)
-    np.testing.assert_allclose(grads[1], slow[1], atol=1e-12)
-    for name in p:
-        assert np.abs(slow[0][name]).max() > 0
-        np.testing.assert_allclose(grads[0][name], slow[0][name], rtol=1e-9, atol=1e-11, err_msg=name)
+    check_in_float64(mixer, inputs(11), real, lambda p, u: by_loop(p, u, real, variant, both))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
