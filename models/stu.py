@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import check_option, refuse_to_stream
 from models.ops.filter_step import initial_features, next_features
 from models.ops.filters import alternative_filters, spectral_filters
 from models.ops.stu import EXACT, stu
@@ -62,8 +63,7 @@ class STU(nnx.Module):
         if k_u < 1 or (k_y is not None and k_y < 1):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
             raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
-        if init_m_u not in INITS:
-            raise ValueError(f"model.init_m_u={init_m_u} is unknown; choose one of {', '.join(INITS)}")
+        check_option("model.init_m_u", init_m_u, INITS)
         if k_u > seq_len or (k_y is not None and k_y >= seq_len):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
             raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
@@ -151,8 +151,7 @@ def fixed_filters(filters: str, seq_len: int, num_filters: int, negative_filters
     Raises:
         ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the message names the config key.
     """
-    if filters not in FILTERS:
-        raise ValueError(f"model.filters={filters} is unknown; choose one of {', '.join(FILTERS)}")
+    check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
         raise ValueError("model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false")
     sigma, phi = FILTERS[filters](seq_len, num_filters)
@@ -177,9 +176,3 @@ def from_the_end(
     """
     backwards = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
     return jnp.flip(mixer(backwards, jnp.flip(mask, 1)), 1)
-
-
-def refuse_to_stream(causal: bool) -> None:
-    """A ValueError unless `causal`."""
-    if not causal:
-        raise ValueError("model.bidirectional=true reads the sequence from its end too and cannot run step by step")

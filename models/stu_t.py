@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import refuse_to_stream
 from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
-from models.stu import State, fixed_filters, from_the_end, refuse_to_stream
+from models.stu import State, fixed_filters, from_the_end
 
 
 class TensorizedSTU(nnx.Module):
