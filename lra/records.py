@@ -23,6 +23,7 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     data            {source: generated | release, key, splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
     resumed_from    steps at which the run was taken up again
+    damaged_checkpoints     steps whose checkpoint was damaged, so that an older one was taken
     tuning_runs     how many runs the choice of this configuration rests on
     commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
@@ -65,6 +66,7 @@ _NOT_IDENTITY = (
     "tuning_runs",
     "data.root",
     "data.download",
+    "trainer.time_limit",
 )  # where a run is kept and told of
 
 
@@ -226,8 +228,8 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root` and `data.download`, and the keys in
-    `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root`, `data.download`, `trainer.time_limit`, and the
+    keys in `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
     `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
     configuration is `tables.NO_EFFECT`.
     """
