@@ -5,12 +5,16 @@
 <step>.damaged/     one that was passed over; kept until the run has saved again
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +22,7 @@ import jax
 import numpy as np
 
 from lra.errors import LraError, RunFolderError
-from lra.files import write_atomically
+from lra.files import disk_errors, write_atomically
 from lra.records import warn
 
 SPARE_BYTES = 2**20  # for metadata, the record and the metrics
@@ -38,22 +42,29 @@ class Checkpoints:
     """Orbax checkpoints `folder/<step>`; `read_only` changes nothing on disk, also not what a live run is writing."""
 
     def __init__(self, folder: Path, *, read_only: bool = False):
+        self.folder, self.read_only = folder.absolute(), read_only
+
+    @cached_property
+    def manager(self) -> Any:
+        """Made when first used, since orbax takes a second to import."""
         import orbax.checkpoint as ocp
 
-        self.ocp, self.folder, self.read_only = ocp, folder.absolute(), read_only
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the trace of every thread of a failed save
+        quieten()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else 2,
+            max_to_keep=None if self.read_only else 2,
             # a state of some MB takes milliseconds, and what save() returned from is on disk
             enable_async_checkpointing=False,
-            cleanup_tmp_directories=not read_only,  # what a killed save left behind
-            create=not read_only,
-            read_only=read_only,
+            cleanup_tmp_directories=not self.read_only,  # what a killed save left behind
+            create=not self.read_only,
+            read_only=self.read_only,
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with disk_errors(self.folder):
+            return ocp.CheckpointManager(self.folder, options=options)
 
     def close(self) -> None:
-        self.manager.close()
+        """End the manager's threads."""
+        if "manager" in vars(self):
+            self.manager.close()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a state (a tree of arrays) and `progress` (JSON values) in one piece; drops the oldest of three.
@@ -61,7 +72,9 @@ class Checkpoints:
         Raises:
             LraError: the disk is full or refuses; the checkpoints before this one are whole.
         """
-        ocp, leaves = self.ocp, jax.tree.leaves(state)
+        import orbax.checkpoint as ocp
+
+        manager, leaves = self.manager, jax.tree.leaves(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(json.loads(json.dumps(progress)))
         )
@@ -69,12 +82,11 @@ class Checkpoints:
         if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in leaves) + SPARE_BYTES:
             raise self._refused(step, "the disk is full")
         try:
-            self.manager.save(step, args=args, force=True)
+            manager.save(step, args=args, force=True)
         except (OSError, ValueError) as error:  # orbax wraps a full disk in ValueError
             for half_written in self.folder.glob("*orbax-checkpoint-tmp*"):
                 shutil.rmtree(half_written, ignore_errors=True)
-            full = "RESOURCE_EXHAUSTED" in str(error)
-            raise self._refused(step, "the disk is full" if full else " ".join(str(error).split())[:200]) from error
+            raise self._refused(step, reason_of(error)) from error
         if jax.process_index() == 0:
             write_atomically(self.folder / str(step) / SUMS, checksums(self.folder / str(step)))
             for surpassed in self.folder.glob("*.damaged"):
@@ -86,10 +98,6 @@ class Checkpoints:
             f"cannot write the checkpoint of step {step} in {self.folder} ({free} MiB free): {reason}; "
             f"those before it are whole: make room and run the same command with resume=auto"
         )
-
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None where there is none."""
-        return self.manager.latest_step()
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that can be read, None where there is none; `like` gives the tree, shapes and dtypes.
@@ -120,7 +128,8 @@ class Checkpoints:
         raise RunFolderError(f"no checkpoint in {self.folder} can be read ({found}); remove that folder to start anew")
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        ocp = self.ocp
+        import orbax.checkpoint as ocp
+
         leaves, treedef = jax.tree.flatten(like)
         target = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
@@ -135,6 +144,30 @@ class Checkpoints:
                 os.replace(self.folder / str(bad), self.folder / f"{bad}.damaged")
         if damaged and not self.read_only:
             self.manager.reload()
+
+
+@cache
+def quieten() -> None:
+    """Of a failed save or read, orbax and tensorstore print the trace of every thread beside the error that they raise."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="coroutine 'async_(de)?serialize", category=RuntimeWarning)
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:  # of threads that report to a loop which the first error has ended
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def reason_of(error: Exception) -> str:
+    """Why tensorstore could not write, in some words of the hundreds that it says."""
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or os.strerror(errno.ENOSPC) in text:
+        return "the disk is full"
+    known = (os.strerror(code) for code in (errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO))
+    return next((reason for reason in known if reason in text), text[:200])
 
 
 def meaning(config: Mapping[str, Any], vocab: Sequence[str] | None) -> dict[str, Any]:

@@ -42,14 +42,14 @@ class Comparison(NamedTuple):
         identical: bit for bit.
         changed: predictions of another class.
         close: those of them whose two largest stored logits were closer than `CLOSE`.
-        count: predictions.
+        total: predictions.
         largest: difference between two logits.
     """
 
     identical: bool
     changed: int
     close: int
-    count: int
+    total: int
     largest: float
 
 
@@ -170,7 +170,7 @@ def describe(found: Comparison) -> str:
     if found.identical:
         return "predictions.npz: identical, bit for bit"
     return (
-        f"predictions.npz: logits differ by up to {found.largest:.1e}; {found.changed:,} of {found.count:,} classes differ, "
+        f"predictions.npz: logits differ by up to {found.largest:.1e}; {found.changed:,} of {found.total:,} classes differ, "
         f"{found.close:,} of them where the two largest logits were closer than {CLOSE:g}"
     )
 

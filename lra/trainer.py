@@ -126,7 +126,7 @@ class Run:
         self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
         self.before = folder.read_record() or {}
         self.trackers = Trackers([])
-        self.checkpoints: Checkpoints | None = None
+        self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
         self.record = first_record(cfg, self.before, setup.groups)
         self.deadline = Deadline(seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started)
@@ -166,7 +166,6 @@ class Run:
         """
         setup = self.setup
         state, best = first_state(setup)
-        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
         if (saved := self.checkpoints.restore((state, best[:2]))) is None:
             return state, best
         if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
@@ -285,8 +284,7 @@ class Run:
 
     def end(self, status: str, error: BaseException | None) -> None:
         """Write the last word of this run: its status, and the error that ended it."""
-        if self.checkpoints is not None:
-            self.checkpoints.close()  # its threads
+        self.checkpoints.close()  # its threads
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         self.save_record(status=status, error=None if error is None else f"{type(error).__name__}: {error}")
         self.trackers.summary({"status": status, **flat_metrics(self.record)})
