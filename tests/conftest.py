@@ -26,6 +26,14 @@ TINY = [
 ]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Soak tests take minutes: only `pytest -m soak` runs them."""
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
