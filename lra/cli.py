@@ -35,7 +35,8 @@ Train one model on one task and print the comparison table. Every key of conf/ c
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code.
 
-    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 stopped and saved, 130 interrupted.
+    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 6 not reproduced, 75 stopped and saved,
+    130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train_command(argv[1:])
         if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        args = parser().parse_args(argv or ["--help"])
+        args = parsed(argv or ["--help"])
         with Signals():  # SIGTERM cleans up as Ctrl-C does
             return args.run(args)
     except LraError as error:
@@ -64,6 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fail(message: str, code: int) -> int:
     print(f"lra: error: {message}", file=sys.stderr)
     return code
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """What was typed; KEY=VALUE may also stand behind options, where argparse would not look for it."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or not all("=" in word and word[0] != "-" for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,6 +126,17 @@ def parser() -> argparse.ArgumentParser:
     )
     models.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
     models.set_defaults(run=models_command, group="model")
+
+    evaluate = commands.add_parser("eval", help="score a run's saved weights again and compare with what it recorded")
+    evaluate.add_argument(
+        "folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run, as `lra train` printed it"
+    )
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="data.root, data.download, trainer.eval_batch_size, ..."
+    )
+    evaluate.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
+    evaluate.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
+    evaluate.set_defaults(run=eval_command)
 
     table = commands.add_parser("table", help="compare runs with each other and with published numbers")
     table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
@@ -250,6 +273,13 @@ def plot_command(args: argparse.Namespace) -> int:
     from lra.plots import curves
 
     print(curves(args.paths, args.output, args.task))
+    return 0
+
+
+def eval_command(args: argparse.Namespace) -> int:
+    from lra.reload import evaluate_again
+
+    print(evaluate_again(args.folder, split=args.split, weights=args.weights, overrides=args.overrides))
     return 0
 
 

@@ -1,6 +1,7 @@
 """What a run shows on the terminal: a header, a live bar, one line an evaluation, and the result."""
 
 import datetime
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,16 @@ LARGE = 2_000_000  # parameters
 QUIET_SECONDS = 10.0  # between two lines about a long preparation, where there is no terminal
 
 
+class Screen(Console):
+    """A console whose reader may leave: `lra train ... | head`, or a pager that is closed, ends no run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also for what others print, and for the last flush
+        os.close(nowhere)
+
+
 class Reporter:
     """Progress of one run. Where the output is no terminal, only the lines are printed, not the bar."""
 
@@ -22,7 +33,7 @@ class Reporter:
         self.steps, self.batch_size = steps, batch_size
         self.training = ""  # the last word on training, for outputs without a bar
         # a pipe or a log wraps nothing
-        self.console = Console(highlight=False, soft_wrap=not Console().is_terminal)
+        self.console = Screen(highlight=False, soft_wrap=not Console().is_terminal)
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),

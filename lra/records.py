@@ -23,6 +23,7 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     data            {source: generated | release, key, splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
     resumed_from    steps at which the run was taken up again
+    damaged_checkpoints     steps whose checkpoint was damaged, so that an older one was taken
     tuning_runs     how many runs the choice of this configuration rests on
     commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
@@ -66,7 +67,8 @@ _NOT_IDENTITY = (
     "data.root",
     "data.download",
     "model.budget",  # the width that it chose counts
-)  # where a run is kept and told of, and how it was chosen
+    "trainer.time_limit",
+)  # where a run is kept and told of, how it was chosen, and when it has to stop
 
 
 class RunFolder:
@@ -227,10 +229,10 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root`, `data.download` and `model.budget`, and the
-    keys in `without`, dotted like these. Everything else counts, also a key that cannot change the result, such as
-    `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes for one
-    configuration is `tables.NO_EFFECT`.
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `data.root`, `data.download`, `model.budget`,
+    `trainer.time_limit`, and the keys in `without`, dotted like these. Everything else counts, also a key that cannot
+    change the result, such as `trainer.progress`: another value of it is another run, in a folder of its own. What the
+    table takes for one configuration is `tables.NO_EFFECT`.
     """
     kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
     return hashlib.sha256(json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -17,13 +17,25 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra import records
-from lra.checkpoint import Checkpoints, holds_checkpoint
+from lra.checkpoint import Checkpoints, check_meaning, holds_checkpoint, meaning
 from lra.config import CONF, data_arguments
 from lra.data.store import Store, prepare
+from lra.deadline import Deadline, seconds_of
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.optim import Group, schedule
-from lra.program import Best, Setup, Split, State, check_batch_size, compile_program, copy, on_device
+from lra.program import (
+    Best,
+    Setup,
+    Split,
+    State,
+    check_batch_size,
+    chosen_weights,
+    compile_program,
+    copy,
+    first_state,
+    on_device,
+)
 from lra.progress import Reporter, preparing
 from lra.signals import Signals
 from lra.tasks import SPLITS
@@ -48,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             return finished
         run = Run(cfg, folder, setup)
         try:
-            with Signals() as signals:
+            with Signals() as signals, signals.resumable():
                 return run.train(signals)
         except BaseException as error:
             status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
@@ -99,6 +111,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"resume={cfg.resume} is unknown; choose never or auto")
     if cfg.protocol.select not in ("best", "last"):
         raise ConfigError(f"protocol.select={cfg.protocol.select} is unknown; choose best or last")
+    seconds_of("trainer.time_limit", cfg.trainer.time_limit)
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
         raise ConfigError(
@@ -113,8 +126,10 @@ class Run:
         self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
         self.before = folder.read_record() or {}
         self.trackers = Trackers([])
+        self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
         self.record = first_record(cfg, self.before, setup.groups)
+        self.deadline = Deadline(seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started)
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
@@ -150,26 +165,24 @@ class Run:
             RunFolderError: the checkpoint was trained on other data or with another vocabulary.
         """
         setup = self.setup
-        state = State(
-            jnp.int32(0), setup.params, setup.stats, setup.tx.init(setup.params), jnp.zeros(3), jnp.bool_(True)
-        )
-        best = Best(copy(setup.params), copy(setup.stats))  # not the arrays of the state, whose memory is given away
-        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
-        if (step := self.checkpoints.latest_step()) is None:
+        state, best = first_state(setup)
+        if (saved := self.checkpoints.restore((state, best[:2]))) is None:
             return state, best
         if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
             raise RunFolderError(f"{self.folder.path} was trained on other data; choose another output.root")
-        (state, weights), progress = self.checkpoints.restore((state, best[:2]))
-        if tuple(progress["vocab"] or ()) != (setup.task.vocab or ()):
-            raise RunFolderError(f"{self.folder.path} was trained with another vocabulary; choose another output.root")
-        self.record["resumed_from"].append(step)
+        (state, weights), progress = saved.state, saved.progress
+        check_meaning(self.folder.path, progress, setup.task.vocab)
+        self.record["resumed_from"].append(saved.step)
+        self.record["damaged_checkpoints"] += saved.damaged
         self.record["selection"] = progress["selection"]
         return state, Best(weights[0], weights[1], **progress["best"])
 
     def save(self, step: int, state: State, best: Best) -> None:
         progress = {"best": {"step": best.step, "accuracy": best.accuracy}, "selection": self.record["selection"]}
-        progress |= {"vocab": self.setup.task.vocab, "protocol": container(self.cfg.protocol)}  # what the weights mean
+        progress |= meaning(self.record["config"], self.setup.task.vocab)
+        start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
+        self.deadline.saved(time.monotonic() - start)
         self.save_record(step=step)
 
     def loop(self, state: State, best: Best, data: dict[str, Split], signals: Signals) -> tuple[State, Best]:
@@ -195,7 +208,7 @@ class Run:
                 state = self.log(step, state)
             if "eval" in due:
                 best = self.evaluate(step, state, best, data["val"])
-            stop = signals.received
+            stop = signals.received or (self.deadline.reached() and f"trainer.time_limit={cfg.time_limit}")
             if "checkpoint" in due or stop:
                 self.save(step, state, best)
             if stop and step < cfg.steps:
@@ -235,7 +248,7 @@ class Run:
 
     def finish(self, state: State, best: Best, data: dict[str, Split]) -> dict[str, Any]:
         """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
-        weights = best[:2] if self.cfg.protocol.select == "best" else (state.params, state.stats)
+        weights = chosen_weights(self.cfg.protocol.select, state, best)
         self.reporter.scoring(len(data["test"].labels))
         sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
         logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
@@ -271,6 +284,7 @@ class Run:
 
     def end(self, status: str, error: BaseException | None) -> None:
         """Write the last word of this run: its status, and the error that ended it."""
+        self.checkpoints.close()  # its threads
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         self.save_record(status=status, error=None if error is None else f"{type(error).__name__}: {error}")
         self.trackers.summary({"status": status, **flat_metrics(self.record)})
@@ -332,6 +346,7 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "data": None,
         "params": {"total": sum(sizes.values()), "groups": sizes},
         "resumed_from": list(before.get("resumed_from") or []),
+        "damaged_checkpoints": list(before.get("damaged_checkpoints") or []),
         "tuning_runs": cfg.tuning_runs,
         "commit": records.git_commit(),
         "versions": records.versions(),
