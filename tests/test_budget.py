@@ -126,7 +126,7 @@ def test_run_is_that_of_the_width():
         (["model.budget=params:20"], "no backbone.width is within 10 % of 20 parameters; the nearest: 1 ("),
         (
             ["model=transformer", "model.budget=params:50k+-0.01%"],
-            "of 50,000 parameters; the nearest: 28 (39,490) and 32 (51,274)",
+            "of 50,000 parameters; the nearest: 28 (39,754) and 32 (51,314)",
         ),
         (["model.budget=params:lrv"], "model.budget=params:lrv: unknown model=lrv (did you mean lru"),
         (["model.budget=params:-5"], "model.budget=params:-5: unknown model=-5"),
