@@ -27,7 +27,7 @@ TINY = [
 
 
 def pytest_collection_modifyitems(config, items):
-    """Soak tests take minutes: only `pytest -m soak` runs them. Those marked gpu run with `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
+    """Soak tests take minutes, only `pytest -m soak` runs them; those marked gpu, `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
