@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lra.errors import LraError, RunFolderError
 from lra.files import disk_errors, write_atomically
@@ -62,9 +63,9 @@ class Checkpoints:
             return ocp.CheckpointManager(self.folder, options=options)
 
     def close(self) -> None:
-        """End the manager's threads."""
-        if "manager" in vars(self):
-            self.manager.close()
+        """End the manager's threads; may be called again."""
+        if manager := vars(self).pop("manager", None):
+            manager.close()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a state (a tree of arrays) and `progress` (JSON values) in one piece; drops the oldest of three.
@@ -140,10 +141,16 @@ class Checkpoints:
         """Say which checkpoints were passed over for that of `step`, and make their names free to be saved again."""
         for bad, problem in damaged.items():
             warn(f"the checkpoint of step {bad} in {self.folder} is damaged ({problem}); step {step} is taken instead")
-            if not self.read_only and jax.process_index() == 0:
-                os.replace(self.folder / str(bad), self.folder / f"{bad}.damaged")
-        if damaged and not self.read_only:
-            self.manager.reload()
+        if not damaged or self.read_only:
+            return
+        if jax.process_count() > 1:  # each host has looked at all of them before one moves them
+            multihost_utils.sync_global_devices("checkpoints looked at")
+        if jax.process_index() == 0:
+            for bad in damaged:
+                aside = self.folder / f"{bad}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.folder / str(bad), aside)
+        self.manager.reload()
 
 
 @cache
@@ -208,6 +215,8 @@ def damage(folder: Path) -> str | None:
         lines = (folder / SUMS).read_text().splitlines()
         for line in lines:
             expected, _, name = line.partition("  ")
+            if not name:
+                return f"{SUMS} is not what was written"
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256(folder / name) != expected:
