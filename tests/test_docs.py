@@ -17,7 +17,6 @@ from lra.config import options
 from lra.records import load_records
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/synthetic_tasks.md", "docs/training.md")
 # what makes a documented run one of seconds; it keeps its task, its model and its own words
 SIZES = "task.sizes={train: 64, val: 24, test: 21}"
 SMALL = [SIZES, "task.min_length=21", "task.max_length=30", "debug=tiny"]
@@ -73,13 +72,8 @@ def test_readme_has_one_command_a_task():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for page in PAGES for c in commands(page)])
+@pytest.mark.parametrize("command", [c for page in ("README.md", "docs/synthetic_tasks.md") for c in commands(page)])
 def test_documented_command_works(command, data_root, tmp_path):
-    if command.startswith("lra eval"):
-        done = run(shortened("lra train task=listops_short model=lru seed=0 output.root=mine", data_root), tmp_path)
-        assert done.returncode == 0, done.stderr
-        (folder,) = tmp_path.glob("mine/listops_short/lru/*")
-        command = command.replace("mine/listops_short/lru/*", str(folder))
     if "my_results.csv" in command:
         (tmp_path / "my_results.csv").write_text("model,task,accuracy,source\nMine,listops,61.5,my thesis\n")
     if "results/runs" in command:
