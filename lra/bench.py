@@ -1,4 +1,4 @@
-"""How fast is it here? Measurements that people can repeat: `lra bench data`.
+"""How fast is it here? Measurements that people can repeat: `lra bench data`, `lra bench ops`.
 
 A measurement is one number with its unit and the goal it is held against. The result carries what it was measured on;
 it is printed as a table and, with `--output`, kept as JSON.
@@ -18,7 +18,8 @@ import numpy as np
 from lra.errors import DataError
 from lra.files import write_atomically
 
-SUITES = ("data",)
+SUITES = ("data", "ops")
+ROUNDS = 5  # of a comparison, in each of which both sides run
 WINDOW_SECONDS = 0.5  # of one measured window of a rate
 WINDOWS = 5
 
@@ -35,13 +36,20 @@ def run(suite: str, data_root: Path) -> dict[str, Any]:
     """Measure a suite; returns what `render` prints and `save` writes."""
     from lra.records import git_commit, versions
 
-    measurements = [m._asdict() for m in {"data": data}[suite](data_root)]
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": _cores(), "system": platform.system()}
+    if suite == "data":
+        measurements = list(data(data_root))
+    else:
+        import jax
+
+        machine["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        measurements = list(ops())
     return {
         "suite": suite,
         "commit": git_commit(),
         "versions": versions(),
-        "machine": {"cpu": _cpu_name(), "cores": _cores(), "system": platform.system()},
-        "measurements": measurements,
+        "machine": machine,
+        "measurements": [m._asdict() for m in measurements],
     }
 
 
@@ -53,11 +61,12 @@ def render(result: dict[str, Any]) -> str:
         [m["what"], "not measured" if m["value"] is None else f"{m['value']:,.4g} {m['unit']}", m["goal"], m["note"]]
         for m in result["measurements"]
     ]
-    machine = result["machine"]
+    machine, versions = result["machine"], result["versions"]
+    device = f"{machine['device']}, " if "device" in machine else ""
     return (
         tabulate(rows, headers=["what", "measured", "goal", "note"], tablefmt="pipe")
-        + f"\n\n{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}, "
-        + f"Python {result['versions']['python']}, NumPy {result['versions']['numpy']}\n"
+        + f"\n\n{device}{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}, "
+        + f"Python {versions['python']}, NumPy {versions['numpy']}, JAX {versions['jax']}\n"
     )
 
 
@@ -143,6 +152,66 @@ def _median_seconds(call: Callable[[], Any]) -> float:
             calls += 1
         means.append(elapsed / calls)
     return float(np.median(means))
+
+
+# --- ops -----------------------------------------------------------------------------------------------------------
+
+
+def ops() -> Iterator[Measurement]:
+    """The models' operations forward and backward, each beside the published order of the same work, in one run."""
+    import jax
+
+    from models.benchmarks import Case, cases
+
+    for case in cases(jax.default_backend()):
+        if isinstance(case, Case):
+            yield from _compare(case)
+        else:
+            start = time.perf_counter()
+            case.call()
+            yield Measurement(case.what, time.perf_counter() - start, "s", case.goal)
+
+
+def _compare(case: Any) -> Iterator[Measurement]:
+    """How many times faster ours is, and how much of the memory it takes; without a published form, seconds and GB."""
+    import jax
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        def forward_backward(learned: Any, fixed: Any) -> Any:
+            y, pull = jax.vjp(lambda *x: function(*x, *fixed), *learned)
+            return y, pull(y)
+
+        return jax.jit(forward_backward).lower(case.learned, case.fixed).compile()
+
+    functions = [compiled(f) for f in (case.ours, case.published) if f is not None]
+    seconds: list[list[float]] = [[] for _ in functions]
+    for round_ in range(ROUNDS + 1):
+        for function, times in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function(case.learned, case.fixed))
+            if round_:  # the first one warms up
+                times.append(time.perf_counter() - start)
+    time_of = [float(np.median(times)) for times in seconds]
+    memory = [function.memory_analysis().temp_size_in_bytes for function in functions]
+    if case.published is None:
+        whole = functions[0].memory_analysis()
+        total = memory[0] + whole.argument_size_in_bytes + whole.output_size_in_bytes
+        yield Measurement(f"{case.what}: time", time_of[0], "s", case.faster)
+        yield Measurement(f"{case.what}: memory", total / 1e9, "GB", case.smaller, "arguments, results, temporaries")
+        return
+    notes = [
+        "ours {}, published order {}".format(*map(shown, both)) for shown, both in ((_time, time_of), (_size, memory))
+    ]
+    yield Measurement(f"{case.what}: faster", time_of[1] / time_of[0], "x", case.faster, notes[0])
+    yield Measurement(f"{case.what}: memory", memory[0] / memory[1], "x", case.smaller, notes[1])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _cpu_name() -> str:

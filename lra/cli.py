@@ -35,7 +35,8 @@ Train one model on one task and print the comparison table. Every key of conf/ c
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code.
 
-    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 75 stopped and saved, 130 interrupted.
+    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 6 not reproduced, 75 stopped and saved,
+    130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train_command(argv[1:])
         if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        args = parser().parse_args(argv or ["--help"])
+        args = parsed(argv or ["--help"])
         with Signals():  # SIGTERM cleans up as Ctrl-C does
             return args.run(args)
     except LraError as error:
@@ -64,6 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fail(message: str, code: int) -> int:
     print(f"lra: error: {message}", file=sys.stderr)
     return code
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """What was typed; KEY=VALUE may also stand behind options, where argparse would not look for it."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or not all("=" in word and word[0] != "-" for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,9 +114,29 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--split", choices=("train", "val", "test"), default="train", help="of which split (train)")
     show.add_argument("--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)")
 
-    for name, group in (("tasks", "task"), ("models", "model")):
-        listing = commands.add_parser(name, help=f"list the {name}")
-        listing.set_defaults(run=list_options, group=group)
+    commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
+    models = commands.add_parser(
+        "models", help="list the models; with task=NAME their parameters, operations and state"
+    )
+    models.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a task, and what else `lra train` takes; model=A,B shows these alone",
+    )
+    models.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
+    models.set_defaults(run=models_command, group="model")
+
+    evaluate = commands.add_parser("eval", help="score a run's saved weights again and compare with what it recorded")
+    evaluate.add_argument(
+        "folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run, as `lra train` printed it"
+    )
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="data.root, data.download, trainer.eval_batch_size, ..."
+    )
+    evaluate.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
+    evaluate.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
+    evaluate.set_defaults(run=eval_command)
 
     table = commands.add_parser("table", help="compare runs with each other and with published numbers")
     table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
@@ -125,7 +157,11 @@ def parser() -> argparse.ArgumentParser:
     plot.set_defaults(run=plot_command)
 
     bench = commands.add_parser("bench", help="measure how fast it is here")
-    bench.add_argument("suite", choices=("data",), help="what to measure")
+    bench.add_argument(
+        "suite",
+        choices=("data", "ops"),
+        help="data: preparation and batches; ops: the models' operations beside the published order of the same work",
+    )
     bench.add_argument("--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)")
     bench.add_argument("--output", metavar="FILE", type=Path, help="also keep the result as JSON")
     bench.set_defaults(run=bench_command)
@@ -243,6 +279,13 @@ def plot_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def eval_command(args: argparse.Namespace) -> int:
+    from lra.reload import evaluate_again
+
+    print(evaluate_again(args.folder, split=args.split, weights=args.weights, overrides=args.overrides))
+    return 0
+
+
 def list_options(args: argparse.Namespace) -> int:
     """Names with the first sentence of the comment on top of their YAML."""
     for file in sorted((CONF / args.group).glob("*.yaml")):
@@ -250,6 +293,15 @@ def list_options(args: argparse.Namespace) -> int:
         about = " ".join(line.removeprefix("#").strip() for line in head)
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
         print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
+    return 0
+
+
+def models_command(args: argparse.Namespace) -> int:
+    if not args.overrides:
+        return list_options(args)
+    from lra.costs import table
+
+    print(table(args.overrides, args.format), end="")
     return 0
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lra.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-# sections of a task's or model's YAML that other groups read, not constructor arguments
+# parts of a task's or model's section that others read, not constructor arguments
 NOT_ARGUMENTS = ("budget", "recipe")
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 OPTIONAL_GROUPS = ("experiment", "debug")
@@ -65,6 +65,7 @@ RANGES = {
     "backbone.depth": Range("[1, inf)", whole=True),
     "backbone.width": Range("[1, inf)", whole=True),
     "backbone.dropout": Range("[0, 1)"),
+    "backbone.embedding_dropout": Range("[0, 1)"),
     "backbone.norm_momentum": Range("[0, 1)"),
     "backbone.mlp_ratio": Range("(0, inf)"),
     "optim.lr": Range("(0, inf)"),
@@ -119,10 +120,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
     with translated_errors(overrides), hydra.initialize_config_module("conf", version_base="1.3"):
         cfg = hydra.compose("train", overrides=overrides, return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return with_names(cfg, choices, overrides)
+        choices = dict(cfg.hydra.runtime.choices)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return with_names(cfg, choices, overrides)
 
 
 def tidy(overrides: Sequence[str]) -> list[str]:
@@ -152,14 +153,20 @@ def with_names(
 ) -> DictConfig:
     """`cfg`, resolved, with `names`: the chosen task, model and experiment, and the command that composes it.
 
+    Where `model.budget` is set, `backbone.width` becomes what meets it.
+
     Raises:
-        ConfigError: a number out of its range, or a folder without a name.
+        ConfigError: a number out of its range, a folder without a name, or a budget that no width meets.
     """
     with open_dict(cfg):
         cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
         cfg.names.protocol = cfg.protocol.name
         cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
     with translated_errors(overrides):
+        if OmegaConf.select(cfg, "model.budget") is not None:
+            from lra.budget import choose_width
+
+            choose_width(cfg, choices, overrides)
         OmegaConf.resolve(cfg)
         check_ranges(cfg)
     for key in ("data.root", "output.root"):

@@ -31,6 +31,12 @@ class DivergedError(LraError):
     exit_code = 5
 
 
+class MismatchError(LraError):
+    """A stored result could not be reproduced."""
+
+    exit_code = 6
+
+
 class PreemptedError(LraError):
     """Stopped by a signal after saving a checkpoint; the same command with `resume=auto` continues."""
 

@@ -80,6 +80,18 @@ class Setup:
         )
 
 
+def first_state(setup: Setup) -> tuple[State, Best]:
+    """The state before the first step; also the form of every state that is saved."""
+    opt = setup.tx.init(setup.params)
+    state = State(jnp.int32(0), setup.params, setup.stats, opt, jnp.zeros(3), jnp.bool_(True))
+    return state, Best(copy(setup.params), copy(setup.stats))  # not the state's arrays, whose memory is given away
+
+
+def chosen_weights(rule: str, state: State, best: Best) -> tuple[Any, Any]:
+    """(params, stats) that are scored: those best on validation, or the last; a checkpoint holds both."""
+    return best[:2] if rule == "best" else (state.params, state.stats)
+
+
 def check_batch_size(cfg: DictConfig, count: int) -> None:
     if count < cfg.trainer.batch_size:
         raise ConfigError(f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {count} training examples")
@@ -91,7 +103,9 @@ def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
         model = builder(rngs=nnx.Rngs(params=key))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    graph, *variables = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    # a weak type (of `jnp.full(shape, 0.5)`, say) would be lost in the first step, and the second would compile again
+    return graph, *jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, variables)
 
 
 def compile_program(

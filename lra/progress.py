@@ -1,6 +1,7 @@
 """What a run shows on the terminal: a header, a live bar, one line an evaluation, and the result."""
 
 import datetime
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,16 @@ LARGE = 2_000_000  # parameters
 QUIET_SECONDS = 10.0  # between two lines about a long preparation, where there is no terminal
 
 
+class Screen(Console):
+    """A console whose reader may leave: `lra train ... | head`, or a pager that is closed, ends no run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also for what others print, and for the last flush
+        os.close(nowhere)
+
+
 class Reporter:
     """Progress of one run. Where the output is no terminal, only the lines are printed, not the bar."""
 
@@ -22,7 +33,7 @@ class Reporter:
         self.steps, self.batch_size = steps, batch_size
         self.training = ""  # the last word on training, for outputs without a bar
         # a pipe or a log wraps nothing
-        self.console = Console(highlight=False, soft_wrap=not Console().is_terminal)
+        self.console = Screen(highlight=False, soft_wrap=not Console().is_terminal)
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -44,6 +55,11 @@ class Reporter:
             f"[bold]{record['model']}[/] on [bold]{record['task']}[/] ({record['data']['source']}, {counts}), "
             f"protocol {record['protocol']}, seed {record['seed']}, {device['count']} x {device['kind']}"
         )
+        config, params = record["config"], record["params"]["total"]
+        if budget := config["model"].get("budget"):
+            self.console.print(
+                f"model.budget={budget}: backbone.width={config['backbone']['width']}, {params:,} parameters"
+            )
         table = Table("group", "learning rate", "weight decay", "tensors", "parameters", box=None, pad_edge=False)
         for name, lr, decay, tensors, count in rates:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
@@ -52,9 +68,9 @@ class Reporter:
             "to beat: "
             + ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in record["reference"].items())
         )
-        if device["platform"] == "cpu" and record["params"]["total"] > LARGE:
+        if device["platform"] == "cpu" and params > LARGE:
             self.console.print(
-                f"{record['params']['total'] / 1e6:.0f} M parameters on a CPU may take minutes a step and days in all; "
+                f"{params / 1e6:.0f} M parameters on a CPU may take minutes a step and days in all; "
                 "debug=tiny tries whether it runs"
             )
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""

@@ -23,6 +23,7 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     data            {source: generated | release, key, splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
     resumed_from    steps at which the run was taken up again
+    damaged_checkpoints     steps whose checkpoint was damaged, so that an older one was taken
     tuning_runs     how many runs the choice of this configuration rests on
     commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
@@ -69,7 +70,9 @@ _NOT_IDENTITY = (
     "data.placement",
     "trainer.devices",
     "trainer.distributed",
-)  # where a run is kept and told of
+    "model.budget",  # the width that it chose counts
+    "trainer.time_limit",
+)  # where a run is kept and told of, how it was chosen, which devices work, and when it has to stop
 
 
 class RunFolder:
@@ -230,11 +233,11 @@ def is_locked(folder: str | Path) -> bool:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, where the data lie (`data.root`, `data.download`,
-    `data.placement`) and which devices work (`trainer.devices`, `trainer.distributed`), so that a run may be resumed on
-    other ones, and the keys in `without`, dotted like these. Everything else counts, also a key that cannot change the
-    result, such as `trainer.progress`: another value of it is another run, in a folder of its own. What the table takes
-    for one configuration is `tables.NO_EFFECT`.
+    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `model.budget`, where the data lie (`data.root`,
+    `data.download`, `data.placement`), which devices work and for how long (`trainer.devices`, `trainer.distributed`,
+    `trainer.time_limit`), so that a run may be resumed on other ones, and the keys in `without`, dotted like these.
+    Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value of it is
+    another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
     """
     kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
     return hashlib.sha256(json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lra.errors import PreemptedError
+
 
 class Signals:
     """SIGINT and SIGTERM stop at once; inside `noted` they are noted, so that the loop can save first.
@@ -31,12 +33,28 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: Any) -> None:
-        if not self.patient or (self.received and number == signal.SIGINT):
+        again, self.received = self.received, signal.Signals(number).name
+        if not self.patient or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
         print(
             f"lra: {self.received}: saving after the steps under way; Ctrl-C stops at once", file=sys.stderr, flush=True
         )
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """SIGTERM where it stops at once, before and after training, ends as it does in training: run it again.
+
+        Raises:
+            PreemptedError: instead of KeyboardInterrupt, after a SIGTERM.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.received != "SIGTERM":
+                raise
+            raise PreemptedError(
+                "stopped by SIGTERM; the same command with resume=auto goes on from the last checkpoint, if there is one"
+            ) from None
 
     @contextmanager
     def noted(self) -> Iterator[None]:

@@ -17,16 +17,29 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra import hosts, records
-from lra.checkpoint import Checkpoints, holds_checkpoint
+from lra.checkpoint import Checkpoints, check_meaning, holds_checkpoint, meaning
 from lra.config import CONF, data_arguments
 from lra.data.store import Store, prepare
+from lra.deadline import Deadline, seconds_of
 from lra.devices import Layout, choose_layout
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.feed import HostFeed, Resident, fits, on_host
 from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_micro_batch, sizes
 from lra.optim import Group, schedule
-from lra.program import Best, Program, Setup, Split, State, check_batch_size, compile_program, copy, on_device
+from lra.program import (
+    Best,
+    Program,
+    Setup,
+    Split,
+    State,
+    check_batch_size,
+    chosen_weights,
+    compile_program,
+    copy,
+    first_state,
+    on_device,
+)
 from lra.progress import Reporter, preparing
 from lra.signals import Signals
 from lra.tasks import SPLITS
@@ -54,7 +67,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             return finished
         run = Run(cfg, folder, setup, layout)
         try:
-            with Signals() as signals:
+            with Signals() as signals, signals.resumable():
                 return run.train(signals)
         except BaseException as error:
             status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
@@ -105,6 +118,7 @@ def check(cfg: DictConfig) -> None:
     for key, default in (("precision", "float32"), ("remat", "none")):
         if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
             raise ConfigError(f"trainer.{key}={cfg.trainer[key]} changes nothing: this backbone has no argument {key}")
+    seconds_of("trainer.time_limit", cfg.trainer.time_limit)
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
         raise ConfigError(
@@ -120,10 +134,12 @@ class Run:
         self.layout = layout
         self.before = hosts.agree(folder.read_record) or {}
         self.trackers = Trackers([])
+        self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
         self.reporter.console.quiet = not hosts.is_first()
         self.record = first_record(cfg, self.before, setup.groups) | {"micro_batch": None}
         self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
+        self.deadline = Deadline(seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started)
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
@@ -188,10 +204,9 @@ class Run:
         return feed(wanted or batch_size), program(wanted or batch_size)
 
     def new_state(self) -> State:
-        setup = self.setup
-        params, stats = copy((setup.params, setup.stats))  # a program gives the memory of its state away
-        start = State(jnp.int32(0), params, stats, setup.tx.init(params), jnp.zeros(3), jnp.bool_(True))
-        return self.layout.replicate(start)
+        """The state before the first step, none of whose arrays is anybody else's: a program gives their memory away."""
+        state, best = first_state(self.setup)
+        return self.layout.replicate(state._replace(params=best.params, stats=best.stats))
 
     def restore(self) -> tuple[State, Best]:
         """The state to start from: the newest checkpoint's, or a new one.
@@ -201,22 +216,23 @@ class Run:
         """
         setup = self.setup
         state, best = self.new_state(), Best(setup.params, setup.stats)
-        self.checkpoints = Checkpoints(self.folder.path / CHECKPOINTS)
-        if (step := self.checkpoints.latest_step()) is None:
+        if (saved := self.checkpoints.restore((state, best[:2]))) is None:
             return state, best
         if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
             raise RunFolderError(f"{self.folder.path} was trained on other data; choose another output.root")
-        (state, weights), progress = self.checkpoints.restore((state, best[:2]))
-        if tuple(progress["vocab"] or ()) != (setup.task.vocab or ()):
-            raise RunFolderError(f"{self.folder.path} was trained with another vocabulary; choose another output.root")
-        self.record["resumed_from"].append(step)
+        (state, weights), progress = saved.state, saved.progress
+        check_meaning(self.folder.path, progress, setup.task.vocab)
+        self.record["resumed_from"].append(saved.step)
+        self.record["damaged_checkpoints"] += saved.damaged
         self.record["selection"] = progress["selection"]
         return state, Best(weights[0], weights[1], **progress["best"])
 
     def save(self, step: int, state: State, best: Best) -> None:
         progress = {"best": {"step": best.step, "accuracy": best.accuracy}, "selection": self.record["selection"]}
-        progress |= {"vocab": self.setup.task.vocab, "protocol": container(self.cfg.protocol)}  # what the weights mean
+        progress |= meaning(self.record["config"], self.setup.task.vocab)
+        start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
+        self.deadline.saved(time.monotonic() - start)
         self.save_record(step=step)
 
     def loop(self, state: State, best: Best, data: dict[str, Split], signals: Signals) -> tuple[State, Best]:
@@ -244,7 +260,8 @@ class Run:
                 state = self.log(step, state)
             if "eval" in due:
                 best = self.evaluate(step, state, best, data["val"])
-            stop = next(filter(None, hosts.gather(signals.received)), None)
+            told = signals.received or (self.deadline.reached() and f"trainer.time_limit={cfg.time_limit}")
+            stop = next((word for word in hosts.gather(told) if word), None)  # whichever process is told first
             if "checkpoint" in due or stop:
                 self.save(step, state, best)
             if stop and step < cfg.steps:
@@ -284,7 +301,7 @@ class Run:
 
     def finish(self, state: State, best: Best, data: dict[str, Split]) -> dict[str, Any]:
         """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
-        weights = best[:2] if self.cfg.protocol.select == "best" else (state.params, state.stats)
+        weights = chosen_weights(self.cfg.protocol.select, state, best)
         self.reporter.scoring(len(data["test"].labels))
         sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
         logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
@@ -320,6 +337,7 @@ class Run:
 
     def end(self, status: str, error: BaseException | None) -> None:
         """Write the last word of this run: its status, and the error that ended it."""
+        self.checkpoints.close()  # its threads
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         self.save_record(status=status, error=None if error is None else f"{type(error).__name__}: {error}")
         self.trackers.summary({"status": status, **flat_metrics(self.record)})
@@ -381,6 +399,7 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "data": None,
         "params": {"total": sum(sizes.values()), "groups": sizes},
         "resumed_from": list(before.get("resumed_from") or []),
+        "damaged_checkpoints": list(before.get("damaged_checkpoints") or []),
         "tuning_runs": cfg.tuning_runs,
         "commit": records.git_commit(),
         "versions": records.versions(),
@@ -409,11 +428,11 @@ def place(store: Store, layout: Layout, placement: str) -> dict[str, Split]:
     """
     unique = {id(split): split for split in store.splits.values()}
     size = sum(split.inputs.nbytes for split in unique.values())
-    put = on_host if placement == "host" or (placement == "auto" and not fits(size, layout)) else on_device
+    stay = placement == "host" or (placement == "auto" and not all(hosts.gather(fits(size, layout))))
+    put = on_host if stay or layout.mesh else on_device
     try:
         placed = {key: put(split) for key, split in unique.items()}
-        if put is on_device:
-            placed = layout.replicate(placed)
+        placed = placed if stay else layout.replicate(placed)
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise

@@ -2,14 +2,15 @@
 
 Learned and sinusoidal positions are added to the embeddings by the backbone (`backbone.positions`); rotary ones (Su et al. 2021)
 turn queries and keys here. The MLP branch is the backbone's too (`backbone.mlp`). `MultiHead` is what every kind of attention in
-this package shares: the projections and the heads.
+this package shares: the projections and the heads. Reference code read: google-research/long-range-arena.
 """
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.backbone import POSITIONS, check_option
+from models.backbone import POSITIONS
+from models.checks import check_option
+from models.ops.attention import attention, has_flash
 from models.ops.positions import rotate
 
 
@@ -17,31 +18,42 @@ class MultiHead(nnx.Module):
     """Interface: projections to H heads and back, without biases; a kind of attention writes `attend` between them.
 
     Args:
-        width: D, divisible by `num_heads`.
-        num_heads: H; the head width W = D/H must be even for rotary positions.
+        width: D.
+        num_heads: H; the head width W must be even for rotary positions.
         positions: learned | sinusoidal | rotary | none; only rotary acts here.
         causal: whether a position sees only itself and the past.
+        qkv_width: H W, divisible by H; None for D.
     Raises:
         ValueError: the heads do not divide the width, or positions are unknown; the message names the config key.
     """
 
-    def __init__(self, width: int, *, num_heads: int, positions: str, causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        positions: str,
+        causal: bool,
+        qkv_width: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         check_option("model.positions", positions, POSITIONS)
-        if num_heads < 1 or width % num_heads:
-            raise ValueError(f"model.num_heads={num_heads} must be at least 1 and divide backbone.width={width}")
-        if positions == "rotary" and (width // num_heads) % 2:
+        key, inner = ("backbone.width", width) if qkv_width is None else ("model.qkv_width", qkv_width)
+        if num_heads < 1 or inner < 1 or inner % num_heads:
+            raise ValueError(f"model.num_heads={num_heads} must be at least 1 and divide {key}={inner}")
+        if positions == "rotary" and (inner // num_heads) % 2:
             raise ValueError(
-                f"model.positions=rotary needs an even head width, found backbone.width/model.num_heads = {width // num_heads}"
+                f"model.positions=rotary needs an even head width, found {key}/model.num_heads = {inner // num_heads}"
             )
         self.num_heads, self.rotary, self.causal = num_heads, positions == "rotary", causal
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.output = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, rngs=rngs)
+        self.output = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
         q, k, v = self.heads(x)
-        return self.output(self.attend(q, k, v, mask).reshape(x.shape)).astype(x.dtype)
+        return self.join(self.attend(q, k, v, mask)).astype(x.dtype)
 
     def attend(
         self,
@@ -55,9 +67,12 @@ class MultiHead(nnx.Module):
 
     def heads(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each (B, L, H, W)."""
-        batch, length, width = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def join(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
+        """What the heads read, as one vector a position."""
+        return self.output(y.reshape(*y.shape[:2], -1))
 
     def turn(self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0) -> Float[Array, "B L H W"]:
         """Rotary positions `first`, `first` + 1, ... where the model has them."""
@@ -69,9 +84,11 @@ class Attention(MultiHead):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`. seq_len: L.
+        qkv_width: of queries, keys and values together over the heads, H W; None for D.
+        attention_dropout: rate at which single weights are left out in training.
         max_len: longest sequence the model accepts, None for any.
     Raises:
-        ValueError: as `MultiHead`, or L > max_len; the message names the config key.
+        ValueError: as `MultiHead`, L > max_len, or a rate outside of [0, 1); the message names the config key.
     """
 
     def __init__(
@@ -80,8 +97,10 @@ class Attention(MultiHead):
         seq_len: int,
         *,
         num_heads: int,
+        qkv_width: int | None,
         positions: str,
         causal: bool,
+        attention_dropout: float | int,
         max_len: int | None,
         rngs: nnx.Rngs,
     ):
@@ -89,14 +108,19 @@ class Attention(MultiHead):
             raise ValueError(
                 f"task.seq_len={seq_len} is longer than model.max_len={max_len}; raise model.max_len or shorten the task"
             )
-        super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
+        if not 0 <= attention_dropout < 1:
+            raise ValueError(f"model.attention_dropout={attention_dropout} must be a number in [0, 1)")
+        super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, qkv_width=qkv_width, rngs=rngs)
+        self.attention_dropout = attention_dropout
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B L D"]:
+        q, k, v = self.heads(x)
         q, k = self.turn(q), self.turn(k)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], is_causal=self.causal)
+        if has_flash(x.dtype, q.shape[-1]):
+            q, k, v = (array.astype(x.dtype) for array in (q, k, v))  # float32 parameters have widened them
+        dropout = self.attention_dropout if train else 0.0
+        key = rngs.dropout() if dropout and rngs is not None else None
+        y = attention(q, k, v, mask, causal=self.causal, dropout=dropout, key=key)
+        return self.join(y).astype(x.dtype)

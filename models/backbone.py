@@ -18,12 +18,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from models.checks import check_option
+
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 GLUS = ("full", "half1", "half2", "none")
 MLPS = ("none", "gelu", "relu", "silu", "swiglu")
 POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
+HEADS = ("linear", "mlp")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
 # what a block keeps for the backward pass, of jax.checkpoint_policies
@@ -45,8 +48,11 @@ class Backbone(nnx.Module):
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: what follows the mixer; GLU `full` doubles the width and gates, `half1`/`half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
+        dropout: rate, after the activation and after the GLU (once where there is none), and in and after the MLP.
+        embedding_dropout: rate, after the embeddings and their positions.
         pool: mean | last over real positions, or cls (a learned token in front; for mixers that look ahead).
         positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
+        head: linear | mlp (one hidden layer of `mlp_ratio` D, ReLU: the LRA paper's); of a pair, `pair_head`'s.
         precision: float32 | tf32 | bf16. With bf16 the blocks see bfloat16, and so do their matrix products; parameters,
             encoder, statistics of norms, pooling and head stay float32. What a mixer keeps is its own affair.
         remat: none | block | dots | a policy's name: what each block keeps for the backward pass (`REMATS`).
@@ -78,14 +84,16 @@ class Backbone(nnx.Module):
         dropout: float | int,
         pool: str,
         positions: str,
+        embedding_dropout: float | int = 0.0,
+        head: str = "linear",
         precision: str = "float32",
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
         check_option("backbone.pool", pool, POOLS)
+        check_option("backbone.head", head, HEADS)
         check_option("backbone.precision", precision, PRECISIONS)
         check_option("backbone.remat", remat, REMATS)
-        check_option("backbone.positions", positions, POSITIONS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
         length = seq_len + (pool == "cls")
@@ -97,6 +105,9 @@ class Backbone(nnx.Module):
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
         self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if positions == "learned" else None
         self.sinusoidal = positions == "sinusoidal"
+        if self.sinusoidal:
+            sinusoids(1, width)  # refuses an odd width here already, before anything is trained
+        self.embedding_dropout = nnx.Dropout(embedding_dropout)
         self.blocks = nnx.List(
             Block(
                 mixer(width=width, seq_len=length, rngs=rngs),
@@ -113,6 +124,12 @@ class Backbone(nnx.Module):
             )
             for _ in range(depth)
         )
+        check_option("backbone.positions", positions, POSITIONS)  # after the mixer, whose key it mostly comes from
+        if (positions == "rotary") != any(getattr(block.mixer, "rotary", False) for block in self.blocks):
+            raise ValueError(
+                f"backbone.positions={positions} does not go with this mixer: rotary positions turn its queries and keys; "
+                "set model.positions where the model has it, else backbone.positions other than rotary"
+            )
         if pool == "cls" and any(getattr(block.mixer, "causal", False) for block in self.blocks):
             raise ValueError(
                 "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"
@@ -122,9 +139,11 @@ class Backbone(nnx.Module):
         if self.dtype != jnp.float32:
             follow_inputs(self.blocks)
         self.head: Any = (
-            nnx.Linear(width, num_classes, rngs=rngs)
-            if num_pairs == 1
-            else PairHead(width, num_classes, pair_head, rngs=rngs)
+            PairHead(width, num_classes, pair_head, rngs=rngs)
+            if num_pairs > 1
+            else MLPHead(width, round(mlp_ratio * width), num_classes, rngs=rngs)
+            if head == "mlp"
+            else nnx.Linear(width, num_classes, rngs=rngs)
         )
 
     def __call__(
@@ -162,7 +181,7 @@ class Backbone(nnx.Module):
             x = x + self.positions[...][None]
         if self.sinusoidal:
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
-        x = x.astype(self.dtype)
+        x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train, rngs=rngs)
         for block in self.blocks:
             x = rematerialised(block, self.remat if train else "none")(x, mask, train=train, rngs=rngs)
         x = x.astype(jnp.float32)  # a mean over thousands of positions needs its digits
@@ -225,7 +244,10 @@ class Block(nnx.Module):
                 return self.mixer(y, mask, residual=x, train=train, rngs=rngs).astype(x.dtype)
             # a mixer that multiplies by its parameters as they are returns float32 whatever it was given
             y = self.mixer(y, mask, train=train, rngs=rngs).astype(x.dtype)
-            return drop(self.glu(y, lambda z: drop(ACTIVATIONS[self.activation](z))))
+            act = ACTIVATIONS[self.activation]
+            if self.glu.linear is None:
+                return drop(act(y))  # twice would drop 1 - (1 - rate)^2
+            return drop(self.glu(y, lambda z: drop(act(z))))
 
         x = self.residual(x, mix, self.norm, mask, train)
         if self.mlp is not None:
@@ -296,6 +318,17 @@ class MLP(nnx.Module):
         return self.down(drop(y))
 
 
+class MLPHead(nnx.Module):
+    """The LRA paper's head: one hidden layer with ReLU."""
+
+    def __init__(self, width: int, hidden: int, num_classes: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(width, hidden, rngs=rngs)
+        self.output = nnx.Linear(hidden, num_classes, rngs=rngs)
+
+    def __call__(self, features: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
+        return self.output(jax.nn.relu(self.hidden(features)))
+
+
 class PairHead(nnx.Module):
     """Features u, v of a pair -> logits: [u, v, u-v, u*v] (S4's) or [u, v] (the LRA paper's), and a two-layer MLP."""
 
@@ -355,8 +388,3 @@ def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Ar
         return rerun(block, x, mask, rngs)
 
     return call
-
-
-def check_option(key: str, found: str, allowed) -> None:
-    if found not in allowed:
-        raise ValueError(f"{key}={found} is unknown; choose one of {', '.join(allowed)}")

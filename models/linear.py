@@ -13,7 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import MultiHead
-from models.ops.linear_attention import EPSILON, linear_attention, weight_totals
+from models.checks import at_least_float32, refuse_to_stream
+from models.ops.blocks import cut, joined
+from models.ops.linear_attention import EPSILON, block_rows, causal_sums, weight_totals
 
 
 class KernelState(NamedTuple):
@@ -48,16 +50,50 @@ class KernelAttention(MultiHead):
         v: Float[Array, "B L H W"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B L H W"]:
+        if not self.causal:
+            return self.over_all(q, k, v, mask)
         q, k, turned_q, turned_k = self.features(q, k)
         # a key that is padding weighs nothing, in the values and in the total
         k, turned_k = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, turned_k))
-        total = weight_totals(q, k, self.causal)
-        return linear_attention(turned_q, turned_k, v.astype(q.dtype), total, self.causal)
+        return causal_sums(turned_q, turned_k, v.astype(q.dtype)) / (weight_totals(q, k) + EPSILON)[..., None]
+
+    def over_all(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B L H W"]:
+        """The quotient of sums over all positions, a block of positions at a time.
+
+        Features are M / W times as large as what they are made from, and autodiff would keep several copies: a block's are
+        taken again in the backward pass, so that memory does not grow with M.
+        """
+        batch, length, heads, width = q.shape
+        rows = block_rows(length, batch * heads * self.num_features)
+        wide = at_least_float32(q).dtype
+
+        def blocks(x: Array) -> Array:
+            return jnp.moveaxis(cut(x, rows), 1, 0)  # (blocks, B, rows, ...)
+
+        @jax.checkpoint
+        def add(state: tuple[Array, Array], parts: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+            first, k, v, seen = parts
+            features = self.features(k, k, first)
+            # a key that is padding, or stands after the end, weighs nothing, in the values and in the total
+            k, turned = (jnp.where(seen[:, :, None, None], features[i], 0) for i in (1, 3))
+            values = state[0] + jnp.einsum("blhm,blhw->bhmw", turned, v.astype(wide))
+            return (values, state[1] + k.sum(axis=1)), None
+
+        @jax.checkpoint
+        def read(first: Array, q: Array, values: Array, keys: Array) -> Array:
+            features = self.features(q, q, first)
+            total = jnp.einsum("blhm,bhm->blh", features[0], keys)
+            return jnp.einsum("blhm,bhmw->blhw", features[2], values) / (total + EPSILON)[..., None]
+
+        firsts = rows * jnp.arange(-(-length // rows))
+        start = jnp.zeros((batch, heads, self.num_features, width), wide)
+        (values, keys), _ = jax.lax.scan(add, (start, start[..., 0]), (firsts, blocks(k), blocks(v), blocks(mask)))
+        y = jax.lax.map(lambda parts: read(*parts, values, keys), (firsts, blocks(q)))
+        return joined(jnp.moveaxis(y, 0, 1), length)
 
     def features(self, q: Array, k: Array, first: int | Int[Array, ""] = 0) -> tuple[Array, Array, Array, Array]:
         """Features of queries and keys from position `first` on: as the total weighs them, and as the values'."""
-        dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32  # sums over L terms
-        q, k = q.astype(dtype), k.astype(dtype)
+        q, k = at_least_float32(q), at_least_float32(k)
         if self.turns_features:
             q, k = self.query_features(q), self.key_features(k)
             return q, k, self.turn(q, first), self.turn(k, first)
@@ -70,8 +106,7 @@ class KernelAttention(MultiHead):
         Raises:
             ValueError: the model looks ahead.
         """
-        if not self.causal:
-            raise ValueError("model.causal=false looks ahead and has no recurrent form; set model.causal=true")
+        refuse_to_stream(self.causal, "model.causal=false", "model.causal=true")
         head_width = self.output.in_features // self.num_heads
         sums = jnp.zeros((batch_size, self.num_heads, self.num_features, head_width))
         return KernelState(sums, sums[..., 0], jnp.int32(0))
@@ -84,7 +119,7 @@ class KernelAttention(MultiHead):
         keys = state.keys + k
         total = jnp.einsum("bhm,bhm->bh", q, keys)
         y = jnp.einsum("bhm,bhmw->bhw", turned_q, values) / (total + EPSILON)[..., None]
-        return KernelState(values, keys, state.time + 1), self.output(y.reshape(u_t.shape)).astype(u_t.dtype)
+        return KernelState(values, keys, state.time + 1), self.join(y[:, None])[:, 0].astype(u_t.dtype)
 
 
 class LinearAttention(KernelAttention):

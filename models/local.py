@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.attention import MultiHead
+from models.ops.blocks import cut, joined
 
 
 class LocalAttention(MultiHead):
@@ -68,14 +69,9 @@ def block_attention(
     blocks = -(-length // block_size)
     after = 0 if causal else neighbours
 
-    def cut(x: Array) -> Array:
-        """(B, L, ...) to (B, blocks, C, ...)."""
-        padded = jnp.pad(x, ((0, 0), (0, blocks * block_size - length)) + ((0, 0),) * (x.ndim - 2))
-        return padded.reshape(batch, blocks, block_size, *x.shape[2:])
-
     def window(x: Array) -> Array:
         """(B, L, ...) to (B blocks, keys, ...): what each block sees, from the farthest block of the past on."""
-        padded = jnp.pad(cut(x), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1))
+        padded = jnp.pad(cut(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1))
         seen = jnp.concatenate([padded[:, i : i + blocks] for i in range(neighbours + 1 + after)], axis=2)
         return seen.reshape(batch * blocks, -1, *x.shape[2:])
 
@@ -83,6 +79,6 @@ def block_attention(
     if causal:
         past = np.tri(block_size, (neighbours + 1) * block_size, neighbours * block_size, dtype=bool)
         visible = visible & past[None, None]
-    queries = cut(q).reshape(batch * blocks, block_size, *rest)
+    queries = cut(q, block_size).reshape(batch * blocks, block_size, *rest)
     y = jax.nn.dot_product_attention(queries, window(k), window(v), mask=visible)
-    return y.reshape(batch, blocks * block_size, *rest)[:, :length]
+    return joined(y.reshape(batch, blocks, block_size, *rest), length)

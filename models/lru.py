@@ -1,7 +1,9 @@
 """Linear Recurrent Unit of Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences" (arXiv 2303.06349).
 
-h_t = lam h_{t-1} + gamma B u_t,  y_t = Re(C h_t) + D u_t,  lam = exp(-exp(nu) + i exp(theta))   (their section 3).
+h_t = lam h_{t-1} + gamma B u_t,  y_t = Re(C h_t) + D u_t,  lam = exp(-exp(nu_log) + i exp(theta_log))   (their equation 7),
+with every earlier rung of the paper's section 3 as an option: a dense real A, linear or not, and other ways to write lam.
 The parameters start as in their appendix A; `bidirectional` concatenates a second scan over the reversed sequence.
+Reference code read: NicolasZucchet/minimal-LRU. What each rung is and where we depart from it: docs/models/lru.md.
 """
 
 import math
@@ -9,23 +11,35 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float, Inexact
 
+from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
+from models.ops.products import exactly, real_product
 from models.ops.recurrence import linear_recurrence
+
+PARAMETRIZATIONS = ("dense", "real_imag", "exp", "stable_exp")
+PHASES = ("log", "linear")
 
 
 class LRU(nnx.Module):
-    """Diagonal complex recurrence with a stable exponential parametrisation; causal unless bidirectional.
+    """Linear recurrence with a diagonal complex or a dense real matrix; causal unless bidirectional.
 
     Args:
         width: D. seq_len: L, not used, the recurrence has no length.
-        state_size: N complex states.
-        r_min, r_max: ring from which |lam| is drawn, uniformly in area.
+        state_size: N states, complex ones unless dense.
+        parametrization: of the matrix: dense, all N x N entries; real_imag, lam itself; exp, lam = exp(-nu + i theta);
+            stable_exp, lam = exp(-exp(nu_log) + i theta), inside the unit circle whatever training does.
+        phase: log | linear, whether stable_exp learns log theta, as the LRU, or theta.
+        activation: none | tanh | relu, around the dense recurrence.
+        r_min, r_max: ring from which |lam| is drawn, uniformly in area; 0 and 1 are the disk of a Glorot matrix's
+            eigenvalues. A dense matrix is drawn from Glorot's law itself.
         max_phase: largest angle of lam at the start, in radians.
         gamma_norm: scale each state's input by sqrt(1 - |lam|^2) at the start (learned from there).
         bidirectional: a second scan from the end; C reads both.
     Raises:
-        ValueError: the ring is not 0 <= r_min < r_max <= 1, or a size or angle is not positive.
+        ValueError: an option is unknown or does not fit the parametrization, the ring is not 0 <= r_min < r_max <= 1, or
+            a size or angle is not positive; the message names the config key.
     """
 
     def __init__(
@@ -34,6 +48,9 @@ class LRU(nnx.Module):
         seq_len: int,
         *,
         state_size: int,
+        parametrization: str,
+        phase: str,
+        activation: str,
         r_min: float | int,
         r_max: float | int,
         max_phase: float | int,
@@ -41,43 +58,122 @@ class LRU(nnx.Module):
         bidirectional: bool,
         rngs: nnx.Rngs,
     ):
+        check_option("model.parametrization", parametrization, PARAMETRIZATIONS)
+        check_option("model.phase", phase, PHASES)
+        check_option("model.activation", activation, ACTIVATIONS)
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1")
         if state_size < 1:
             raise ValueError(f"model.state_size={state_size} must be at least 1")
         if not 0 < max_phase < math.inf:
             raise ValueError(f"model.max_phase={max_phase} must be an angle above 0")
+        self.dense = parametrization == "dense"
+        if self.dense and gamma_norm:
+            raise ValueError(
+                "model.gamma_norm=true needs eigenvalues, model.parametrization=dense has none; set it to false"
+            )
+        if not self.dense and activation != "none":
+            raise ValueError(f"model.activation={activation} is for model.parametrization=dense; set it to none")
         self.causal, self.bidirectional = not bidirectional, bidirectional
-        key = rngs.params
-        # uniform in area between the circles: |lam|^2 is uniform; kept away from 0, where log(-log) diverges
-        squared = jnp.maximum(key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12)
-        self.nu_log = nnx.Param(jnp.log(-0.5 * jnp.log(squared)))
-        self.theta_log = nnx.Param(jnp.log(max_phase * key.uniform((state_size,), minval=1e-7)))
-        self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
-        columns = state_size * (2 if bidirectional else 1)
-        self.b_re = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
-        self.b_im = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
-        self.c_re = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
-        self.c_im = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
+        self.parametrization, self.log_phase, self.activation = parametrization, phase == "log", activation
+        key, columns = rngs.params, state_size * (2 if bidirectional else 1)
+        if self.dense:
+            # Glorot's law: variance 1/N (their figure 2)
+            self.a = nnx.Param(key.normal((state_size, state_size)) / math.sqrt(state_size))
+            self.b = nnx.Param(key.normal((width, state_size)) / math.sqrt(width))
+            self.c = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
+        else:
+            # uniform in area between the circles: |lam|^2 is uniform; kept away from 0, where log(-log) diverges
+            squared = jnp.maximum(key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12)
+            theta = max_phase * key.uniform((state_size,), minval=1e-7)
+            self.start(-0.5 * jnp.log(squared), theta)
+            self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
+            self.b_re = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
+            self.b_im = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
+            self.c_re = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
+            self.c_im = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         self.d = nnx.Param(key.normal((width,)))
+
+    def start(self, nu: Float[Array, " N"], theta: Float[Array, " N"]) -> None:
+        """The parameters of lam = exp(-nu + i theta)."""
+        if self.parametrization == "real_imag":
+            lam = polar(nu, theta)
+            self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
+        elif self.parametrization == "exp":
+            self.nu, self.theta = nnx.Param(nu), nnx.Param(theta)
+        else:
+            self.nu_log = nnx.Param(jnp.log(nu))
+            if self.log_phase:
+                self.theta_log = nnx.Param(jnp.log(theta))
+            else:
+                self.theta = nnx.Param(theta)
 
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
-        lam = eigenvalues(self.nu_log[...], self.theta_log[...])
-        # two real products: complex ones are slow on every backend
-        bu = jax.lax.complex(x @ self.b_re[...], x @ self.b_im[...])  # (B, L, N)
-        if self.gamma_log is not None:
-            bu = bu * jnp.exp(self.gamma_log[...])[None, None, :]
-        h = linear_recurrence(lam, bu)
+        u = at_least_float32(x)
+        bu = self.read(u)  # (B, L, N)
+        # a direction after the other, each read by its rows of C: both at once would be 4 B L N numbers more
+        y = self.write(self.states(bu, reverse=False))
         if self.bidirectional:
             # padding must not enter the scan that starts at the end
-            back = linear_recurrence(lam, jnp.where(mask[..., None], bu, 0), reverse=True)
-            h = jnp.concatenate([h, back], axis=-1)
-        return h.real @ self.c_re[...] - h.imag @ self.c_im[...] + self.d[...][None, None, :] * x
+            y = y + self.write(self.states(jnp.where(mask[..., None], bu, 0), reverse=True), back=True)
+        return (y + self.d[...][None, None, :] * u).astype(x.dtype)
+
+    def init_state(self, batch_size: int) -> Inexact[Array, "B N"]:
+        """The state before the first input, zero.
+
+        Raises:
+            ValueError: the model is bidirectional.
+        """
+        refuse_to_stream(self.causal)
+        size = (self.c if self.dense else self.c_re).shape[0]
+        return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
+
+    def step(
+        self, state: Inexact[Array, "B N"], u_t: Float[Array, "B D"]
+    ) -> tuple[Inexact[Array, "B N"], Float[Array, "B D"]]:
+        """The next state and output: one position of `__call__`."""
+        u = at_least_float32(u_t)
+        bu = self.read(u)
+        after = exactly(state, self.a[...]) if self.dense else self.eigenvalues()[None] * state
+        state = ACTIVATIONS[self.activation][0](after + bu)
+        return state, (self.write(state) + self.d[...][None] * u).astype(u_t.dtype)
+
+    def states(self, bu: Inexact[Array, "B L N"], reverse: bool) -> Inexact[Array, "B L N"]:
+        if self.dense:
+            return dense_recurrence(self.a[...], bu, self.activation, reverse)
+        return linear_recurrence(self.eigenvalues(), bu, reverse=reverse)
+
+    def read(self, u: Float[Array, "*B D"]) -> Inexact[Array, "*B N"]:
+        """gamma B u."""
+        if self.dense:
+            return u @ self.b[...]
+        b_re, b_im = self.b_re[...], self.b_im[...]
+        if self.gamma_log is not None:
+            gamma = jnp.exp(self.gamma_log[...])[None]
+            b_re, b_im = gamma * b_re, gamma * b_im  # D N products instead of B L N
+        # two real products: complex ones are slow on every backend
+        return jax.lax.complex(u @ b_re, u @ b_im)
+
+    def write(self, h: Inexact[Array, "*B N"], back: bool = False) -> Float[Array, "*B D"]:
+        """Re(C h) of a direction's states; the later rows of C are the second's."""
+        size = h.shape[-1]
+        rows = slice(size, None) if back else slice(size)
+        if self.dense:
+            return exactly(h, self.c[rows])
+        return real_product(h, self.c_re[rows], self.c_im[rows])
+
+    def eigenvalues(self) -> Complex[Array, " N"]:
+        """lam as it is parametrised."""
+        if self.parametrization == "real_imag":
+            return jax.lax.complex(self.lam_re[...], self.lam_im[...])
+        if self.parametrization == "exp":
+            return polar(self.nu[...], self.theta[...])
+        return polar(jnp.exp(self.nu_log[...]), jnp.exp(self.theta_log[...]) if self.log_phase else self.theta[...])
 
 
-def eigenvalues(nu_log: Float[Array, " N"], theta_log: Float[Array, " N"]) -> Complex[Array, " N"]:
-    """lam = exp(-exp(nu_log) + i exp(theta_log)), inside the unit circle for every parameter value."""
-    radius, angle = jnp.exp(-jnp.exp(nu_log)), jnp.exp(theta_log)
-    return jax.lax.complex(radius * jnp.cos(angle), radius * jnp.sin(angle))
+def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, " N"]:
+    """exp(-nu + i theta)."""
+    radius = jnp.exp(-nu)
+    return jax.lax.complex(radius * jnp.cos(theta), radius * jnp.sin(theta))

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.ops.selective_scan import selective_scan, selective_step
+from models.ops.state_space import log_uniform_steps
 
 _DT_FLOOR = 1e-4  # of the published code: smallest step size at the start
 
@@ -53,8 +54,6 @@ class Mamba(nnx.Module):
         inner = round(expand * width)
         if inner < 1 or inner != expand * width:
             raise ValueError(f"model.expand={expand} times backbone.width={width} must be a whole number above 0")
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(f"model.dt_min={dt_min}, model.dt_max={dt_max}: expected 0 < dt_min <= dt_max")
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.state_size, self.rank, self.conv_size, self.inner = state_size, rank, conv_size, inner
         key = rngs.params
@@ -63,8 +62,7 @@ class Mamba(nnx.Module):
         self.conv_bias = nnx.Param(uniform(key, (inner,), conv_size))
         self.x_proj = nnx.Param(uniform(key, (inner, rank + 2 * state_size), inner))
         self.dt_proj = nnx.Param(uniform(key, (rank, inner), rank))
-        dt = jnp.exp(key.uniform((inner,), minval=math.log(dt_min), maxval=math.log(dt_max)))
-        dt = jnp.maximum(dt, _DT_FLOOR)
+        dt = jnp.maximum(jnp.exp(log_uniform_steps(key(), (inner,), dt_min, dt_max)), _DT_FLOOR)
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
         # S4D-Real: A = -1, -2, ..., -N in every channel
         self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, 1)))
@@ -75,14 +73,19 @@ class Mamba(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
-        kernel = self.conv_kernel[...].astype(x.dtype)
-        padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
-        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
-        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(x.dtype)[None, None])
-        delta, b, c = self.selected(u)
+        # the backward pass takes taps and gates again: autodiff would keep 13 arrays of (B, L, E) here
+        u, delta, b, c = jax.checkpoint(self.convolved)(u)
         # 16-bit states would stop decaying after a few hundred steps
         y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
-        return self.gated(y, u, z)
+        return jax.checkpoint(self.gated)(y, u, z)
+
+    def convolved(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
+        """The inputs of the state-space model, and what they choose."""
+        kernel = self.conv_kernel[...].astype(u.dtype)
+        padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
+        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
+        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(u.dtype)[None, None])
+        return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
         """The last W = conv_size - 1 inputs of the convolution and the states of the recurrence, before the first step."""

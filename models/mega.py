@@ -9,12 +9,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import scipy.fft
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.backbone import check_option
-from models.ops.by_example import by_example
+from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.ops.blocks import cut, joined
+from models.ops.fft_convolution import fft_convolution
+from models.ops.state_space import split_powers
 
 ATTENTIONS = ("softmax", "laplace", "relu2")
 _ROWS = 256  # queries whose weights are held at once: memory grows with L, not with L^2
@@ -91,9 +92,9 @@ class Mega(nnx.Module):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
         update, q, k, reset, candidate = self.projected(drop(self.average(x, mask)))
-        o = self.attend(q, k, jax.nn.silu(affine(x, self.value_kernel, self.value_bias)), mask)
+        o = self.attend(q, k, silu(affine(x, self.value_kernel, self.value_bias)), mask)
         h = drop(self.candidate(reset, o, candidate))
-        return update * (h - (x if residual is None else residual))
+        return mixed(update, h, x if residual is None else residual)
 
     def attend(
         self, q: Float[Array, "B L Z"], k: Float[Array, "B L Z"], v: Float[Array, "B L V"], mask: Bool[Array, "B L"]
@@ -105,14 +106,10 @@ class Mega(nnx.Module):
         if size > longest:
             raise ValueError(f"inputs have length {length}, the model was built for task.seq_len={longest}")
         bias = self.rel_bias[...][longest - size : longest + size - 1]
-        chunks = -(-length // size)
-
-        def cut(y):  # (B, L, ...) -> (B * chunks, size, ...)
-            y = jnp.pad(y, ((0, 0), (0, chunks * size - length), *((0, 0),) * (y.ndim - 2)))
-            return y.reshape(batch * chunks, size, *y.shape[2:])
-
-        o = attend(cut(q), cut(k), cut(v), cut(mask), bias, attention=self.attention, causal=self.causal)
-        return o.reshape(batch, chunks * size, v.shape[2])[:, :length]
+        # chunks stand beside each other as sequences of a batch do, (B * chunks, size, ...)
+        q, k, v, mask = (cut(y, size).reshape(-1, size, *y.shape[2:]) for y in (q, k, v, mask))
+        o = attend(q, k, v, mask, bias, attention=self.attention, causal=self.causal)
+        return joined(o.reshape(batch, -1, *o.shape[1:]), length)
 
     def init_state(self, batch_size: int) -> tuple[Array, Array, Array, Int[Array, ""]]:
         """Averages (B, D, N), keys (B, C, Z) and values (B, C, V) of the current chunk, and how many steps were taken.
@@ -120,8 +117,7 @@ class Mega(nnx.Module):
         Raises:
             ValueError: the model is bidirectional, or attends to everything, which no bounded state remembers.
         """
-        if not self.causal:
-            raise ValueError("model.bidirectional=true has no recurrent form; set model.bidirectional=false")
+        refuse_to_stream(self.causal)
         if self.chunk_size is None:
             raise ValueError("model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size")
         _, attention_size, values = self.sizes
@@ -148,20 +144,45 @@ class Mega(nnx.Module):
         seen = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
         o = attention_weights(q[:, None], keys, bias, seen, self.attention) @ values
         h = self.candidate(reset, o[:, 0].astype(u_t.dtype), candidate)
-        return (averages, keys, values, time + 1), update * (h - (u_t if residual is None else residual))
+        return (averages, keys, values, time + 1), mixed(update, h, u_t if residual is None else residual)
 
     def projected(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Update gate phi, Q, K, reset gate gamma and the candidate's part X' W_h + b_h, all from the averages X'."""
+        """Update gate, Q, K, reset gate and the candidate's part X' W_h + b_h, all from the averages X'; gates as they are
+        before phi's sigmoid and gamma's SiLU."""
         width, attention_size, values = self.sizes
         ends = [width, width + attention_size, width + attention_size + values]
         update, z, reset, candidate = jnp.split(affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1)
         kappa, mu = self.kappa[...].astype(z.dtype), self.mu[...].astype(z.dtype)
-        z = jax.nn.silu(z)
-        q, k = (z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1))
-        return jax.nn.sigmoid(update), q, k, jax.nn.silu(reset), candidate
+        q, k = scaled(z, kappa, mu)
+        return update, q, k, reset, candidate
 
     def candidate(self, reset: Array, o: Array, candidate: Array) -> Array:
-        return jax.nn.silu(candidate + affine(reset * o, self.output_kernel, self.output_bias))
+        """H of equation (13)."""
+        return silu(candidate + affine(gated(reset, o), self.output_kernel, self.output_bias))
+
+
+# What autodiff would keep of these is several times their arguments, and taking it again costs next to nothing.
+silu = jax.checkpoint(jax.nn.silu)
+
+
+@jax.checkpoint
+def gated(reset: Array, o: Array) -> Array:
+    """gamma * O."""
+    return jax.nn.silu(reset) * o
+
+
+@jax.checkpoint
+def mixed(update: Array, h: Array, residual: Array) -> Array:
+    """phi * (H - X)."""
+    return jax.nn.sigmoid(update) * (h - residual)
+
+
+@jax.checkpoint
+def scaled(z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]) -> tuple[Array, Array]:
+    """Queries and keys, two scales and shifts of the shared SiLU(z)."""
+    z = jax.nn.silu(z)
+    q, k = (z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1))
+    return q, k
 
 
 class MovingAverage(nnx.Module):
@@ -181,12 +202,14 @@ class MovingAverage(nnx.Module):
         self.omega = nnx.Param(key.normal((width,)))
 
     def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-        dtype = jnp.promote_types(x.dtype, jnp.float32)  # 16-bit decays would round to 1
-        u = jnp.where(mask[..., None], x.astype(dtype), 0)
-        alpha, delta, beta, eta = (p[...].astype(dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
+        wide = at_least_float32(x)
+        u = jnp.where(mask[..., None], wide, 0)
+        alpha, delta, beta, eta = (p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
         kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
-        skip = self.omega[...].astype(dtype)[None, None] * x.astype(dtype)
-        return jax.nn.silu(two_sided_convolution(u, kernels) + skip).astype(x.dtype)
+        # the second direction begins at the next position; what rolls to its end meets no input
+        back = jnp.roll(kernels[1], -1, axis=1) if len(kernels) == 2 else None
+        skip = self.omega[...].astype(wide.dtype)[None, None] * wide
+        return silu(fft_convolution(u, kernels[0], back) + skip).astype(x.dtype)
 
     def step(
         self, state: Float[Array, "B D N"], x: Float[Array, "B D"]
@@ -212,8 +235,7 @@ def ema_kernel(
     The power l is the sum of a coarse and a fine one, so that D N sqrt(L) exponentials and one product replace D N L of them.
     """
     log_q = log_decay(alpha, delta)[..., None]
-    fine_size = 2 ** math.ceil(math.log2(max(length, 1)) / 2)
-    coarse_size = -(-length // fine_size)
+    fine_size, coarse_size = split_powers(length)
     fine = jnp.exp(log_q * jnp.arange(fine_size, dtype=log_q.dtype)[None, None, None])
     coarse = jnp.exp(log_q * (fine_size * jnp.arange(coarse_size)).astype(log_q.dtype)[None, None, None])
     gain = jax.nn.sigmoid(alpha) * beta * eta / math.sqrt(alpha.shape[-1])
@@ -229,22 +251,6 @@ def log_decay(alpha: Float[Array, "*S"], delta: Float[Array, "*S"]) -> Float[Arr
     fast = jnp.logaddexp(jnp.logaddexp(-alpha, -delta), -alpha - delta)
     fast = fast + jax.nn.log_sigmoid(alpha) + jax.nn.log_sigmoid(delta)
     return jnp.where(product < 0.5, slow, fast)
-
-
-def two_sided_convolution(x: Float[Array, "B L D"], kernels: Float[Array, "S D L"]) -> Float[Array, "B L D"]:
-    """Sum over the past and present with the first kernel, and over the future with the second where there is one."""
-    length = x.shape[1]
-    size = scipy.fft.next_fast_len(2 * length, real=True)
-    spectrum = jnp.fft.rfft(kernels[0], size)
-    if kernels.shape[0] == 2:
-        future = kernels[1].at[:, 0].set(0)  # the present counts once
-        spectrum = spectrum + jnp.conj(jnp.fft.rfft(future, size))
-
-    def convolve(x: Array, spectrum: Array) -> Array:
-        y = jnp.fft.irfft(jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * spectrum[None], size)
-        return jnp.swapaxes(y[..., :length], 1, 2)
-
-    return by_example(convolve, x, spectrum)
 
 
 def attend(

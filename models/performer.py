@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from models.backbone import check_option
+from models.checks import check_option
 from models.linear import KernelAttention
 
 KERNELS = ("softmax", "relu")
@@ -73,8 +73,9 @@ class Performer(KernelAttention):
     def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
         """Keys share one factor, so theirs cannot be their own maximum; the published code takes that of all keys.
 
-        None is needed: exponents are at most |w_j|^2 / 2, about W / 2, and the features are 1 in the mean over w. What is
-        added keeps the total from 0 for a query that no feature fits; the published code adds it to queries too.
+        None is needed against overflow: exponents are at most |w_j|^2 / 2, about W / 2, and the features are 1 in the mean
+        over w. What is added keeps the total from 0 for a query that no feature fits; the published code adds it to queries
+        too. Keys of more than twice the length sqrt(W) have features below it and weigh alike: docs/models/performer.md.
         """
         return self.relu_features(k) if self.kernel == "relu" else jnp.exp(self.exponent(k)) + 1e-6
 

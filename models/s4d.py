@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
+from models.checks import at_least_float32, check_option, refuse_to_stream
 from models.ops.fft_convolution import fft_convolution
 from models.ops.state_space import (
     DISCRETIZATIONS,
@@ -64,9 +65,8 @@ class S4D(nnx.Module):
             raise ValueError(f"model.state_size={state_size} must be even, at least 2: its states are conjugate pairs")
         if num_ssms is not None and (num_ssms < 1 or width % num_ssms):
             raise ValueError(f"model.num_ssms={num_ssms} must be at least 1 and divide backbone.width={width}")
-        for key, found, allowed in (("discretization", discretization, DISCRETIZATIONS), ("init", init, INITS)):
-            if found not in allowed:
-                raise ValueError(f"model.{key}={found} is unknown; choose one of {', '.join(allowed)}")
+        check_option("model.discretization", discretization, DISCRETIZATIONS)
+        check_option("model.init", init, INITS)
         self.causal, self.bidirectional, self.discretization = not bidirectional, bidirectional, discretization
         a_imag, b = initial_system(init, state_size)
         half, copies = state_size // 2, width if num_ssms is None else num_ssms
@@ -83,7 +83,7 @@ class S4D(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
-        u = x.astype(jnp.float32)  # the transform and the kernel want all their digits
+        u = at_least_float32(x)  # the transform and the kernel want all their digits
         log_lam_bar, b_bar = self.system()
         c = jax.lax.complex(self.c_re[...], self.c_im[...])
         kernels = vandermonde_kernel(c * b_bar[None], log_lam_bar, x.shape[1])  # (1 or 2, D, L)
@@ -100,8 +100,7 @@ class S4D(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        if self.bidirectional:
-            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        refuse_to_stream(self.causal)
         return jnp.zeros((batch_size, *self.c_re.shape[1:]), jnp.complex64)
 
     def step(
@@ -109,7 +108,7 @@ class S4D(nnx.Module):
     ) -> tuple[Complex[Array, "B D N_half"], Float[Array, "B D"]]:
         """The next state and output: one position of `__call__`."""
         log_lam_bar, b_bar = self.system()
-        u = u_t.astype(jnp.float32)
+        u = at_least_float32(u_t)
         state = jnp.exp(log_lam_bar)[None] * state + b_bar[None] * u[..., None]
         y = 2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1) + self.d[...][None] * u
         return state, y.astype(u_t.dtype)

@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
+from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.ops.products import real_product
 from models.ops.recurrence import linear_recurrence
 from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
 
@@ -65,12 +67,8 @@ class S5(nnx.Module):
                 f"model.state_size={state_size} must be a multiple of {part} x model.num_blocks={num_blocks}"
                 + " (conjugate pairs in every block)" * conj_sym
             )
-        for key, found, allowed in (
-            ("discretization", discretization, DISCRETIZATIONS),
-            ("c_init", c_init, C_INITS),
-        ):
-            if found not in allowed:
-                raise ValueError(f"model.{key}={found} is unknown; choose one of {', '.join(allowed)}")
+        check_option("model.discretization", discretization, DISCRETIZATIONS)
+        check_option("model.c_init", c_init, C_INITS)
         self.causal, self.bidirectional = not bidirectional, bidirectional
         self.conj_sym, self.discretization, self.clip_eigs = conj_sym, discretization, clip_eigs
         block = state_size // num_blocks
@@ -98,7 +96,7 @@ class S5(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
         lam_bar, b_bar = self.system()
-        u = x.astype(jnp.float32)  # 16-bit states would stop decaying after a few hundred steps
+        u = at_least_float32(x)
         c_re, c_im = self.c_re[...], self.c_im[...]
         y = apply_ssm(lam_bar, b_bar, c_re, c_im, u, mask, conj_sym=self.conj_sym, bidirectional=self.bidirectional)
         return (y + self.d[...][None, None] * u).astype(x.dtype)
@@ -109,8 +107,7 @@ class S5(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        if self.bidirectional:
-            raise ValueError("model.bidirectional=true reads the future and has no recurrent form; set it to false")
+        refuse_to_stream(self.causal)
         return jnp.zeros((batch_size, self.lam_re.shape[0]), jnp.complex64)
 
     def step(
@@ -118,7 +115,7 @@ class S5(nnx.Module):
     ) -> tuple[Complex[Array, "B P"], Float[Array, "B D"]]:
         """The next state and output: one position of `__call__`."""
         lam_bar, b_bar = self.system()
-        u = u_t.astype(jnp.float32)
+        u = at_least_float32(u_t)
         state = lam_bar[None] * state + jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)
         y = read_out(state, self.c_re[...], self.c_im[...], self.conj_sym) + self.d[...][None] * u
         return state, y.astype(u_t.dtype)
@@ -149,18 +146,19 @@ def apply_ssm(
     Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
     """
     bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)  # two real products: complex ones are slow on every backend
-    x = linear_recurrence(lam_bar, bu)
+    p = lam_bar.shape[0]
+    y = read_out(linear_recurrence(lam_bar, bu), c_re[:p], c_im[:p], conj_sym)
     if bidirectional:
         # padding must not enter the scan that starts at the end
         back = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
-        x = jnp.concatenate([x, back], axis=-1)
-    return read_out(x, c_re, c_im, conj_sym)
+        y = y + read_out(back, c_re[p:], c_im[p:], conj_sym)
+    return y
 
 
 def read_out(
-    x: Complex[Array, "*B R"], c_re: Float[Array, "R D"], c_im: Float[Array, "R D"], conj_sym: bool
+    x: Complex[Array, "*B P"], c_re: Float[Array, "P D"], c_im: Float[Array, "P D"], conj_sym: bool
 ) -> Float[Array, "*B D"]:
-    y = x.real @ c_re - x.imag @ c_im
+    y = real_product(x, c_re, c_im)
     return 2 * y if conj_sym else y
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import check_option, refuse_to_stream
 from models.ops.filter_step import initial_features, next_features
 from models.ops.filters import alternative_filters, spectral_filters
-from models.ops.stu import stu
+from models.ops.stu import EXACT, stu
 
 FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
 INITS = ("zeros", "truncated_normal")
@@ -41,7 +42,8 @@ class STU(nnx.Module):
         init_m_u: zeros (the paper) | truncated_normal (its code: scale D^(-1/2), cut at 2). All other matrices start at 0.
         bidirectional: a second unit with matrices of its own reads the sequence from its end; the outputs are added.
     Raises:
-        ValueError: K > L, a size below 1, or an option that is unknown or does not fit; the message names the config key.
+        ValueError: K, k_u or k_y reaches beyond L, a size below 1, or an option that is unknown or does not fit; the message
+            names the config key.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class STU(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if k_u < 1 or (k_y is not None and k_y < 1):
-            raise ValueError(
-                f"model.k_u={k_u} and model.k_y={k_y} count matrices: at least 1 (model.k_y=null for equation (4))"
-            )
-        if init_m_u not in INITS:
-            raise ValueError(f"model.init_m_u={init_m_u} is unknown; choose one of {', '.join(INITS)}")
+            taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
+            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
+        check_option("model.init_m_u", init_m_u, INITS)
+        if k_u > seq_len or (k_y is not None and k_y >= seq_len):
+            taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
+            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
         self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
         self.causal = not bidirectional
         self.sigma, self.phi = fixed_filters(filters, seq_len, num_filters, negative_filters)
@@ -95,6 +98,7 @@ class STU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B L D"]:
+        x = jnp.where(mask[..., None], x, 0)  # rounding in the transforms is not causal: padding would be seen in it
         m_minus = None if self.m_minus is None else self.m_minus[...]
         m_y = "lag2" if self.m_y is None else self.m_y[...]
         y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
@@ -126,7 +130,7 @@ class STU(nnx.Module):
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
         m_u = self.m_u[...].astype(dtype)
-        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u)
+        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=EXACT)
         # y_t sees U_{t-2}, so the features are fed two steps late.
         new["plus"] = next_features(state["plus"], recent[:, 2], *bank)
         y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
@@ -136,7 +140,7 @@ class STU(nnx.Module):
         if self.m_y is None:
             y = y + state["outputs"][:, 1]
         else:
-            y = y + jnp.einsum("bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype))
+            y = y + jnp.einsum("bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=EXACT)
         new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
         return new, y.astype(u_t.dtype)
 
@@ -147,8 +151,7 @@ def fixed_filters(filters: str, seq_len: int, num_filters: int, negative_filters
     Raises:
         ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the message names the config key.
     """
-    if filters not in FILTERS:
-        raise ValueError(f"model.filters={filters} is unknown; choose one of {', '.join(FILTERS)}")
+    check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
         raise ValueError("model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false")
     sigma, phi = FILTERS[filters](seq_len, num_filters)
@@ -161,7 +164,7 @@ def weighted(
     """sum_k sigma_k^(1/4) h_k m_k over the first K states, or all where there are fewer."""
     num = min(h.shape[1], sigma.shape[0])
     scale = sigma[:num].astype(h.dtype) ** 0.25
-    return jnp.einsum("bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype))
+    return jnp.einsum("bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=EXACT)
 
 
 def from_the_end(
@@ -173,9 +176,3 @@ def from_the_end(
     """
     backwards = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
     return jnp.flip(mixer(backwards, jnp.flip(mask, 1)), 1)
-
-
-def refuse_to_stream(causal: bool) -> None:
-    """A ValueError unless `causal`."""
-    if not causal:
-        raise ValueError("model.bidirectional=true reads the sequence from its end too and cannot run step by step")

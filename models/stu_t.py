@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import refuse_to_stream
 from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
-from models.stu import State, fixed_filters, from_the_end, refuse_to_stream
+from models.stu import State, fixed_filters, from_the_end
 
 
 class TensorizedSTU(nnx.Module):
@@ -72,6 +73,7 @@ class TensorizedSTU(nnx.Module):
             raise ValueError(
                 f"the filters have length {self.seq_len} and the input {length}; set task.seq_len to {length} or more"
             )
+        x = jnp.where(mask[..., None], x, 0)  # rounding in the transforms is not causal: padding would be seen in it
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
         if self.negative_filters:
             # phi(i) + (-1)^i phi(i)

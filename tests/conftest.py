@@ -26,6 +26,21 @@ TINY = [
 ]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Soak tests take minutes, only `pytest -m soak` runs them; those marked gpu, `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import jax
+
+        if jax.default_backend() == "cpu":
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator; JAX_PLATFORMS=cuda,cpu pytest -m gpu"))
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")

@@ -1,12 +1,14 @@
 """`lra bench`: what was not measured says why, and the record carries its origin."""
 
 import json
+import time
 
 import pytest
 
 from lra import bench
 from lra.bench import Measurement
 from lra.cli import main
+from models import benchmarks
 
 
 @pytest.fixture
@@ -43,3 +45,21 @@ def test_data_suite_measures_what_is_there(publishers, monkeypatch):
     assert missing == {what for what in found if what.startswith(("Text", "Image"))}
     assert all("examples in" in found[what]["note"] for what in missing)
     assert all(m["value"] > 0 for what, m in found.items() if what not in missing)
+
+
+def test_ops_suite_measures_time_and_memory_of_both_sides(monkeypatch, tmp_path):
+    small = [
+        benchmarks.recurrence_case(2, 8, 3, faster=">= 2 x"),
+        benchmarks.path_x_case(batch=1, length=32, width=4, depth=1),
+        benchmarks.HostCase("a sleep", lambda: time.sleep(0.02), "< 1 s"),
+    ]
+    monkeypatch.setattr(benchmarks, "cases", lambda platform: iter(small))
+    result = bench.run("ops", tmp_path)
+    measured = {m["what"]: m for m in result["measurements"]}
+    assert len(measured) == 5
+    assert all(m["value"] > 0 for m in measured.values())
+    assert measured["a sleep"]["value"] >= 0.02
+    assert measured["complex recurrence, B=2 L=8 N=3: faster"]["goal"] == ">= 2 x"
+    (whole,) = (m for m in measured.values() if m["unit"] == "GB")
+    assert 32 * 4 * 4 < whole["value"] * 1e9 < 1e9
+    assert result["machine"]["device"] in bench.render(result)

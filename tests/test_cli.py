@@ -27,7 +27,9 @@ def args(tmp_path, data_root):
     return options(tmp_path, data_root)
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "table --help", "data prepare --help", "doctor --help"])
+@pytest.mark.parametrize(
+    "command", ["--help", "train --help", "table --help", "data prepare --help", "doctor --help", "models --help"]
+)
 def test_help_answers_without_heavy_imports(command):
     code = (
         "import sys; from lra.cli import main\n"
@@ -121,6 +123,9 @@ def test_full_length_task_trains(protocol, length, lra_command, tmp_path):
         ("model.num_filters=many", 2, "model.num_filters=many must be a whole number"),
         ("model.negative_filters=3", 2, "model.negative_filters=3 must be true or false"),
         ("backbone.dropout=much", 2, "backbone.dropout=much must be a number"),
+        ("model.num_filters=33", 2, "lower model.num_filters or raise task.seq_len"),
+        ("backbone={width: 9, positions: sinusoidal}", 2, "needs an even backbone.width, found 9"),
+        ("model.budget=params:many", 2, "model.budget=params:many: unknown model=many"),
         ("task.source=release", 3, "listops-1000"),
         ("--task=image", 2, "--task=image: config keys have no dashes; write task=VALUE"),
     ],
@@ -197,6 +202,17 @@ def test_listings_name_what_conf_holds(lra_command):
         assert list(names) == config.options(group)
         assert all(sentence.endswith(".") for sentence in sentences)  # whole, not cut at the end of a line
     assert "2312.06837" in sentences[names.index("stu")]
+
+
+def test_models_of_a_task_are_listed_with_their_costs(lra_command):
+    done = lra_command("models", "task=listops_short", "model=stu,lru", "backbone.width=16", "--format", "markdown")
+    assert done.returncode == 0, done.stderr
+    assert "listops_short, protocol strict; FLOPs: one example, forward" in done.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines() if re.match(r"\| (stu|lru)", line)] == ["stu", "lru"]
+    for words, message in ((["listops"], "listops: expected KEY=VALUE"), (["task=listop"], "unknown task=listop")):
+        done = lra_command("models", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"lra: error: {message}")
 
 
 def test_doctor_reports_versions_devices_data_and_tracking(lra_command, tmp_path):

@@ -81,8 +81,28 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
         (["model=lru", "model.max_phase=-1"], "model.max_phase=-1 must be an angle above 0"),
         (["model=transformer", "model.num_heads=0"], "model.num_heads=0 must be at least 1"),
         (["model=transformer", "model.num_heads=-1"], "model.num_heads=-1 must be at least 1"),
-        (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional, gamma_norm,"),
-        (["experiment=listops/lru", "model.num_filters=16"], "model=lru has no num_filters; it has: bidirectional"),
+        (
+            ["model=transformer", "backbone.width=18", "model.num_heads=6"],
+            "model.positions=rotary needs an even head width",
+        ),
+        (
+            ["model=transformer", "backbone.width=9", "model.num_heads=3", "model.positions=sinusoidal"],
+            "backbone.positions=sinusoidal needs an even backbone.width, found 9",
+        ),
+        (["model=transformer", "model.max_len=20"], "task.seq_len=32 is longer than model.max_len=20"),
+        (["model=stu", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),  # K > L
+        (["model=stu_t", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),
+        (["model=ar_stu", "model.k_y=32"], "model.k_u=3 and model.k_y=32 reach further back than task.seq_len=32"),
+        (["model=stu", "model.k_u=33"], "model.k_u=33 and model.k_y=null reach further back"),
+        (["model=lru", "backbone.positions=rotary"], "backbone.positions=rotary does not go with this mixer"),
+        (["model=transformer", "backbone.positions=learned"], "backbone.positions=learned does not go with this mixer"),
+        (["model=transformer", "model.positions=rotari"], "model.positions=rotari is unknown"),
+        (["model=lru", "model.dtype=bfloat16"], "unknown key model.dtype"),  # complex states are always complex64
+        (["model=lru", "model.num_filters=16"], "model=lru has no num_filters; it has: activation, bidirectional,"),
+        (
+            ["experiment=listops/lru", "model.num_filters=16"],
+            "model=lru has no num_filters; it has: activation, bidirectional",
+        ),
         (
             ["model.state_size=16"],
             "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "

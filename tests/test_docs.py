@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,10 +116,28 @@ def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch)
     assert names["train"][0]["inputs"].shape == (32,)
 
 
-def test_benchmark_table_is_that_of_the_record():
-    """Rounded as `lra bench data` prints it."""
-    result = json.loads((ROOT / "results" / "bench_data_cpu.json").read_text())
-    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / "data.md").read_text()
+@pytest.mark.parametrize(("suite", "page"), [("data", "data.md"), ("ops", "speed.md")])
+def test_benchmark_table_is_that_of_the_record(suite, page):
+    """Rounded as `lra bench` prints it."""
+    result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
+    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
+
+
+@pytest.mark.slow
+def test_model_of_the_walk_through_meets_the_contract(tmp_path):
+    """In a copy of the checkout, with the page's own command."""
+    for folder in ("conf", "lra", "models", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (code,), (yaml,) = blocks("docs/add_a_model.md", "python"), blocks("docs/add_a_model.md", "yaml")
+    (tmp_path / "models" / "ema.py").write_text(code)
+    (tmp_path / "conf" / "model" / "ema.yaml").write_text(yaml)
+    (command,) = (line for line in "\n".join(blocks("docs/add_a_model.md", "bash")).splitlines() if "pytest" in line)
+    words = [sys.executable, *command.split()[1:], "-q", "-n", "0"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 15
 
 
 @pytest.mark.parametrize(

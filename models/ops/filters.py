@@ -47,6 +47,14 @@ def spectral_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, 
     return _filters("hankel", seq_len, num_filters)
 
 
+def uncached_spectral_filters(
+    seq_len: int, num_filters: int
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+    """`spectral_filters`, computed whatever is kept."""
+    _check_sizes(seq_len, num_filters)
+    return _hankel_filters(seq_len, num_filters)
+
+
 def alternative_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
     """The same for the matrix of appendix D, whose filters serve eigenvalues in [-1, 1] without a second,
     sign-alternated set.
@@ -127,12 +135,12 @@ def _alternative_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np
 
 def _check_sizes(seq_len: int, num_filters: int) -> None:
     if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} is not positive; set task.seq_len")
+        raise ValueError(f"task.seq_len={seq_len} is not positive")
     if num_filters < 1:
-        raise ValueError(f"num_filters={num_filters} is not positive; set model.num_filters")
+        raise ValueError(f"model.num_filters={num_filters} is not positive")
     if num_filters > seq_len:
         raise ValueError(
-            f"num_filters={num_filters} exceeds seq_len={seq_len}, which has only {seq_len} filters; "
+            f"model.num_filters={num_filters} exceeds task.seq_len={seq_len}, which has only {seq_len} filters; "
             "lower model.num_filters or raise task.seq_len"
         )
 

@@ -15,37 +15,28 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.blocks import cut, joined
+
 CHUNK = 128  # C: about where the weights inside a chunk, L C, cost what the states do, L M W / C
 # Added to the sum of the weights, for a sequence without a key. The published codes add 1e-6, which is a fifth of the
 # smallest sum that ReLU features of width 4 have.
 EPSILON = 1e-12
+# Numbers in the features of one block where all positions are read: what a CPU's caches hold, and enough to fill an accelerator.
+_CPU_FEATURES, _ACCELERATOR_FEATURES = 2**20, 2**26
 
 
-def linear_attention(
-    q: Float[Array, "B L H M"],
-    k: Float[Array, "B L H M"],
-    v: Float[Array, "B L H W"],
-    total: Float[Array, "B L H"],
-    causal: bool,
-) -> Float[Array, "B L H W"]:
-    """Values averaged with the weights q_t . k_s, over all s or over s <= t.
+def block_rows(length: int, features_a_row: int) -> int:
+    """Positions whose features are held at once, a power of two, where one has `features_a_row` numbers in all."""
+    wanted = _CPU_FEATURES if jax.default_backend() == "cpu" else _ACCELERATOR_FEATURES
+    return min(length, 1 << max(wanted // features_a_row, 16).bit_length() - 1)
 
-    Args:
-        q, k: features; those of keys that must not be seen are 0.
-        total: the sums of the weights, see `weight_totals`. They are an argument because rotary positions turn the
-            features in the numerator alone (Su et al. 2021, equation 19).
+
+def weight_totals(q: Float[Array, "B L H M"], k: Float[Array, "B L H M"]) -> Float[Array, "B L H"]:
+    """sum_{s <= t} q_t . k_s, by which the sums of the values are divided.
+
+    Apart from those, because rotary positions turn the features in the numerator alone (Su et al. 2021, equation 19).
     """
-    weight = 1 / (total + EPSILON)[..., None]
-    if causal:
-        return causal_sums(q, k, v) * weight
-    return jnp.einsum("blhm,bhmw->blhw", q, jnp.einsum("blhm,blhw->bhmw", k, v)) * weight
-
-
-def weight_totals(q: Float[Array, "B L H M"], k: Float[Array, "B L H M"], causal: bool) -> Float[Array, "B L H"]:
-    """sum_s q_t . k_s over all s or over s <= t."""
-    if causal:
-        return jnp.einsum("blhm,blhm->blh", q, jnp.cumsum(k, axis=1))
-    return jnp.einsum("blhm,bhm->blh", q, k.sum(axis=1))
+    return jnp.einsum("blhm,blhm->blh", q, jnp.cumsum(k, axis=1))
 
 
 @jax.custom_vjp
@@ -73,12 +64,10 @@ def _sums(q: Array, k: Array, v: Array, reverse: bool) -> Array:
     """sum_s (q_t . k_s) v_s over s <= t, or over s >= t with `reverse`."""
     batch, length, heads, _ = q.shape
     chunk = min(CHUNK, length)
-    chunks = -(-length // chunk)
 
-    def cut(x: Array) -> Array:
+    def chunks(x: Array) -> Array:
         """(B, L, H, M) to (chunks, B, H, chunk, M); what is added at the end is zero."""
-        padded = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
-        return jnp.transpose(padded.reshape(batch, chunks, chunk, heads, -1), (1, 0, 3, 2, 4))
+        return jnp.transpose(cut(x, chunk), (1, 0, 3, 2, 4))
 
     seen = np.tri(chunk, dtype=bool)
     seen = (seen.T if reverse else seen)[None, None]
@@ -89,5 +78,5 @@ def _sums(q: Array, k: Array, v: Array, reverse: bool) -> Array:
         return state + jnp.swapaxes(k, 2, 3) @ v, near + q @ state
 
     state = jnp.zeros((batch, heads, q.shape[3], v.shape[3]), q.dtype)
-    _, y = lax.scan(step, state, (cut(q), cut(k), cut(v)), reverse=reverse)
-    return jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(batch, chunks * chunk, heads, -1)[:, :length]
+    _, y = lax.scan(step, state, (chunks(q), chunks(k), chunks(v)), reverse=reverse)
+    return joined(jnp.transpose(y, (1, 0, 3, 2, 4)), length)

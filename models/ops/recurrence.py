@@ -4,8 +4,8 @@ Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequence
 Reference code read: NicolasZucchet/minimal-LRU, whose values the tests hold ours to.
 
 Deviation: the reference runs an associative scan over pairs (lam^n, state) for every sequence of the batch and lets
-autodiff store its levels. Here the powers of lam are shared by the batch, the CPU simply takes the steps in order, and
-the backward pass is the same recurrence in the other direction, from the states alone.
+autodiff store its levels. Here the CPU simply takes the steps in order, an accelerator runs blocks of them side by side,
+and the backward pass is the same recurrence in the other direction, from the states alone.
 """
 
 from functools import partial
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
+
+_BLOCK = 8  # longer ones make XLA compute a state again for each later one instead of keeping it
 
 
 def linear_recurrence(
@@ -46,8 +48,8 @@ def linear_recurrence(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _states(lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool) -> Inexact[Array, "B L N"]:
-    steps, levels = partial(states_by_steps, reverse=reverse), partial(states_by_levels, reverse=reverse)
-    return lax.platform_dependent(lam, bu, cpu=steps, default=levels)
+    steps, blocks = partial(states_by_steps, reverse=reverse), partial(states_by_blocks, reverse=reverse)
+    return lax.platform_dependent(lam, bu, cpu=steps, default=blocks)
 
 
 def _states_forward(lam, bu, reverse):
@@ -89,13 +91,32 @@ def states_by_steps(
     return lax.fori_loop(0, length, step, (jnp.zeros_like(bu[:, :1]), jnp.zeros_like(bu)))[1]
 
 
-def states_by_levels(
+def states_by_blocks(
     lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool = False
 ) -> Inexact[Array, "B L N"]:
-    """`linear_recurrence` in O(log L) dependent steps, for an accelerator; the batch shares the powers of lam."""
-    powers = jnp.broadcast_to(lam[None, None], (1, *bu.shape[1:]))
+    """`linear_recurrence` in O(log L) dependent steps, for an accelerator: blocks of 8 steps run side by side from a zero
+    state, their last states by the same recurrence over blocks, and what a block starts from is added at the end.
 
-    def combine(first, second):
-        return first[0] * second[0], second[0] * first[1] + second[1]
+    Powers of lam come by repeated multiplication, so that at L = 16,384 and |lam| = 0.9999 complex64 states are off by 1e-4 of
+    the largest, as with `lax.associative_scan`, where the steps in order are off by 3e-6.
 
-    return lax.associative_scan(combine, (powers, bu), reverse=reverse, axis=1)[1]
+    XLA makes one kernel of a block's steps, which touches the states about 5 times where `lax.associative_scan` does 16 times
+    (bytes accessed, by XLA's own count, at L = 2048).
+    """
+    batch, length, states = bu.shape
+    blocks = -(-length // _BLOCK)
+    padding = blocks * _BLOCK - length
+    filled, later = ((padding, 0), (0, 1)) if reverse else ((0, padding), (1, 0))
+    x = jnp.pad(bu, ((0, 0), filled, (0, 0))).reshape(batch, blocks, _BLOCK, states)
+    times = range(_BLOCK - 1, -1, -1) if reverse else range(_BLOCK)
+    h, state = {}, jnp.zeros_like(x[:, :, 0])
+    for t in times:
+        h[t] = state = lam[None, None] * state + x[:, :, t]
+    if blocks > 1:
+        ends = state[:, 1:] if reverse else state[:, :-1]
+        start = jnp.pad(states_by_blocks(lam**_BLOCK, ends, reverse), ((0, 0), later, (0, 0)))
+        for t in times:
+            start = lam[None, None] * start
+            h[t] = h[t] + start
+    y = jnp.stack([h[t] for t in range(_BLOCK)], axis=2).reshape(batch, blocks * _BLOCK, states)
+    return y[:, padding:] if reverse else y[:, :length]

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from models.ops.blocks import cut, joined
+
 # Numbers in the states of one chunk. On a CPU 4 MB in float32 take half the time of 16 MB, which leave its caches; an accelerator
 # wants few chunks, since they follow one another, and has room for 64 MB.
 _CPU_STATES, _ACCELERATOR_STATES = 2**20, 2**24
@@ -39,11 +41,9 @@ def selective_scan(
     """
     batch, length, channels = u.shape
     size = chunk_length(length, batch * channels * a.shape[1])
-    chunks = -(-length // size)
 
-    def cut(x):  # (B, L, .) -> (chunks, size, B, .); zeros at the end leave the state as it is
-        x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
-        return jnp.moveaxis(x, 1, 0).reshape(chunks, size, batch, x.shape[2])
+    def chunks(x):  # (B, L, .) -> (chunks, size, B, .); zeros at the end leave the state as it is
+        return jnp.transpose(cut(x, size), (1, 2, 0, 3))
 
     @jax.checkpoint
     def one_chunk(state, inputs):
@@ -55,8 +55,8 @@ def selective_scan(
         return states[-1], jnp.einsum("tben,tbn->tbe", states, c)
 
     start = jnp.zeros((batch, channels, a.shape[1]), u.dtype)
-    _, y = lax.scan(one_chunk, start, (cut(u), cut(delta), cut(b), cut(c)))
-    return jnp.moveaxis(y.reshape(chunks * size, batch, channels), 0, 1)[:, :length]
+    _, y = lax.scan(one_chunk, start, (chunks(u), chunks(delta), chunks(b), chunks(c)))
+    return joined(jnp.transpose(y, (2, 0, 1, 3)), length)
 
 
 def selective_step(

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from models.checks import check_option
+
 DISCRETIZATIONS = ("zoh", "bilinear")
 
 
@@ -45,8 +47,7 @@ def discretize(
     Raises:
         ValueError: `rule` is neither.
     """
-    if rule not in DISCRETIZATIONS:
-        raise ValueError(f"model.discretization={rule} is unknown; choose one of {', '.join(DISCRETIZATIONS)}")
+    check_option("model.discretization", rule, DISCRETIZATIONS)
     z = lam * step
     if rule == "zoh":
         return z, jnp.expm1(z) / lam  # expm1, since slow states have exp(z) within 1e-3 of 1
@@ -78,8 +79,7 @@ def vandermonde_kernel(
 
     Source: S4D, section 3.2 (the Vandermonde product).
     """
-    inner_size = math.isqrt(length - 1) + 1
-    outer_size = -(-length // inner_size)
+    inner_size, outer_size = split_powers(length)
     inner_re, inner_im = _powers(log_lam_bar, 1, inner_size)  # (D, N, T)
     outer_re, outer_im = _powers(log_lam_bar, inner_size, outer_size)  # (D, N, Q)
     w_re, w_im = weights.real[..., None], weights.imag[..., None]
@@ -90,6 +90,12 @@ def vandermonde_kernel(
 
     kernel = 2 * (product(left_re, inner_re) - product(left_im, inner_im))
     return kernel.reshape(*weights.shape[:2], -1)[..., :length]
+
+
+def split_powers(length: int) -> tuple[int, int]:
+    """T and Q, about sqrt(L), such that q T + r with r < T and q < Q reaches every l < L."""
+    size = math.isqrt(length - 1) + 1
+    return size, -(-length // size)
 
 
 def _powers(log_lam_bar: Complex[Array, "D N"], stride: int, count: int) -> tuple[Array, Array]:

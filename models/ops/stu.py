@@ -8,8 +8,9 @@ ours to.
 Everything but the feedback from y is one causal convolution with matrix-valued taps, sum_j basis_j(i) m_j: the basis
 holds the filters, their sign-alternated twins and one unit impulse for each m_u. Convolving with every basis element
 before multiplying by its matrix, as published, holds (B, L, K, D). Here the order is swapped: at each frequency first G
-= sum_j basis_j m_j, then Y = U G. On a CPU this wins at every batch size, B = 1 included, so it is the only order.
-Complex products are written as real ones, which matrix units take and which XLA:CPU multiplies several times faster.
+= sum_j basis_j m_j, then Y = U G. Only a batch of one or two wide sequences is cheaper in the published order, which is
+taken there, one basis element at a time. Complex products are written as real ones, which matrix units take and which
+XLA:CPU multiplies several times faster.
 
 Where the paper's text is open: its feature sum runs over i = 0..t-1 with u_1 the first input and phi_k a vector of
 length L whose first entry is not named. We read phi_k(i) as entry i counted from 0, so that U_t sees u_t, and y_t sees
@@ -18,6 +19,7 @@ nothing later than u_{t-2} through the filters. So does the published code. Devi
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +30,9 @@ from jaxtyping import Array, Float
 
 from models.ops.by_example import by_example
 from models.ops.fft_convolution import smooth_size
+
+EXACT = lax.Precision.HIGHEST  # of products that go from step to step: tf32's 10 bits would add up over L of them
+_FEWEST_FREQUENCIES = 32  # in a block: each reads all of m, which outweighs the products where they are fewer
 
 
 def stu(
@@ -44,7 +49,8 @@ def stu(
     Vectors are rows and multiply matrices from the left. With times counted from 0, U+_{t,k} = sum_{i=0..t} u_{t-i}
     phi[i, k]; U- has the extra factor (-1)^i. Whatever lies before time 0 is zero. Gradients of everything are exact;
     forward mode (`jax.jvp`) is not supported. Rounding errors of y_t are relative to the whole input, not to the inputs
-    before t.
+    before t, since the transforms mix all times: about 1e-6 of the largest output in float32, 2e-4 where products are
+    rounded to tf32, 1e-2 where to bfloat16. So inputs after the end of a sequence should be zero.
 
     Args:
         phi: filters as columns, in any order and of any sign; rows beyond L are not used.
@@ -53,7 +59,7 @@ def stu(
         m_y: None is no feedback; "lag2" adds y_{t-2}, equation (4); an array adds sum_j y_{t-1-j} m_y[j], equations (5)
             and (6).
     Returns:
-        y in the dtype of u; below float32, everything in between is float32.
+        y in the dtype of u. From bfloat16 inputs the products take bfloat16 and sum in float32; all else is float32.
     Raises:
         ValueError: if `phi` is shorter than u, or `m_y` is an unknown word.
     Source: Agarwal et al. 2023, equations (4) to (6).
@@ -69,7 +75,9 @@ def stu(
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
     basis = _basis(jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype), length, m_u.shape[0], m_minus is not None)
     matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
-    y = by_example(causal_convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
+    products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
+    convolution = partial(causal_convolution, products=products)
+    y = by_example(convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
     if isinstance(m_y, str):
         y = lag_two_sum(y)
     elif m_y is not None:
@@ -88,34 +96,99 @@ def _basis(phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
     return jnp.concatenate([delayed, jnp.eye(length, num_taps, dtype=phi.dtype)], axis=1)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_convolution(
-    u: Float[Array, "B L D_in"], basis: Float[Array, "L J"], m: Float[Array, "J D_in D_out"]
+    u: Float[Array, "B L D_in"], basis: Float[Array, "L J"], m: Float[Array, "J D_in D_out"], products: Any = None
 ) -> Float[Array, "B L D_out"]:
     """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j], exactly: the transforms are long enough that nothing wraps
     around.
 
     The backward pass remembers u, basis and m alone and makes their transforms and G again. All arguments share one
-    dtype, float32 or float64.
+    dtype, float32 or float64; `products` is the dtype that factors of matrix products are rounded to, None for theirs.
     """
+    order = _each_basis_element if basis_first(*u.shape[:2], *m.shape[::2]) else _each_frequency
+    return order(u, basis, m, products)
+
+
+def _convolution_forward(u: Array, basis: Array, m: Array, products: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+    return causal_convolution(u, basis, m, products), (u, basis, m)
+
+
+def _convolution_backward(products: Any, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+    u, basis, m = saved
+    order = _each_basis_element_backward if basis_first(*u.shape[:2], *m.shape[::2]) else _each_frequency_backward
+    return order(u, basis, m, dy, products)
+
+
+causal_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def basis_first(batch: int, length: int, num: int, d_out: int) -> bool:
+    """Whether convolving with each basis element before its matrix is cheaper than one matrix for each frequency.
+
+    Operations per input channel and time step; one of a transform takes as long as five of a product, on a CPU (measured
+    at B = 1 and 2, D = 128 to 512).
+    """
+    transform = 5 * 5 * math.log2(2 * length)
+    return batch * num * (2 * d_out + transform) < (8 * batch + 4 * num) * d_out
+
+
+def _multiply(spec: str, left: Array, right: Array, products: Any) -> Array:
+    """An einsum whose factors are rounded to `products` and whose sums are not."""
+    if products is None or products == left.dtype:
+        return jnp.einsum(spec, left, right)
+    return jnp.einsum(spec, left.astype(products), right.astype(products), preferred_element_type=left.dtype)
+
+
+def _each_basis_element(u: Array, basis: Array, m: Array, products: Any) -> Array:
+    """The published order, with the features of one basis element at a time."""
+    length = u.shape[1]
+    size = smooth_size(2 * length - 1)
+    u_hat = _spectrum(u, size)
+
+    def add(y: Array, element: tuple[Array, Array]) -> tuple[Array, None]:
+        filter_hat, matrix = element
+        features = jnp.fft.irfft(u_hat * filter_hat, size)[..., :length]
+        return y + _multiply("bdl,do->blo", features, matrix, products), None
+
+    basis_hat = _spectrum(basis[None], size)[0]
+    return lax.scan(add, jnp.zeros((*u.shape[:2], m.shape[2]), u.dtype), (basis_hat, m))[0]
+
+
+def _each_basis_element_backward(
+    u: Array, basis: Array, m: Array, dy: Array, products: Any
+) -> tuple[Array, Array, Array]:
+    length = u.shape[1]
+    size = smooth_size(2 * length - 1)
+    u_hat = _spectrum(u, size)
+
+    def add(du_hat: Array, element: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        filter_hat, matrix = element
+        features = jnp.fft.irfft(u_hat * filter_hat, size)[..., :length]
+        dm = _multiply("bdl,blo->do", features, dy, products)
+        dfeatures_hat = jnp.fft.rfft(_multiply("blo,do->bdl", dy, matrix, products), size)
+        dfilter = jnp.fft.irfft(jnp.sum(dfeatures_hat * u_hat.conj(), axis=(0, 1)), size)[:length]
+        return du_hat + dfeatures_hat * filter_hat.conj(), (dfilter, dm)
+
+    du_hat, (dbasis, dm) = lax.scan(add, jnp.zeros_like(u_hat), (_spectrum(basis[None], size)[0], m))
+    return _signal(du_hat, size, length), dbasis.T, dm
+
+
+def _each_frequency(u: Array, basis: Array, m: Array, products: Any) -> Array:
+    """One matrix G for each frequency, so many of them at a time as fit into the cache."""
     length = u.shape[1]
     size = smooth_size(2 * length - 1)
 
     def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
         u_part, basis_part = (_read(x, at, width) for x in spectra)
-        return [_write(outputs[0], _product(u_part, basis_part, m), at)]
+        return [_write(outputs[0], _product(u_part, basis_part, m, products), at)]
 
     spectra = [_spectrum(u, size), _spectrum(basis[None], size)]
     outputs = [jnp.zeros((u.shape[0], m.shape[2], size // 2 + 1), spectra[0].dtype)]
     return _signal(_over_blocks(block, spectra, outputs, m)[0], size, length)
 
 
-def _convolution_forward(u: Array, basis: Array, m: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return causal_convolution(u, basis, m), (u, basis, m)
-
-
-def _convolution_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
-    u, basis, m = saved
+def _each_frequency_backward(u: Array, basis: Array, m: Array, dy: Array, products: Any) -> tuple[Array, Array, Array]:
     length = u.shape[1]
     size = smooth_size(2 * length - 1)
     m_transposed = jnp.swapaxes(m, 1, 2)
@@ -124,13 +197,13 @@ def _convolution_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple
     def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
         u_part, dy_part, basis_part = (_read(x, at, width) for x in spectra)
         du, dbasis, dm = outputs
-        du_part = _product(dy_part, basis_part * conjugate, m_transposed)  # dY G^H: a correlation
-        dg = _outer_product(u_part, dy_part)  # (f, 2, D_in, D_out)
-        dbasis_part = jnp.einsum("frdo,jdo->frj", dg, m)[:, :, None]
+        du_part = _product(dy_part, basis_part * conjugate, m_transposed, products)  # dY G^H: a correlation
+        dg = _outer_product(u_part, dy_part, products)  # (f, 2, D_in, D_out)
+        dbasis_part = _multiply("frdo,jdo->frj", dg, m, products)[:, :, None]
         # All frequencies but the first and the last stand for their conjugates too.
         index = at + jnp.arange(width)
         weight = jnp.where((index == 0) | (index == size // 2), 1, 2).astype(m.dtype) / size
-        dm = dm + jnp.einsum("frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg)
+        dm = dm + _multiply("frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg, products)
         return [_write(du, du_part, at), _write(dbasis, dbasis_part, at), dm]
 
     spectra = [_spectrum(u, size), _spectrum(dy, size), _spectrum(basis[None], size)]
@@ -139,14 +212,12 @@ def _convolution_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple
     return _signal(du, size, length), _signal(dbasis, size, length)[0], dm
 
 
-causal_convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
 def _over_blocks(
     block: Callable[..., list[Array]], spectra: list[Array], outputs: list[Array], m: Array
 ) -> list[Array]:
-    """Runs `block` over all frequencies, so many at a time that their matrices G fit into `_block_bytes`."""
-    width = max(1, _block_bytes() // (2 * m.shape[1] * m.shape[2] * m.dtype.itemsize))
+    """Runs `block` over all frequencies, so many at a time that their matrices G fit into `_block_bytes` where they can."""
+    fitting = _block_bytes() // (2 * m.shape[1] * m.shape[2] * m.dtype.itemsize)
+    width = max(fitting, _FEWEST_FREQUENCIES)
     whole, rest = divmod(spectra[0].shape[2], width)
     if whole:
         outputs = lax.fori_loop(0, whole, lambda i, out: block(spectra, out, i * width, width), outputs)
@@ -158,23 +229,28 @@ def _block_bytes() -> int:
     return 2**21 if jax.default_backend() == "cpu" else 2**28
 
 
-def _product(u: Array, basis: Array, m: Array) -> Array:
+def _product(u: Array, basis: Array, m: Array, products: Any) -> Array:
     """Y = U G of some frequencies: (f, 2, B, D_in) and (f, 2, 1, J) to (f, 2, B, D_out)."""
     width, _, batch, d_in = u.shape
     rows, matrix = u.reshape(width, 2 * batch, d_in), m.reshape(m.shape[0], -1)
     by_real, by_imag = (
-        jnp.matmul(rows, (basis[:, part, 0] @ matrix).reshape(width, d_in, -1)).reshape(width, 2, batch, -1)
+        _multiply(
+            "fbd,fdo->fbo",
+            rows,
+            _multiply("fj,jx->fx", basis[:, part, 0], matrix, products).reshape(width, d_in, -1),
+            products,
+        ).reshape(width, 2, batch, -1)
         for part in range(2)
     )
     return jnp.stack([by_real[:, 0] - by_imag[:, 1], by_real[:, 1] + by_imag[:, 0]], axis=1)
 
 
-def _outer_product(u: Array, dy: Array) -> Array:
+def _outer_product(u: Array, dy: Array, products: Any) -> Array:
     """U^H dY of some frequencies, the gradient of G: (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out)."""
     width, _, batch, d_in = u.shape
     rows = u.reshape(width, 2 * batch, d_in)
     turned = jnp.stack([dy[:, 1], -dy[:, 0]], axis=1)
-    parts = [jnp.einsum("fbd,fbo->fdo", rows, x.reshape(width, 2 * batch, -1)) for x in (dy, turned)]
+    parts = [_multiply("fbd,fbo->fdo", rows, x.reshape(width, 2 * batch, -1), products) for x in (dy, turned)]
     return jnp.stack(parts, axis=1)
 
 
@@ -208,7 +284,7 @@ def lag_two_sum(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
 
 @jax.custom_vjp
 def feedback(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
-    """y_t = x_t + sum_j y_{t-1-j} m_y[j]: step by step on a CPU, in about 2 sqrt(L) dependent steps elsewhere."""
+    """y_t = x_t + sum_j y_{t-1-j} m_y[j]: step by step on a CPU, in about sqrt(L) dependent steps elsewhere."""
     reached = m_y[: x.shape[1] - 1]  # what lies further back than the first input is zero
     if reached.shape[0] == 0:
         return x
@@ -245,7 +321,7 @@ def feedback_by_steps(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) ->
     # Not `lax.scan`, which would turn x and y around to have time in front.
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         past, y = carry  # past: (B, k_y D), the latest output first
-        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + past @ stacked
+        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + jnp.matmul(past, stacked, precision=EXACT)
         past = jnp.concatenate([y_t, past[:, : (taps - 1) * width]], axis=1)
         return past, lax.dynamic_update_index_in_dim(y, y_t, t, axis=1)
 
@@ -253,35 +329,58 @@ def feedback_by_steps(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) ->
 
 
 def feedback_by_chunks(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
-    """`feedback` with chunks that run side by side from a zero past; what their true pasts add follows by one product.
+    """`feedback` in chunks whose pasts are zero at first: pairs of chunks become chunks twice as long, side by side, until
+    there are about sqrt(L) of them; what their true pasts add then follows from one chunk to the next.
 
-    The response W to a past comes from the impulse response h, which runs along as one more chunk for each of the D
-    inputs. Output j + 1 steps before the chunk enters it through tap j at time 0, tap j + 1 at time 1, ...: W[j, t] =
-    m_y[j] h_t + W[j + 1, t - 1].
+    A chunk answers to its past through the impulse response h, which runs along as one more chunk for each of the D outputs.
+    This takes 2.5 to 4.5 times the operations of the steps, as matrix products, and k_y T D^2 numbers for the answers.
     """
     batch, length, width = x.shape
     taps = m_y.shape[0]
-    chunk = _chunk_length(length, taps)
+    chunk = _chunk_length(length, taps, width)
     chunks = -(-length // chunk)
-    rows = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(batch * chunks, chunk, width)
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(batch * chunks, chunk, width)
     impulse = jnp.zeros((width, chunk, width), x.dtype).at[:, 0].set(jnp.eye(width, dtype=x.dtype))
-    rows = feedback_by_steps(jnp.concatenate([rows, impulse]), m_y)
-    alone, h = rows[: batch * chunks].reshape(batch, chunks, chunk, width), jnp.swapaxes(rows[batch * chunks :], 0, 1)
-
-    def from_later_tap(later: Array, entered: Array) -> tuple[Array, Array]:
-        response = entered.at[1:].add(later[:-1])
-        return response, response
-
-    _, w = lax.scan(from_later_tap, jnp.zeros_like(h), jnp.einsum("kdo,toe->ktde", m_y, h), reverse=True)
+    rows = jnp.concatenate([x, impulse])
+    size = 1
+    while size < chunk:
+        reach = min(taps, size)
+        w = _responses(m_y, rows[batch * chunks :, :size])[:reach]
+        pairs = rows.reshape(len(rows), -1, 2, size, width)
+        ends = pairs[:, :, 0, size - 1 - np.arange(reach)]  # the latest first, here and below
+        late = pairs[:, :, 1] + jnp.einsum("rckd,kdte->rcte", ends, w, precision=EXACT)
+        rows = jnp.stack([pairs[:, :, 0], late], axis=2).reshape(rows.shape)
+        size *= 2
+    alone, w = rows[: batch * chunks].reshape(batch, chunks, chunk, width), _responses(m_y, rows[batch * chunks :])
 
     latest_first = chunk - 1 - np.arange(taps)
     ends = jnp.swapaxes(alone[:, :, latest_first], 0, 1).reshape(chunks, batch, taps * width)
-    onward = jnp.swapaxes(w[:, latest_first], 1, 2).reshape(taps * width, taps * width)
-    _, pasts = lax.scan(lambda past, end: (end + past @ onward, past), jnp.zeros_like(ends[0]), ends)
-    added = jnp.einsum("cbkd,ktde->bcte", pasts.reshape(chunks, batch, taps, width), w)
+    onward = w[:, :, latest_first].reshape(taps * width, taps * width)
+
+    def pass_on(past: Array, end: Array) -> tuple[Array, Array]:
+        return end + jnp.matmul(past, onward, precision=EXACT), past
+
+    _, pasts = lax.scan(pass_on, jnp.zeros_like(ends[0]), ends)
+    pasts = pasts.reshape(chunks, batch, taps, width)
+    added = jnp.einsum("cbkd,kdte->bcte", pasts, w, precision=EXACT)
     return (alone + added).reshape(batch, chunks * chunk, width)[:, :length]
 
 
-def _chunk_length(length: int, taps: int) -> int:
-    """sqrt(L) steps in each of sqrt(L) chunks; but a chunk holds all taps, and W beyond that at most 2048 matrices."""
-    return max(taps, min(math.isqrt(length - 1) + 1, 2048 // taps))
+def _responses(m_y: Float[Array, "k_y D D"], h: Float[Array, "D T D"]) -> Float[Array, "k_y D T D"]:
+    """W[j, :, t], what an output j + 1 steps before a chunk adds to its output t.
+
+    It enters through tap j at time 0, tap j + 1 at time 1, ...: W[j, t] = sum_i m_y[j + i] h_{t-i}, the sum of the diagonal
+    of products that ends at (j, t), gathered by doubling.
+    """
+    w = jnp.einsum("kde,etf->kdtf", m_y, h, precision=EXACT)
+    step = 1
+    while step < min(w.shape[0], w.shape[2]):
+        w = w.at[:-step, :, step:].add(w[step:, :, :-step])
+        step *= 2
+    return w
+
+
+def _chunk_length(length: int, taps: int, width: int) -> int:
+    """A power of two near sqrt(L); but a chunk holds all taps, and W beyond that at most 2^27 numbers (half a GB)."""
+    wanted = max(taps, min(math.isqrt(length - 1) + 1, 2**27 // (taps * width * width)))
+    return 1 << (wanted - 1).bit_length()

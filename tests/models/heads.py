@@ -20,7 +20,7 @@ def attention_by_loop(w_qkv, w_out, x, num_heads, weigh):
     """y_t = sum_s a_ts v_s / sum_s b_ts with (a, b) = weigh(q_t, k_s, t, s), one head at a time; (L, D) -> (L, D)."""
     q, k, v = np.split(x @ w_qkv, 3, axis=-1)
     y = np.zeros_like(v)
-    head_width = x.shape[1] // num_heads
+    head_width = q.shape[1] // num_heads
     for head in range(num_heads):
         at = slice(head * head_width, (head + 1) * head_width)
         for t in range(len(x)):

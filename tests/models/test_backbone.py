@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.backbone import Backbone, Norm, pool, sinusoids
+from models.backbone import Backbone, Block, Norm, pool, sinusoids
 
 
 class Shift(nnx.Module):
@@ -142,6 +142,41 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     assert np.abs(logits(0) - logits(1)).max() > 1e-4
 
 
+class Ones(Mean):
+    def __call__(self, x, mask, *, train, rngs):
+        return jnp.ones_like(x)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_without_a_glu_the_mixers_output_is_dropped_once(activation):
+    """Half of it stays, and is doubled; twice would keep a quarter."""
+    rest = {"norm_position": "pre", "norm_momentum": 0.9, "activation": activation, "mlp": "none", "mlp_ratio": 1}
+    block = Block(Ones(8, 1000, None), width=8, norm="none", glu="none", **rest, dropout=0.5, rngs=nnx.Rngs(0))
+    x = jnp.zeros((2, 1000, 8))
+    y = block(x, jnp.ones((2, 1000), bool), train=True, rngs=nnx.Rngs(dropout=0))
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert np.mean(y) == pytest.approx(1.0, abs=0.05)
+
+
+def test_embeddings_are_dropped_in_training_alone():
+    model, plain = backbone(embedding_dropout=0.5), backbone()
+    np.testing.assert_array_equal(model(IDS, LENGTHS), plain(IDS, LENGTHS))
+    trained = [model(IDS, LENGTHS, train=True, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(trained[0], trained[1])
+    assert np.abs(trained[0] - trained[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("num_targets", [1, 3])
+def test_the_mlp_head_has_one_hidden_layer_with_relu(num_targets):
+    model = backbone(head="mlp", mlp_ratio=3, num_targets=num_targets)
+    lengths = jnp.full(len(IDS), 9)
+    features = np.asarray(model.features(IDS, lengths, train=False, rngs=None), np.float64)
+    hidden = np.maximum(features @ np.asarray(model.head.hidden.kernel[...]), 0)
+    assert hidden.shape[-1] == 12
+    expected = hidden @ np.asarray(model.head.output.kernel[...])
+    np.testing.assert_allclose(model(IDS, lengths), expected, atol=1e-5)
+
+
 def test_pair_goes_through_one_encoder():
     model = backbone(num_pairs=2)
     pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1)
@@ -187,6 +222,6 @@ def test_values_go_through_a_linear_encoder():
 def test_wrong_length_and_unknown_options_name_their_key():
     with pytest.raises(ValueError, match=r"task\.seq_len=9"):
         backbone()(IDS[:, :5], LENGTHS)
-    for key in ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position"):
+    for key in ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position", "head"):
         with pytest.raises(ValueError, match=rf"backbone\.{key}=wrong is unknown; choose one of"):
             backbone(**{key: "wrong"})

@@ -25,6 +25,7 @@ def phi(x):
 @pytest.fixture(autouse=True)
 def _three_chunks(monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 4)
+    monkeypatch.setattr("models.linear.block_rows", lambda *sizes: 4)
 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])
@@ -74,7 +75,17 @@ def test_it_has_the_parameters_of_softmax_attention():
     def shapes(mixer):
         return jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
 
-    softmax = Attention(8, 11, num_heads=2, positions="none", causal=False, max_len=None, rngs=nnx.Rngs(0))
+    softmax = Attention(
+        8,
+        11,
+        num_heads=2,
+        positions="none",
+        causal=False,
+        max_len=None,
+        qkv_width=None,
+        attention_dropout=0.0,
+        rngs=nnx.Rngs(0),
+    )
     assert shapes(linear()) == shapes(softmax)
 
 

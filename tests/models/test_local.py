@@ -44,7 +44,17 @@ def test_local_attention_equals_a_loop(block_size, neighbours, positions, causal
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_that_see_all_others_are_softmax_attention(causal):
-    softmax = Attention(8, 11, num_heads=2, positions="rotary", causal=causal, max_len=None, rngs=nnx.Rngs(0))
+    softmax = Attention(
+        8,
+        11,
+        num_heads=2,
+        positions="rotary",
+        causal=causal,
+        max_len=None,
+        qkv_width=None,
+        attention_dropout=0.0,
+        rngs=nnx.Rngs(0),
+    )
     blocks = local(neighbours=2, positions="rotary", causal=causal)
     x, mask = jnp.asarray(inputs(), jnp.float32), mask_of((11, 6), 11)
     np.testing.assert_allclose(blocks(x, mask), softmax(x, mask), atol=1e-5)

@@ -21,6 +21,7 @@ def rngs():
 
 def lru(width=3, state_size=4, **options):
     defaults = {"r_min": 0.5, "r_max": 0.9, "max_phase": 6.28, "gamma_norm": True, "bidirectional": False}
+    defaults |= {"parametrization": "stable_exp", "phase": "log", "activation": "none"}
     return LRU(width, 0, state_size=state_size, **defaults | options, rngs=rngs())
 
 
@@ -80,7 +81,14 @@ def test_lru_refuses_a_ring_that_is_none(r_min, r_max):
 
 
 def attention(**options):
-    defaults = {"num_heads": 2, "positions": "none", "causal": False, "max_len": None}
+    defaults = {
+        "num_heads": 2,
+        "positions": "none",
+        "causal": False,
+        "max_len": None,
+        "qkv_width": None,
+        "attention_dropout": 0.0,
+    }
     return Attention(8, 6, **defaults | options, rngs=rngs())
 
 

@@ -33,6 +33,7 @@ def performer(seed=0, **options):
 @pytest.mark.parametrize("kind", KINDS, ids=["softmax", "relu", "like LRA"])
 def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 4)
+    monkeypatch.setattr("models.linear.block_rows", lambda *sizes: 4)
     mixer = performer(**kind, causal=causal, positions=positions)
     w = np.eye(4) if kind == LIKE_LRA else np.asarray(mixer.directions[...], np.float64)
 
@@ -58,7 +59,9 @@ def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
 def test_many_features_are_softmax_attention(causal, positions):
     """With the same projections; the error falls as 1 / sqrt(M), by 8 here, once M tells the kernel's tails."""
     options = {"positions": positions, "causal": causal}
-    softmax = Attention(8, 11, num_heads=2, max_len=None, **options, rngs=nnx.Rngs(0))
+    softmax = Attention(
+        8, 11, num_heads=2, max_len=None, qkv_width=None, attention_dropout=0.0, **options, rngs=nnx.Rngs(0)
+    )
     x, mask = jnp.asarray(0.5 * inputs(), jnp.float32), mask_of((11, 6), 11)
 
     def error(num_features):
@@ -105,6 +108,20 @@ def test_padding_and_the_future_change_nothing(kind, causal):
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 def test_streaming_equals_parallel(kind, positions):
     check_streaming(performer(**kind, causal=True, positions=positions))
+
+
+def test_memory_over_all_positions_does_not_grow_with_the_features():
+    """Forward and backward of 256 features a head; once, all queries' features alone would be 67 MB."""
+    graph, params, rest = nnx.split(
+        Performer(
+            64, 0, num_heads=4, num_features=256, kernel="softmax", positions="none", causal=False, rngs=nnx.Rngs(0)
+        ),
+        nnx.Param,
+        ...,
+    )
+    x, mask = jax.ShapeDtypeStruct((4, 4096, 64), jnp.float32), jnp.ones((4, 4096), bool)
+    step = jax.jit(jax.grad(lambda params, x: jnp.square(nnx.merge(graph, params, rest)(x, mask)).sum()))
+    assert step.lower(params, x).compile().memory_analysis().temp_size_in_bytes < 4 * 4096 * 4 * 256 * 4
 
 
 def test_streaming_is_refused_where_the_model_looks_ahead():

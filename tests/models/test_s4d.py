@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from loops import check_in_float64
 
 from models.backbone import Backbone
 from models.ops.state_space import hippo_normal
@@ -70,30 +71,9 @@ def test_values_and_gradients_equal_a_loop(options):
     for name in PARAMETERS:  # off the start, where b_im is 0 and all channels are alike
         parameter = getattr(mixer, name)
         parameter[...] = parameter[...] + 0.1 * jax.random.normal(jax.random.key(len(name)), parameter.shape)
-    u = inputs(length=9)
     real = np.arange(9)[None] < np.array([[9], [6]])
-    weights = np.random.default_rng(1).normal(size=u.shape) * real[..., None]
-
-    def loss(mixer, u):
-        y = mixer(u, jnp.asarray(real))
-        return jnp.sum(y * weights), y
-
-    (_, y), (grads, du) = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(mixer, u)
-    with jax.enable_x64(True):
-        p = {name: jnp.asarray(np.asarray(getattr(mixer, name)[...], np.float64)) for name in PARAMETERS}
-
-        def loop_loss(p, u):
-            y = by_loop(p, u, real, rule=mixer.discretization, both=mixer.bidirectional)
-            return jnp.sum(y * weights), y
-
-        (_, slow), (slow_grads, slow_du) = jax.value_and_grad(loop_loss, argnums=(0, 1), has_aux=True)(
-            p, jnp.asarray(np.asarray(u, np.float64))
-        )
-    np.testing.assert_allclose(np.where(real[..., None], y, 0), np.where(real[..., None], slow, 0), atol=1e-5)
-    np.testing.assert_allclose(du, slow_du, atol=1e-5)
-    for name in PARAMETERS:
-        scale = np.abs(slow_grads[name]).max()
-        np.testing.assert_allclose(grads[name][...], slow_grads[name], atol=2e-5 * scale, err_msg=name)
+    settings = {"rule": mixer.discretization, "both": mixer.bidirectional}
+    check_in_float64(mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings))
 
 
 def test_the_three_starts():

@@ -106,9 +106,9 @@ def test_results_are_cached_and_cannot_be_changed(filters):
 @pytest.mark.parametrize(
     ("seq_len", "num_filters", "message"),
     [
-        (8, 24, r"num_filters=24 exceeds seq_len=8.*model\.num_filters.*task\.seq_len"),
-        (0, 1, r"seq_len=0.*task\.seq_len"),
-        (8, 0, r"num_filters=0.*model\.num_filters"),
+        (8, 24, r"model\.num_filters=24 exceeds task\.seq_len=8"),
+        (0, 1, r"task\.seq_len=0"),
+        (8, 0, r"model\.num_filters=0"),
     ],
 )
 def test_impossible_sizes_are_refused(filters, seq_len, num_filters, message):
@@ -168,5 +168,5 @@ def test_recurrence_of_full_size_is_exact(kind, seq_len):
 
 
 def test_recurrence_names_the_key_of_a_bad_size():
-    with pytest.raises(ValueError, match=r"num_filters=9 exceeds seq_len=8.*model\.num_filters"):
+    with pytest.raises(ValueError, match=r"model\.num_filters=9 exceeds task\.seq_len=8"):
         filter_recurrence("hankel", 8, 9)

@@ -1,0 +1,214 @@
+"""What does a faster order of operations gain? The cases of `lra bench ops`: each op beside the same mathematics as its paper's
+code runs it. The published forms are written plainly here; the tests hold both to the same values.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Complex, Float
+
+from models.backbone import Backbone
+from models.ops.attention import attention
+from models.ops.filters import spectral_filters, uncached_spectral_filters
+from models.ops.recurrence import linear_recurrence
+from models.ops.stu import feedback, stu
+from models.stu import STU
+
+
+class Case(NamedTuple):
+    """One layer, forward and backward: `ours(*learned, *fixed)` against `published` with the same arguments."""
+
+    what: str
+    published: Callable[..., Array] | None  # None: only ours is measured
+    ours: Callable[..., Array]
+    learned: tuple[Any, ...]  # gradients are taken to these
+    fixed: tuple[Any, ...] = ()
+    faster: str = ""  # the goals, as text
+    smaller: str = ""
+
+
+class HostCase(NamedTuple):
+    """A computation on the host, timed once."""
+
+    what: str
+    call: Callable[[], Any]
+    goal: str
+
+
+def cases(platform: str) -> Iterator[Case | HostCase]:
+    """The cases of a platform, cpu or another, at sizes that suit it."""
+    yield HostCase(
+        "spectral filters, L=16,384 K=24, not cached", lambda: uncached_spectral_filters(16_384, 24), "< 3 s"
+    )
+    if platform == "cpu":
+        yield stu_case(16, 1024, 128, k_y=2, faster=">= 6 x", smaller="<= 0.25 x")
+        yield stu_case(16, 1024, 128, k_y=32)
+        yield stu_case(1, 1024, 512, k_y=2)
+        yield recurrence_case(16, 2048, 256, faster=">= 1.5 x")
+        yield feedback_case(16, 1024, 128, k_y=2)
+        yield feedback_case(16, 1024, 128, k_y=32)
+        yield attention_case(8, 1024, 8, 16)
+        return
+    yield stu_case(48, 1024, 256, k_y=2, faster=">= 10 x")
+    yield stu_case(48, 1024, 256, k_y=32)
+    yield stu_case(1, 1024, 512, k_y=2)
+    yield recurrence_case(50, 1024, 384, faster=">= 3 x")
+    yield recurrence_case(32, 16_384, 256, faster=">= 3 x")
+    yield feedback_case(48, 1024, 256, k_y=2)
+    yield feedback_case(48, 1024, 256, k_y=32)
+    yield attention_case(8, 4096, 8, 64)
+    yield path_x_case()
+
+
+def stu_case(
+    batch: int, length: int, width: int, *, k_y: int, num_filters: int = 24, faster: str = "", smaller: str = ""
+) -> Case:
+    """Equation (6) with U+ and U-."""
+    sigma, phi = spectral_filters(length, num_filters)
+    draw = np.random.default_rng(0).normal
+    learned = (
+        draw(size=(batch, length, width)),
+        draw(size=(3, width, width)) / width**0.5,
+        draw(size=(num_filters, width, width)) / width**0.5,
+        draw(size=(num_filters, width, width)) / width**0.5,
+        draw(size=(k_y, width, width)) / (4 * k_y * width**0.5),
+    )
+    return Case(
+        f"STU, B={batch} L={length:,} D={width} K={num_filters} k_y={k_y}",
+        published_stu,
+        lambda u, m_u, m_plus, m_minus, m_y, phi, sigma: stu(u, phi, sigma, m_u, m_plus, m_minus, m_y),
+        _float32(learned),
+        _float32((phi, sigma)),
+        faster,
+        smaller,
+    )
+
+
+def published_stu(
+    u: Float[Array, "B L D"],
+    m_u: Float[Array, "k_u D D"],
+    m_plus: Float[Array, "K D D"],
+    m_minus: Float[Array, "K D D"],
+    m_y: Float[Array, "k_y D D"],
+    phi: Float[Array, "L K"],
+    sigma: Float[Array, " K"],
+) -> Float[Array, "B L D"]:
+    """As google-deepmind/spectral_ssm orders it: all K filtered copies of the input, one product, a scan over time."""
+    length = u.shape[1]
+    size = 1 << (2 * length - 1).bit_length()
+    signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), u.dtype)
+
+    def filtered(filters: Array) -> Array:
+        spectrum = jnp.fft.rfft(u, size, axis=1)[:, :, None] * jnp.fft.rfft(filters, size, axis=0)[None, :, :, None]
+        features = jnp.fft.irfft(spectrum, size, axis=1)[:, :length] * (sigma**0.25)[None, None, :, None]
+        return jnp.pad(features, ((0, 0), (2, 0), (0, 0), (0, 0)))[:, :length]  # (B, L, K, D)
+
+    x = jnp.einsum("blkd,kde->ble", filtered(phi), m_plus)
+    x = x + jnp.einsum("blkd,kde->ble", filtered(phi * signs[:, None]), m_minus)
+    for lag, matrix in enumerate(m_u):
+        x = x + jnp.pad(u, ((0, 0), (lag, 0), (0, 0)))[:, :length] @ matrix
+    return published_feedback(x, m_y)
+
+
+def feedback_case(batch: int, length: int, width: int, *, k_y: int) -> Case:
+    draw = np.random.default_rng(0).normal
+    learned = draw(size=(batch, length, width)), draw(size=(k_y, width, width)) / (4 * k_y * width**0.5)
+    what = f"feedback, B={batch} L={length:,} D={width} k_y={k_y}"
+    return Case(what, published_feedback, feedback, _float32(learned))
+
+
+def published_feedback(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+    """y_t = x_t + sum_j y_{t-1-j} m_y[j], a scan over time."""
+
+    def step(past: Array, x_t: Array) -> tuple[Array, Array]:
+        y_t = x_t + jnp.einsum("bkd,kde->be", past, m_y)
+        return jnp.concatenate([y_t[:, None], past[:, :-1]], axis=1), y_t
+
+    start = jnp.zeros((x.shape[0], *m_y.shape[:2]), x.dtype)
+    return jnp.swapaxes(lax.scan(step, start, jnp.swapaxes(x, 0, 1))[1], 0, 1)
+
+
+def recurrence_case(batch: int, length: int, states: int, *, faster: str) -> Case:
+    rng = np.random.default_rng(0)
+    lam = rng.uniform(0.9, 0.999, states) * np.exp(1j * rng.uniform(0, 6, states))
+    bu = rng.normal(size=(batch, length, states)) + 1j * rng.normal(size=(batch, length, states))
+    learned = jnp.asarray(lam, jnp.complex64), jnp.asarray(bu, jnp.complex64)
+    what = f"complex recurrence, B={batch} L={length:,} N={states}"
+    return Case(what, published_recurrence, linear_recurrence, learned, faster=faster)
+
+
+def published_recurrence(lam: Complex[Array, " N"], bu: Complex[Array, "B L N"]) -> Complex[Array, "B L N"]:
+    """As NicolasZucchet/minimal-LRU orders it: an associative scan over pairs, mapped over the batch."""
+    decays = jnp.broadcast_to(lam[None], bu.shape[1:])
+
+    def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    return jax.vmap(lambda row: lax.associative_scan(combine, (decays, row))[1])(bu)
+
+
+def attention_case(batch: int, length: int, heads: int, head_width: int) -> Case:
+    draw = np.random.default_rng(0).normal
+    learned = _float32(tuple(draw(size=(batch, length, heads, head_width)) for _ in "qkv"))
+    mask = jnp.arange(length)[None] < np.linspace(length // 2, length, batch, dtype=int)[:, None]
+    what = f"attention, B={batch} L={length:,} H={heads} W={head_width}"
+    return Case(what, whole_attention, partial(attention, causal=False), learned, (mask,))
+
+
+def whole_attention(
+    q: Float[Array, "B L H W"], k: Float[Array, "B L H W"], v: Float[Array, "B L H W"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L H W"]:
+    """With the (B, H, L, L) weights held."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+
+
+def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: int = 6) -> Case:
+    """A whole STU classifier at the LRU paper's Path-X sizes, without rematerialisation."""
+    mixer = partial(
+        STU,
+        num_filters=24,
+        filters="hankel",
+        k_u=3,
+        k_y=None,
+        negative_filters=True,
+        init_m_u="zeros",
+        bidirectional=False,
+    )
+    model = Backbone(
+        mixer,
+        num_classes=2,
+        seq_len=length,
+        vocab_size=None,
+        depth=depth,
+        width=width,
+        norm="batch",
+        norm_position="pre",
+        norm_momentum=0.9,
+        final_norm=False,
+        activation="gelu",
+        glu="full",
+        mlp="none",
+        mlp_ratio=4,
+        dropout=0.0,
+        pool="mean",
+        positions="none",
+        rngs=nnx.Rngs(params=jax.random.key(0)),
+    )
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(batch, length, 1)), jnp.float32)
+
+    def logits(params: Any, rest: list[Any], inputs: Array) -> Array:
+        return nnx.merge(graph, params, *rest, copy=True)(inputs, jnp.full(batch, length), train=True)
+
+    what = f"STU classifier, B={batch} L={length:,} D={width} depth {depth}"
+    return Case(what, None, logits, (params,), (rest, inputs), smaller="<= 40 GB")
+
+
+def _float32(arrays: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(x, jnp.float32) for x in arrays)

@@ -1,0 +1,126 @@
+"""Gated recurrent unit of Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder" (arXiv 1406.1078).
+
+    r_t = sigmoid(W_r u_t + U_r h_{t-1} + b_r),   z_t = sigmoid(W_z u_t + U_z h_{t-1} + b_z)         (their equations 5, 6)
+    n_t = tanh(W u_t + b + r_t (U h_{t-1} + c)),  h_t = z_t h_{t-1} + (1 - z_t) n_t,  y_t = V h_t + a        (8, 7)
+
+The reset gate acts after the product with U, as in version 1 of the paper and in cuDNN; in version 3 and in Chung et al. 2014
+(arXiv 1412.3555) the candidate is tanh(W u_t + U (r_t h_{t-1})). After, a step has one matrix product in place of two that
+wait for each other, and the papers since that train a GRU by a library mean this one. The biases are cuDNN's (Cho et al.
+leave them out) less those that only add up, and y reads the state through a matrix: one rule for any state size and for two
+directions.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from models.checks import at_least_float32, refuse_to_stream
+from models.ops.products import exactly
+
+_SHUT = 1e4  # sigmoid is exactly 1 here, so that a state stays as it is
+
+
+class GRU(nnx.Module):
+    """Gated recurrent unit; causal unless bidirectional. L dependent steps.
+
+    Args:
+        width: D. seq_len: L, not used, the recurrence has no length.
+        state_size: H.
+        bidirectional: a second unit from the end, with its own parameters; y reads both states.
+    Raises:
+        ValueError: state_size is below 1.
+    """
+
+    def __init__(self, width: int, seq_len: int, *, state_size: int, bidirectional: bool, rngs: nnx.Rngs):
+        if state_size < 1:
+            raise ValueError(f"model.state_size={state_size} must be at least 1")
+        self.causal, self.bidirectional = not bidirectional, bidirectional
+        directions, key = (2 if bidirectional else 1), rngs.params
+        orthogonal = jax.nn.initializers.orthogonal()
+        # the three parts of the last axis are r, z, n
+        self.input_kernel = nnx.Param(key.normal((directions, width, 3 * state_size)) / math.sqrt(width))
+        self.input_bias = nnx.Param(jnp.zeros((directions, 3 * state_size)))
+        square = [orthogonal(key(), (state_size, state_size)) for _ in range(3 * directions)]
+        self.recurrent_kernel = nnx.Param(
+            jnp.stack([jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)])
+        )
+        self.candidate_bias = nnx.Param(jnp.zeros((directions, state_size)))
+        inner = directions * state_size
+        self.output_kernel = nnx.Param(key.normal((inner, width)) / math.sqrt(inner))
+        self.output_bias = nnx.Param(jnp.zeros((width,)))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B L D"]:
+        u = at_least_float32(jnp.swapaxes(x, 0, 1))  # (L, B, D): turned while it is small, for a scan over time
+        both = jnp.stack([u, jnp.flip(u, axis=0)]) if self.bidirectional else u[None]
+        gates = jax.vmap(self.input_part)(both, self.input_kernel[...], self.input_bias[...])
+        if self.bidirectional:
+            # from the end padding comes first: an update gate that is 1 keeps the state at zero
+            padding = jnp.flip(~mask, axis=1).T[..., None]
+            size = self.recurrent_kernel.shape[1]
+            gates = gates.at[1, ..., size : 2 * size].set(jnp.where(padding, _SHUT, gates[1, ..., size : 2 * size]))
+        # the directions take their steps together
+        h = jax.vmap(states)(gates, self.recurrent_kernel[...], self.candidate_bias[...])  # (K, L, B, H)
+        h = jnp.concatenate([h[0], jnp.flip(h[1], axis=0)], axis=-1) if self.bidirectional else h[0]
+        return jnp.swapaxes(self.output(h), 0, 1).astype(x.dtype)
+
+    def init_state(self, batch_size: int) -> Float[Array, "B H"]:
+        """The state before the first input, zero.
+
+        Raises:
+            ValueError: the model is bidirectional.
+        """
+        refuse_to_stream(self.causal)
+        return jnp.zeros((batch_size, self.recurrent_kernel.shape[1]), jnp.float32)
+
+    def step(
+        self, state: Float[Array, "B H"], u_t: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B H"], Float[Array, "B D"]]:
+        """The next state and output: one position of `__call__`."""
+        gates = self.input_part(at_least_float32(u_t), self.input_kernel[0], self.input_bias[0])
+        state = next_state(state, gates, self.recurrent_kernel[0], self.candidate_bias[0])
+        return state, self.output(state).astype(u_t.dtype)
+
+    def input_part(
+        self, u: Float[Array, "*B D"], kernel: Float[Array, "D G"], bias: Float[Array, " G"]
+    ) -> Float[Array, "*B G"]:
+        """What the inputs add to the three gates, W u + b."""
+        gates = u @ kernel
+        return gates + jnp.broadcast_to(bias, gates.shape)
+
+    def output(self, h: Float[Array, "*B H"]) -> Float[Array, "*B D"]:
+        """V h + a; H counts both directions' states."""
+        y = h @ self.output_kernel[...]
+        return y + jnp.broadcast_to(self.output_bias[...], y.shape)
+
+
+def states(
+    gates: Float[Array, "L B G"], recurrent_kernel: Float[Array, "H G"], candidate_bias: Float[Array, " H"]
+) -> Float[Array, "L B H"]:
+    """All states from a zero one, given what the inputs add to r, z and n (G = 3 H)."""
+
+    # A scan, since the backward pass of a `fori_loop` that fills an array copies it at every step.
+    def step(h, gates_t):
+        h = next_state(h, gates_t, recurrent_kernel, candidate_bias)
+        return h, h
+
+    start = jnp.zeros((gates.shape[1], recurrent_kernel.shape[0]), gates.dtype)
+    return jax.lax.scan(step, start, gates)[1]
+
+
+def next_state(
+    h: Float[Array, "B H"],
+    gates: Float[Array, "B G"],
+    recurrent_kernel: Float[Array, "H G"],
+    candidate_bias: Float[Array, " H"],
+) -> Float[Array, "B H"]:
+    """Equations (5) to (8) for one position."""
+    r_in, z_in, n_in = jnp.split(gates, 3, axis=-1)
+    r_h, z_h, n_h = jnp.split(exactly(h, recurrent_kernel), 3, axis=-1)
+    r, z = jax.nn.sigmoid(r_in + r_h), jax.nn.sigmoid(z_in + z_h)
+    n = jnp.tanh(n_in + r * (n_h + candidate_bias[None]))
+    return z * h + (1 - z) * n

@@ -1,0 +1,151 @@
+"""SGConv of Li et al. 2022, "What Makes Convolutional Models Great on Long Sequence Modeling?" (arXiv 2210.09298).
+
+Every channel is convolved with a kernel as long as the input, of sub-kernels with d parameters each (their equation 1):
+
+    k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i, 2^max(i-1, 0) d),   y = k * u + D u
+
+so that S = ceil(log2(L / d)) + 1 sub-kernels reach L and later ones weigh less. Z is the kernel's norm when the model is made.
+Reference code read: ctlllll/SGConv. Its further options, and what differs here: `docs/models/longconv.md`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from models.checks import at_least_float32, check_option
+from models.ops.fft_convolution import fft_convolution
+
+INITS = ("normal", "cosine")
+DECAYS = ("geometric", "power")
+INTERPOLATIONS = ("linear", "nearest")
+
+
+class KernelNorm(nnx.Variable):
+    """Z, which is not trained."""
+
+
+class LongConv(nnx.Module):
+    """Structured global convolution; causal unless bidirectional.
+
+    Args:
+        width: D. seq_len: L, the longest input: there are as many sub-kernels as reach it.
+        kernel_dim: d, parameters of each sub-kernel of a channel, and length of the first before `init_scale`.
+        init: normal | cosine, where channel c, in random order, starts with c periods in each sub-kernel.
+        init_scale: sub-kernels are 2^init_scale times longer, and so many fewer.
+        decay: geometric, k_i has the factor rate^-i (alpha = 1 / rate) | power, k(t) has the factor (t + 1)^-rate.
+        decay_min, decay_max: the channels' rates, evenly spaced and fixed.
+        interpolation: linear | nearest, how sub-kernels are upsampled.
+        bidirectional: a second kernel over the inputs from the next position on.
+    Raises:
+        ValueError: an option is unknown, the first sub-kernel is longer than L, or the rates are not 0 < decay_min <= decay_max;
+            the message names the config key.
+    """
+
+    grows_with_length = True  # a sub-kernel more whenever L doubles
+
+    def __init__(
+        self,
+        width: int,
+        seq_len: int,
+        *,
+        kernel_dim: int,
+        init: str,
+        init_scale: int,
+        decay: str,
+        decay_min: float | int,
+        decay_max: float | int,
+        interpolation: str,
+        bidirectional: bool,
+        rngs: nnx.Rngs,
+    ):
+        check_option("model.init", init, INITS)
+        check_option("model.decay", decay, DECAYS)
+        check_option("model.interpolation", interpolation, INTERPOLATIONS)
+        if kernel_dim < 1 or init_scale < 0:
+            raise ValueError(f"model.kernel_dim={kernel_dim}, model.init_scale={init_scale}: at least 1 and 0")
+        first = kernel_dim * 2**init_scale
+        if first > seq_len:
+            raise ValueError(
+                f"model.kernel_dim={kernel_dim} with model.init_scale={init_scale} makes a first sub-kernel of {first}, longer "
+                f"than the input's {seq_len}, and its end would never be used; lower one of them"
+            )
+        if not 0 < decay_min <= decay_max < float("inf"):
+            raise ValueError(
+                f"model.decay_min={decay_min}, model.decay_max={decay_max}: expected 0 < decay_min <= decay_max"
+            )
+        self.causal, self.bidirectional, self.seq_len = not bidirectional, bidirectional, seq_len
+        self.stretch, self.decay, self.interpolation = 2**init_scale, decay, interpolation
+        self.rates = (decay_min, decay_max)
+        num_scales = 1 + (-(-seq_len // first) - 1).bit_length()
+        directions = 2 if bidirectional else 1
+        start = normal_kernels if init == "normal" else cosine_kernels
+        self.w = nnx.Param(start(rngs.params(), num_scales, directions, width, kernel_dim))
+        self.z = KernelNorm(jnp.linalg.norm(self.unscaled_kernel(), axis=-1))
+        self.d = nnx.Param(rngs.params.normal((width,)))
+
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B L D"]:
+        u = at_least_float32(x)  # the transform wants all its digits
+        kernels = self.kernels(x.shape[1])
+        if self.bidirectional:
+            # padding must not enter the kernel that looks ahead
+            y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
+        else:
+            y = fft_convolution(u, kernels[0])
+        return (y + self.d[...][None, None] * u).astype(x.dtype)
+
+    def kernels(self, length: int) -> Float[Array, "K D L"]:
+        """The kernel of each direction, cut to the input.
+
+        Raises:
+            ValueError: the input is longer than the model was made for.
+        """
+        if length > self.seq_len:
+            raise ValueError(f"inputs have length {length}, the kernel was built for task.seq_len={self.seq_len}")
+        return self.unscaled_kernel()[..., :length] / self.z[...][..., None]
+
+    def unscaled_kernel(self) -> Float[Array, "K D T"]:
+        """[k_0, ..., k_{S-1}], of the first length S sub-kernels have from L on; not yet divided by Z."""
+        w = self.w[...]
+        rates = jnp.linspace(*self.rates, w.shape[2], dtype=w.dtype)[None, :, None]
+        parts = []
+        for i in range(w.shape[0]):
+            part = upsample(w[i], self.stretch * 2 ** max(i - 1, 0), self.interpolation)
+            parts.append(part * rates**-i if self.decay == "geometric" else part)
+        kernel = jnp.concatenate(parts, axis=-1)
+        if self.decay == "power":
+            kernel = kernel * (1.0 + jnp.arange(kernel.shape[-1], dtype=w.dtype))[None, None] ** -rates
+        return kernel
+
+
+def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float[Array, "K D T"]:
+    """T = factor d values; linear ones lie between the centres of w's steps and are constant beyond the outer two.
+
+    All steps have the same weights, so there is neither a look-up, whose gradient is a sum in no fixed order on a GPU, nor a
+    matrix of (d, T).
+    """
+    if interpolation == "nearest":
+        return jnp.repeat(w, factor, axis=-1)
+    before = jnp.concatenate([w[..., :1], w[..., :-1]], axis=-1)
+    after = jnp.concatenate([w[..., 1:], w[..., -1:]], axis=-1)
+    offset = ((jnp.arange(factor, dtype=w.dtype) + 0.5) / factor - 0.5)[None, None, None]  # from the step's centre
+    steps = (
+        w[..., None] * (1 - jnp.abs(offset))
+        + before[..., None] * jax.nn.relu(-offset)
+        + after[..., None] * jax.nn.relu(offset)
+    )
+    return steps.reshape(*w.shape[:2], -1)
+
+
+def normal_kernels(key: PRNGKeyArray, scales: int, directions: int, width: int, size: int) -> Float[Array, "S K D d"]:
+    """Independent N(0, 1)."""
+    return jax.random.normal(key, (scales, directions, width, size))
+
+
+def cosine_kernels(key: PRNGKeyArray, scales: int, directions: int, width: int, size: int) -> Float[Array, "S K D d"]:
+    """cos(2 pi c s), s = 0..1 in d steps, for channels c = 0..D-1; shuffled in each scale, both directions alike."""
+    waves = jnp.cos(2 * jnp.pi * jnp.arange(width)[:, None] * jnp.linspace(0, 1, size)[None])
+    shuffled = jnp.stack([jax.random.permutation(k, waves) for k in jax.random.split(key, scales)])
+    return jnp.tile(shuffled[:, None], (1, directions, 1, 1))
