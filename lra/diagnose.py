@@ -242,12 +242,8 @@ def length(run: Diagnosed, keys: Sequence[str]) -> Callable[[], Tables]:
             store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(run.cfg)))
             data = first(store.splits[run.split], run.limit)
             logits = run.logits(data.inputs, data.lengths, setup)
-            rows.append(
-                row(
-                    described(" ".join(word for word in words if word not in keys) or " ".join(words), data),
-                    share(logits, data.labels),
-                )
-            )
+            told = " ".join(word for word in words if word not in keys) or " ".join(words)  # the keys that vary
+            rows.append(row(described(told, data), share(logits, data.labels)))
         return {"task": rows}
 
     return work
