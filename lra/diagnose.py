@@ -176,11 +176,12 @@ def factors(run: Diagnosed, keys: Sequence[str]) -> Callable[[], Tables]:
     """accuracy by what the task says its examples differ in."""
 
     def work() -> Tables:
-        right = run.predictions().argmax(axis=-1) == np.asarray(run.data.labels)
-        each = right.reshape(len(right), -1)
+        logits = run.predictions()
+        each = (logits.argmax(axis=-1) == run.data.labels).reshape(len(logits), -1)
         tables = by_factors(run.task.factors(run.data), each.mean(axis=1))
         if each.shape[1] > 1:
-            tables["place of the label"] = [row(place, each[:, place]) for place in range(each.shape[1])]
+            places = enumerate(each.T.astype(float), start=1)
+            tables["place of the label"] = [row(place, right) for place, right in places]
         return {"all": [row("all", each.mean(axis=1))], **tables}
 
     return work

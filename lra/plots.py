@@ -54,7 +54,9 @@ def draw_tables(tables: Mapping[str, Sequence[Row]], output: str | Path) -> Path
     wide = sum(
         4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values()
     )  # inches; room for the values
-    figure, axes = plt.subplots(1, len(tables), figsize=(wide, 1.5 + 0.25 * tall), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(wide, 1.5 + 0.25 * tall), squeeze=False, sharex=True, layout="constrained"
+    )
     for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
         middle = 100 * np.asarray([row.accuracy for row in rows])
         ends = 100 * np.asarray([(row.low, row.high) for row in rows]).T
