@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,9 @@ class Diagnosed:
         self.rule = weights or cfg.protocol.select
         self.limit = examples or scored_examples(cfg, split)
         self.task = build_task(cfg)
+        self.applied = cache(
+            lambda setup: compile_program(setup, 1).apply
+        )  # of one setup compiled once; 1: nothing is trained
         self.source = ""  # of the logits that were used last: the weights, or the predictions that the run has stored
 
     @cached_property
@@ -127,16 +130,11 @@ class Diagnosed:
         return self.saved[0]
 
     def logits(self, inputs: np.ndarray, lengths: np.ndarray, setup: Setup | None = None) -> np.ndarray:
-        """Of examples, by the weights in the run's own model or in that of `setup`; as much at once as in the run."""
-        setup = setup or self.setup
-        return self.apply(setup, setup.fixed, inputs, lengths)
-
-    def apply(self, setup: Setup, fixed: Any, inputs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        self.source = "weights"
-        program = compile_program(setup, 1)  # whose batch size is that of training
-        positions = inputs.shape[2] if self.task.dual else inputs.shape[1]
-        batch = max(1, self.cfg.trainer.eval_batch_size * self.task.seq_len // positions)
-        return predict(partial(program.apply, *self.weights, fixed), inputs, lengths, batch)
+        """Of examples, by the weights in the run's own model or in that of `setup`; as many positions at once as in the run."""
+        self.source, setup = "weights", setup or self.setup
+        positions, batch = inputs.shape[lengths.ndim], self.cfg.trainer.eval_batch_size
+        batch = max(1, min(batch * self.task.seq_len // positions, max(batch, len(lengths))))
+        return predict(partial(self.applied(setup), *self.weights, setup.fixed), inputs, lengths, batch)
 
     def predictions(self) -> np.ndarray:
         """Logits of the examples: those that the run has stored where these are asked for, else computed."""
@@ -220,7 +218,7 @@ def locality(run: Diagnosed, keys: Sequence[str]) -> Callable[[], Tables]:
         for size in sizes:
             setup, padded = shortest(run, size)
             windows = cut_windows(np.asarray(data.inputs), np.asarray(data.lengths), size, padded)
-            logits = run.apply(setup, run.setup.fixed, windows.inputs, windows.lengths)
+            logits = run.logits(windows.inputs, windows.lengths, setup)
             rows.append(row(size, share(mean_by_owner(logits, windows.owners, len(data)), data.labels)))
         return {"window size": rows}
 
@@ -234,11 +232,8 @@ def length(run: Diagnosed, keys: Sequence[str]) -> Callable[[], Tables]:
         check_weights(run, words, setup)
 
     def work() -> Tables:
-        rows = [
-            row(
-                described("as trained", run.data), share(run.logits(run.data.inputs, run.data.lengths), run.data.labels)
-            )
-        ]
+        data = run.data
+        rows = [row(described("as trained", data), share(run.logits(data.inputs, data.lengths), data.labels))]
         for words, setup in others:
             store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(run.cfg)))
             data = first(store.splits[run.split], run.limit)
@@ -334,8 +329,8 @@ def shapes(setup: Setup) -> dict[str, tuple[int, ...]]:
 def shortest(run: Diagnosed, size: int) -> tuple[Setup, int]:
     """The run's model for the shortest inputs of `size` or more positions that it can be made for, and that length.
 
-    Where its parameters depend on the length that is the run's own. What is fixed, such as filters, is to be taken from the
-    run's own model: the window is short, the model stays what was trained.
+    Where its parameters depend on the length that is the run's own. What is fixed, such as filters, stays that of the run:
+    the window is short, the model is what was trained.
     """
     while size < run.task.seq_len:
         task = copy.copy(run.task)

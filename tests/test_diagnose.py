@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from scipy.stats import binomtest
+from test_docs import blocks, run, shortened
 
 import lra
 from lra import cli, probes, records
@@ -110,6 +111,9 @@ def test_pictures_differ_in_brightness_and_pairs_in_two_lengths():
     found = picture.factors(split)
     assert sorted(found) == ["brightness", "label"]  # all are of one length
     assert found["brightness"].tolist() == [round(float(row.mean())) for row in pixels]
+    colour = build_task(compose(["task=scifar"]))
+    found = colour.factors(Split(pixels.reshape(-1)[: 3 * 1024].reshape(1, 1024, 3), np.array([1024]), np.array([0])))
+    assert found["brightness"].tolist() == [round(float(pixels.reshape(-1)[: 3 * 1024].mean()))]
     pair = build_task(compose(["task=retrieval"]))
     found = pair.factors(Split(np.ones((2, 2, 4000), np.uint8), np.array([[7, 9], [8, 5]]), np.array([0, 1])))
     assert found["length of the first"].tolist() == [7, 8]
@@ -138,6 +142,7 @@ def test_rows_of_a_factor_are_its_subsets():
         low, _, high = line.value.partition(" to ")
         subset = right[(many >= int(low)) & (many <= int(high or low))]
         assert (line.accuracy, line.examples) == (pytest.approx(subset.mean()), len(subset))
+    assert [line.examples for line in probes.by_factor(rng.permutation(400), right)] == [50] * 8
     assert list(probes.by_factors({"few": few, "one": np.zeros(400, int)}, right)) == ["few"]
 
 
@@ -158,7 +163,9 @@ def test_factors_are_counted_from_the_stored_predictions_alone(copied):
     with pytest.raises(RunFolderError, match="holds no checkpoint"):
         tables_of(copied, "permutation")
     with pytest.raises(RunFolderError, match="holds no checkpoint"):
-        tables_of(copied, split="val")
+        tables_of(copied, split="val", examples=5)
+    with pytest.raises(RunFolderError, match="holds no checkpoint"):
+        tables_of(copied, weights="last")
     record["data"]["splits"]["test"]["sha256"] = "0"
     (copied / "record.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match="holds other examples"):
@@ -271,7 +278,7 @@ def windows_agree(run, size, made_for):
     short, long = (probes.cut_windows(rows, lengths, size, width) for width in (padded, 32))
     expected = run.logits(long.inputs, long.lengths)
     assert np.ptp(expected, axis=0).min() > 1e-3
-    np.testing.assert_allclose(run.apply(setup, run.setup.fixed, short.inputs, short.lengths), expected, atol=2e-5)
+    np.testing.assert_allclose(run.logits(short.inputs, short.lengths, setup), expected, atol=2e-5)
 
 
 def test_model_of_short_windows_is_the_trained_one(stu):
@@ -403,6 +410,19 @@ def test_command_takes_words_behind_options_prints_and_draws(copied, lra_command
     done = lra_command("diagnose", copied, "--sizes", "4,x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--sizes 4,x: expected whole numbers" in done.stderr
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_work_one_after_the_other(data_root, tmp_path):
+    (block,) = blocks("docs/diagnose.md", "bash")
+    for line in block.splitlines():
+        found = sorted(tmp_path.glob("mine/listops_short/lru/*"))
+        words = shortened(line.replace("mine/listops_short/lru/*", str(*found)), data_root)
+        done = run(words, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert words[0] == "train" or "| 95 % interval |" in done.stdout
+    assert set(json.loads((found[0] / FILE).read_text())) == {"schema", *DIAGNOSTICS}
+    assert (tmp_path / "longer.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_help_lists_every_diagnostic():
