@@ -17,6 +17,15 @@ from lra.signals import Signals
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
 
+DIAGNOSE_HELP = """What a trained run relies on. Prints small tables and adds them to RUN_FOLDER/diagnostics.json.
+
+  factors       accuracy by label, length and what else the task knows (ListOps: depth, root operator); the default
+  length        the weights at another length: length task.min_length=129,257 task.max_length=256,512
+  permutation   accuracy when blocks of 1, 4, 16, ... positions stand in random order
+  locality      accuracy of the mean over windows of 16, 64, ... positions, each read by itself
+
+What exactly is measured: docs/diagnose.md."""
+
 TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
 Train one model on one task and print the comparison table. Every key of conf/ can be set; --cfg job prints them all.
@@ -71,7 +80,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """What was typed; KEY=VALUE may also stand behind options, where argparse would not look for it."""
     top = parser()
     args, rest = top.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or not all("=" in word and word[0] != "-" for word in rest)):
+    words = [word for word in rest if word[0] != "-" and ("=" in word or hasattr(args, "takes_words"))]
+    if rest and (not hasattr(args, "overrides") or words != rest):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
@@ -137,6 +147,28 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
     evaluate.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
     evaluate.set_defaults(run=eval_command)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="accuracy of a run by length, depth, ...; at other lengths; without order; without distance",
+        description=DIAGNOSE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    diagnose.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run with its checkpoint")
+    diagnose.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="WHAT | KEY=VALUE",
+        help="diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; data.root and what else lra eval takes",
+    )
+    diagnose.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
+    diagnose.add_argument("--examples", type=int, metavar="N", help="its first N examples (those that the run scored)")
+    diagnose.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
+    diagnose.add_argument(
+        "--sizes", metavar="A,B,...", help="of blocks and windows (1 or 16, times 4, up to the length)"
+    )
+    diagnose.add_argument("--plot", metavar="FILE", type=Path, help="also draw the tables: png, pdf or svg")
+    diagnose.set_defaults(run=diagnose_command, takes_words=True)
 
     table = commands.add_parser("table", help="compare runs with each other and with published numbers")
     table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
@@ -283,6 +315,25 @@ def eval_command(args: argparse.Namespace) -> int:
     from lra.reload import evaluate_again
 
     print(evaluate_again(args.folder, split=args.split, weights=args.weights, overrides=args.overrides))
+    return 0
+
+
+def diagnose_command(args: argparse.Namespace) -> int:
+    from lra.diagnose import diagnose
+
+    try:
+        sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else None
+    except ValueError:
+        raise ConfigError(f"--sizes {args.sizes}: expected whole numbers such as 1,16,256") from None
+    options = {"split": args.split, "examples": args.examples, "weights": args.weights, "sizes": sizes}
+    tables: dict = {}
+    for name, found, text in diagnose(args.folder, args.overrides, **options):
+        print(text, end="\n\n", flush=True)
+        tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
+    if args.plot:
+        from lra.plots import draw_tables
+
+        print(f"{draw_tables(tables, args.plot)}")
     return 0
 
 

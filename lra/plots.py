@@ -1,13 +1,14 @@
 """How did validation accuracy grow? Learning curves of finished runs, a line a model, beside the lines they have to beat."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lra.errors import LraError
+from lra.probes import Row
 from lra.records import load_records, read_metrics
 from lra.tables import shown_runs
 
@@ -35,6 +36,41 @@ def curves(paths: Iterable[str | Path], output: str | Path, tasks: Sequence[str]
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (task, rows) in zip(axes[0], sorted(panels.items()), strict=True):
         _panel(axis, task, rows)
+    return _saved(figure, output)
+
+
+def draw_tables(tables: Mapping[str, Sequence[Row]], output: str | Path) -> Path:
+    """Draw the tables of diagnostics into `output` (png, pdf or svg), a panel a table, with their 95 % intervals.
+
+    Raises:
+        LraError: a file type that cannot be drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    tall = max(map(len, tables.values()))
+    wide = sum(
+        4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values()
+    )  # inches; room for the values
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(wide, 1.5 + 0.25 * tall), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
+        middle = 100 * np.asarray([row.accuracy for row in rows])
+        ends = 100 * np.asarray([(row.low, row.high) for row in rows]).T
+        places = range(len(rows))
+        axis.errorbar(middle, places, xerr=np.abs(ends - middle), fmt="o", capsize=3)
+        axis.set_yticks(places, [row.value for row in rows], fontsize=8)
+        axis.invert_yaxis()  # the first row on top, as in the table
+        axis.set(title=name, xlabel="accuracy, %")
+    return _saved(figure, output)
+
+
+def _saved(figure: Any, output: str | Path) -> Path:
+    import matplotlib.pyplot as plt
+
     try:
         figure.savefig(output, dpi=130)
     except ValueError as error:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from lra import records
 from lra.checkpoint import Checkpoints, check_meaning
 from lra.config import compose, data_arguments, with_names
-from lra.data.store import prepare
+from lra.data import store as packed
 from lra.errors import ConfigError, DataError, MismatchError, RunFolderError
 from lra.evaluate import predict, score
 from lra.program import Best, Setup, chosen_weights, compile_program, first_state, on_device
 from lra.progress import preparing
+from lra.tasks import Task
 from lra.trainer import CHECKPOINTS, describe_data, use_compilation_cache
 
 CLOSE = 1e-3  # between the two largest logits of an example; nearer ones may change places on another device
@@ -67,12 +68,7 @@ def evaluate_again(
         RunFolderError: no record, or no checkpoint that can be read.
         DataError: the split holds other examples than the run's did.
     """
-    record = records.read_record(folder)
-    if record is None:
-        raise RunFolderError(
-            f"{folder} holds no run; name the folder of one, such as runs/TASK/MODEL/strict-s0-1a2b3c4d"
-        )
-    cfg = recorded_config(record, overrides)
+    record, cfg = recorded_run(folder, overrides)
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
     rule = weights or cfg.protocol.select
@@ -80,12 +76,7 @@ def evaluate_again(
     state, best, step = saved_weights(folder, setup)
     chosen = chosen_weights(rule, state, best)
 
-    store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
-    if describe_data(store)["splits"][split] != (record["data"] or {"splits": {}})["splits"].get(split):
-        raise DataError(
-            f"{split} under data.root={cfg.data.root} holds other examples than the run's; set data.root to the run's data"
-        )
-    data, limit = store.splits[split], scored_examples(cfg, split)
+    data, limit = recorded_split(record, cfg, setup.task, split), scored_examples(cfg, split)
     program = compile_program(setup, cfg.trainer.batch_size)
     placed = on_device(data)
     inputs, lengths, labels = placed.inputs[:limit], placed.lengths[:limit], np.asarray(placed.labels)[:limit]
@@ -94,8 +85,7 @@ def evaluate_again(
     result = score(logits, labels)
     at = best.step if rule == "best" else int(state.step)
     lines = [
-        f"{record['model']} on {record['task']}, protocol {record['protocol']}, seed {record['seed']}: weights of step {at:,} "
-        f"({rule}), from the checkpoint of step {step:,}",
+        f"{title(record)}: weights of step {at:,} ({rule}), from the checkpoint of step {step:,}",
         f"{split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, {result['count']:,} examples",
     ]
     if rule != cfg.protocol.select or record["status"] != "finished":
@@ -108,6 +98,40 @@ def evaluate_again(
     if found.changed > found.close:
         raise MismatchError("; ".join(lines))
     return "\n".join(lines)
+
+
+def recorded_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], DictConfig]:
+    """The record in a run's folder and its config, with the overrides.
+
+    Raises:
+        RunFolderError: there is no record.
+        ConfigError: as `recorded_config`.
+    """
+    record = records.read_record(folder)
+    if record is None:
+        raise RunFolderError(
+            f"{folder} holds no run; name the folder of one, such as runs/TASK/MODEL/strict-s0-1a2b3c4d"
+        )
+    return record, recorded_config(record, overrides)
+
+
+def recorded_split(record: Mapping[str, Any], cfg: DictConfig, task: Task, split: str) -> packed.Split:
+    """A whole split of the data that a run was made with, prepared where it is not yet.
+
+    Raises:
+        DataError: it holds other examples than the run's did.
+    """
+    store = preparing(task, partial(packed.prepare, task, **data_arguments(cfg)))
+    if describe_data(store)["splits"][split] != (record["data"] or {"splits": {}})["splits"].get(split):
+        raise DataError(
+            f"{split} under data.root={cfg.data.root} holds other examples than the run's; set data.root to the run's data"
+        )
+    return store.splits[split]
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """Which run it is, in some words."""
+    return f"{record['model']} on {record['task']}, protocol {record['protocol']}, seed {record['seed']}"
 
 
 def saved_weights(folder: Path, setup: Setup) -> tuple[Any, Best, int]:
@@ -136,7 +160,7 @@ def recorded_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or key not in OVERRIDES:
-            raise ConfigError(f"{word}: lra eval takes the run's own config; KEY=VALUE may set {', '.join(OVERRIDES)}")
+            raise ConfigError(f"{word}: a saved run keeps its own config; KEY=VALUE may set {', '.join(OVERRIDES)}")
     config, defaults = dict(record["config"]), OmegaConf.to_container(compose())
     assert isinstance(defaults, dict)
     for section in FILLED:

@@ -28,7 +28,16 @@ def args(tmp_path, data_root):
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train --help", "table --help", "data prepare --help", "doctor --help", "models --help"]
+    "command",
+    [
+        "--help",
+        "train --help",
+        "table --help",
+        "data prepare --help",
+        "doctor --help",
+        "models --help",
+        "diagnose --help",
+    ],
 )
 def test_help_answers_without_heavy_imports(command):
     code = (

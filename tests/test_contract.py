@@ -324,6 +324,8 @@ def check_rows(task, split):
     assert (inputs[padding] == 0).all()
     if task.vocab is not None:
         assert ((inputs[~padding] >= 1) & (inputs[~padding] < len(task.vocab))).all()  # 0 is padding
+    factors = task.factors(split)
+    assert all(values.shape == (len(labels),) and values.dtype.kind in "iuU" for values in factors.values())
 
 
 @pytest.mark.slow

@@ -502,8 +502,8 @@ def test_logits_that_differ_by_rounding_alone_are_told_with_what_is_different_he
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=1", "lra eval takes the run's own config"),
-        ("nonsense", "lra eval takes the run's own config"),
+        ("optim.lr=1", "a saved run keeps its own config"),
+        ("nonsense", "a saved run keeps its own config"),
         ("trainer.eval_batch_size=0", "must be a whole number"),
     ],
 )

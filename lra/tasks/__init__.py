@@ -124,6 +124,21 @@ class Task(abc.ABC):
         """Write packed splits into `folder` as the publishers' files, which the task's reader takes back."""
         raise LraError(f"{self.name} has no file format of its own to export to")
 
+    def factors(self, split: Any) -> dict[str, np.ndarray]:
+        """What examples differ in, by which `lra diagnose` breaks accuracy down: integers or strings (n,) by name.
+
+        Here the label, and the lengths where they differ. A task adds what it knows of its examples.
+
+        Args:
+            split: packed examples with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`, as in a store.
+        """
+        lengths, labels = np.asarray(split.lengths), np.asarray(split.labels)
+        found = {"label": labels} if labels.ndim == 1 else {}
+        if (lengths == self.seq_len).all():
+            return found
+        names = ("length of the first", "length of the second") if self.dual else ("length",)
+        return found | dict(zip(names, lengths.reshape(len(lengths), -1).T, strict=True))
+
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """Test accuracies (fractions) of shortcuts; every task has `majority`, the most frequent train label.
 

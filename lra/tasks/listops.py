@@ -49,6 +49,7 @@ RELEASE = Source(
 )
 
 DRAWS_PER_CHUNK = 8192
+ROWS_PER_COUNT = 1024  # bounds the memory of `depths`
 BARREN_CHUNKS = 256  # so many chunks in a row without a new row: the limits leave too few
 
 
@@ -179,6 +180,21 @@ def rows_of(split: Any, vocab: tuple[str, ...]) -> Rows:
     parts = [ids[:length] for ids, length in zip(split.inputs, lengths, strict=True)]
     tokens = np.concatenate([np.zeros(0, np.uint8), *parts]).astype(np.uint8) - np.uint8(special if parts else 0)
     return Rows(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.asarray(split.labels, np.uint8))
+
+
+def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n"]:
+    """Depth of the deepest node of each row, the root's being 1, as `max_depth` counts.
+
+    Args:
+        ids: padded rows as a model sees them; the first `special` ids are no tokens.
+    """
+    found = np.empty(len(ids), np.int64)
+    for first in range(0, len(ids), ROWS_PER_COUNT):
+        rows = np.asarray(ids[first : first + ROWS_PER_COUNT])
+        opens = (rows >= special + FIRST_OPERATOR) & (rows < special + CLOSE)
+        steps = opens.astype(np.int16) - (rows == special + CLOSE)  # a row has fewer brackets than 2^15
+        found[first : first + ROWS_PER_COUNT] = 1 + np.cumsum(steps, axis=1, dtype=np.int16).max(axis=1)
+    return found
 
 
 # --- Generator -----------------------------------------------------------------------------------------------------
@@ -503,6 +519,13 @@ class ListOps(Task):
                 raise LraError(f"{path} exists; choose an empty folder to export to")
         export_tsv({name: rows_of(split, self.vocab) for name, split in splits.items()}, Path(folder))
         return Path(folder)
+
+    def factors(self, split: Any) -> dict[str, np.ndarray]:
+        """Also `depth` of the deepest node, as `max_depth` counts it, and `root operator`."""
+        special = len(SPECIAL[self.inputs])
+        roots = np.asarray(split.inputs[:, 0], np.int64) - special - FIRST_OPERATOR
+        known = {"depth": depths(split.inputs, special), "root operator": np.asarray(OPERATORS)[roots]}
+        return super().factors(split) | known
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """`majority`, and `root_operator`: the most frequent train label of the row's outermost operator."""

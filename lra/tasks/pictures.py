@@ -85,6 +85,11 @@ class PictureTask(Task):
         rows = (grey * len(SHADES) / 256).astype(int).repeat(wide, axis=1)
         return "\n".join("".join(SHADES[shade] for shade in row) for row in rows)
 
+    def factors(self, split: Any) -> dict[str, np.ndarray]:
+        """Also `brightness`, the mean over all pixels and colours in whole units of 0..255."""
+        mean = mean_pixels(split.inputs, self.num_features).mean(axis=1)
+        return super().factors(split) | {"brightness": np.rint(mean).astype(np.int64)}
+
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """`majority`, and `mean_pixel`: a linear model that sees how bright the picture is (each colour of it)."""
         train, test = (

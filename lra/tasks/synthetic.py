@@ -238,6 +238,11 @@ class InductionHeads(Synthetic):
         ids[:, -1] = self.SPECIAL
         return ids, np.take_along_axis(tokens, place + 1, axis=1)[:, 0]
 
+    def factors(self, split: Any) -> dict[str, np.ndarray]:
+        """Also `distance`, positions between the two special tokens."""
+        first = np.argmax(np.asarray(split.inputs) == self.SPECIAL, axis=1)
+        return super().factors(split) | {"distance": self.seq_len - 1 - first}
+
 
 class AssociativeRecall(Synthetic):
     """Pairs of a key and its value, all keys different, then one of the keys again: which value belongs to it?
@@ -289,6 +294,11 @@ class AssociativeRecall(Synthetic):
         ids[:, 1:-1:2] = self.first_label + values
         ids[:, -1:] = self.FIRST_KEY + np.take_along_axis(keys, asked, axis=1)
         return ids, np.take_along_axis(values, asked, axis=1)[:, 0]
+
+    def factors(self, split: Any) -> dict[str, np.ndarray]:
+        """Also `distance`, positions from the pair that is asked for to the end."""
+        inputs = np.asarray(split.inputs)
+        return super().factors(split) | {"distance": self.seq_len - 1 - np.argmax(inputs == inputs[:, -1:], axis=1)}
 
 
 def choice(words: UInt64[np.ndarray, "*shape"], count: int) -> Int[np.ndarray, "*shape"]:
