@@ -87,6 +87,9 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # by default what compiles in under a second is not kept: a start has dozens of such programs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:

@@ -229,8 +229,8 @@ def trainer_cases(platform: str) -> list[TrainerCase]:
         tiny = ("backbone.width=16", "backbone.depth=2", "task.max_length=127", "trainer.batch_size=8")
         return [
             TrainerCase("LRU, short steps", (*lru, *tiny), 600),
-            TrainerCase("LRU", (*lru, "trainer.batch_size=16"), 24),
-            TrainerCase("STU", (*stu, "trainer.batch_size=16"), 24),
+            TrainerCase("LRU", (*lru, "trainer.batch_size=16"), 120),
+            TrainerCase("STU", (*stu, "trainer.batch_size=16"), 120),
         ]
     return [
         TrainerCase("LRU, short steps", (*lru, "backbone.width=64"), 2000),
