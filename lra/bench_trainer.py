@@ -72,7 +72,7 @@ class Side(Run):
         jax.block_until_ready(self.state)
 
 
-def compare(overrides: Sequence[str], steps: int, rounds: int = ROUNDS) -> Result:
+def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> Result:
     """Time of the same steps by every side, in rounds of `steps` after one that compiles.
 
     Args:
@@ -80,6 +80,7 @@ def compare(overrides: Sequence[str], steps: int, rounds: int = ROUNDS) -> Resul
     Raises:
         LraError: the sides did not train on the same batches, or not to the same loss.
     """
+    rounds = rounds or ROUNDS
     total = steps * (rounds + 1)
     logged = [
         f"trainer.{key}_every={n}" for key, n in (("log", steps // 2 or 1), ("eval", steps), ("checkpoint", steps))
