@@ -206,6 +206,7 @@ def run(words: Sequence[str], file: Path, *, fresh: bool = False, say: Callable[
         elif found is None:
             start = time.monotonic()
             found = {"key": key, "commit": git_commit(), **measured(cell, wanted.seconds, wanted.limit)}
+            found["load"] = round(os.getloadavg()[0], 1)  # who reads the speeds wants to know what else ran
             say(f"{number}/{len(wanted.cells)} {_told(cell, found)}  {time.monotonic() - start:.0f} s")
         else:
             say(f"{number}/{len(wanted.cells)} {_told(cell, found)}  measured before")
@@ -536,9 +537,11 @@ def _remarks(table: Table, result: Mapping[str, Any]) -> None:
     table.remarks += result["caption"]
     if sources:
         table.remarks.append(f"Peak memory: {' or '.join(says[source] for source in sorted(sources))}.")
+    loads = [cell["load"] for cell in result["cells"] if "load" in cell]
+    load = f", load average {min(loads):g} to {max(loads):g} (1 if nothing else runs)" if loads else ""
     table.remarks.append(
-        f"Steps/s: the fastest of {WINDOWS} windows. One {machine['kind']} device of {machine['count']}; {machine['cpu']}, {machine['cores']} cores; commit "
-        f"{' and '.join(commits)}, JAX {version['jax']}."
+        f"Steps/s: the fastest of {WINDOWS} windows. One {machine['kind']} device of {machine['count']}; {machine['cpu']}, "
+        f"{machine['cores']} cores{load}; commit {' and '.join(commits)}, JAX {version['jax']}."
     )
     table.remarks.append(f"Command: {result['command']}.")
 
