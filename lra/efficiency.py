@@ -206,7 +206,8 @@ def run(words: Sequence[str], file: Path, *, fresh: bool = False, say: Callable[
         elif found is None:
             start = time.monotonic()
             found = {"key": key, "commit": git_commit(), **measured(cell, wanted.seconds, wanted.limit)}
-            found["load"] = round(os.getloadavg()[0], 1)  # who reads the speeds wants to know what else ran
+            if hasattr(os, "getloadavg"):
+                found["load"] = round(os.getloadavg()[0], 1)  # who reads the speeds wants to know what else ran
             say(f"{number}/{len(wanted.cells)} {_told(cell, found)}  {time.monotonic() - start:.0f} s")
         else:
             say(f"{number}/{len(wanted.cells)} {_told(cell, found)}  measured before")
