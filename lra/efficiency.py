@@ -421,14 +421,11 @@ def rate(call: Callable[[int], None], seconds: float) -> float:
     start = time.perf_counter()
     call(1)
     once = time.perf_counter() - start
-    if once > 3 * seconds:  # a step of many seconds is measured once
-        return 1 / once
-    count = max(1, round(seconds / once))
-    windows = []
-    for _ in range(WINDOWS):
-        start = time.perf_counter()
+    count, windows = max(1, round(seconds / once)), [1 / once]
+    while len(windows) <= WINDOWS and time.perf_counter() - start < 2 * WINDOWS * seconds:  # fewer of very long steps
+        began = time.perf_counter()
         call(count)
-        windows.append(count / (time.perf_counter() - start))
+        windows.append(count / (time.perf_counter() - began))
     return max(windows)
 
 
