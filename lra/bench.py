@@ -1,4 +1,4 @@
-"""How fast is it here? Measurements that people can repeat: `lra bench data`, `lra bench ops`.
+"""How fast is it here? Measurements that people can repeat: `lra bench data`, `lra bench ops`, `lra bench trainer`.
 
 A measurement is one number with its unit and the goal it is held against. The result carries what it was measured on;
 it is printed as a table and, with `--output`, kept as JSON.
@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lra.errors import DataError
+from lra.errors import ConfigError, DataError
 from lra.files import write_atomically
 
-SUITES = ("data", "ops")
+SUITES = ("data", "ops", "trainer")
 ROUNDS = 5  # of a comparison, in each of which both sides run
 WINDOW_SECONDS = 0.5  # of one measured window of a rate
 WINDOWS = 5
+GIVEN_STEPS = 50  # a round of `lra bench trainer KEY=VALUE ...`
 
 
 class Measurement(NamedTuple):
@@ -32,10 +33,18 @@ class Measurement(NamedTuple):
     note: str = ""
 
 
-def run(suite: str, data_root: Path) -> dict[str, Any]:
-    """Measure a suite; returns what `render` prints and `save` writes."""
+def run(suite: str, data_root: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a suite; returns what `render` prints and `save` writes.
+
+    Args:
+        overrides: of `trainer`, what is trained, as for `lra train`; none for the models' own cases.
+    Raises:
+        ConfigError: overrides for another suite.
+    """
     from lra.records import git_commit, versions
 
+    if overrides and suite != "trainer":
+        raise ConfigError(f"lra bench {suite} takes no {overrides[0]}; trainer and efficiency take KEY=VALUE words")
     machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": _cores(), "system": platform.system()}
     if suite == "data":
         measurements = list(data(data_root))
@@ -43,7 +52,7 @@ def run(suite: str, data_root: Path) -> dict[str, Any]:
         import jax
 
         machine["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        measurements = list(ops())
+        measurements = list(ops() if suite == "ops" else trainer(overrides))
     return {
         "suite": suite,
         "commit": git_commit(),
@@ -204,6 +213,32 @@ def _compare(case: Any) -> Iterator[Measurement]:
     ]
     yield Measurement(f"{case.what}: faster", time_of[1] / time_of[0], "x", case.faster, notes[0])
     yield Measurement(f"{case.what}: memory", memory[0] / memory[1], "x", case.smaller, notes[1])
+
+
+# --- trainer -------------------------------------------------------------------------------------------------------
+
+
+def trainer(overrides: Sequence[str] = ()) -> Iterator[Measurement]:
+    """Steps through the trainer beside bare ones, and how long a start takes (`lra.bench_trainer`)."""
+    import jax
+
+    from lra.bench_trainer import compare, starts
+    from models.benchmarks import TrainerCase, trainer_cases
+
+    given = TrainerCase("as given", tuple(overrides), GIVEN_STEPS)
+    for case in [given] if overrides else trainer_cases(jax.default_backend()):
+        took = compare(case.overrides, case.steps)
+        note = f"{case.steps} steps a round: {_time(took.resident)} a step, bare {_time(took.steps)}"
+        yield Measurement(f"{case.what}: trainer / bare steps", took.resident / took.steps, "x", "<= 1.05 x", note)
+        note = f"data on the host: {_time(took.host)} a step"
+        yield Measurement(f"{case.what}: host-fed / bare steps", took.host / took.steps, "x", "<= 1.10 x", note)
+        note = f"bare, in one scan: {_time(took.scan)} a step"
+        yield Measurement(f"{case.what}: trainer / bare scan", took.resident / took.scan, "x", "", note)
+    first, second = starts(overrides)
+    note = f"{first.total:.3g} s, of which JAX compiles {first.compiling:.3g} s"
+    yield Measurement("start to first step, compilation apart", first.total - first.compiling, "s", "< 10 s", note)
+    note = f"{second.total:.3g} s, of which tracing and reading the cache {second.compiling:.3g} s"
+    yield Measurement("second start / first, compilation cache on", second.total / first.total, "x", "", note)
 
 
 def _time(seconds: float) -> str:

@@ -191,11 +191,24 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure how fast it is here")
     bench.add_argument(
         "suite",
-        choices=("data", "ops"),
-        help="data: preparation and batches; ops: the models' operations beside the published order of the same work",
+        choices=("data", "ops", "trainer", "efficiency"),
+        help="data: preparation and batches; ops: the models' operations beside the published order of the same work; trainer: "
+        "training beside bare steps, and a start; efficiency: speed and memory of models over lengths",
+    )
+    bench.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="of efficiency: model=A,B seq_len=N,M batch_size=N or preset=NAME, and as for `lra train`; of trainer: as for it",
     )
     bench.add_argument("--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)")
-    bench.add_argument("--output", metavar="FILE", type=Path, help="also keep the result as JSON")
+    bench.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="also keep the result as JSON; of efficiency where it is kept (bench_efficiency.json), with .md, .tex, .png beside",
+    )
+    bench.add_argument("--fresh", action="store_true", help="of efficiency: measure again what the file holds already")
     bench.set_defaults(run=bench_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
@@ -455,10 +468,27 @@ def data_show(args: argparse.Namespace) -> int:
 def bench_command(args: argparse.Namespace) -> int:
     from lra import bench
 
-    result = bench.run(args.suite, data_root_of(args))
+    if args.suite == "efficiency":
+        return efficiency_command(args)
+    if args.fresh:
+        raise ConfigError("--fresh is for lra bench efficiency; the other suites keep nothing")
+    result = bench.run(args.suite, data_root_of(args), args.overrides)
     print(bench.render(result), end="")
     if args.output:
         bench.save(result, args.output)
+    return 0
+
+
+def efficiency_command(args: argparse.Namespace) -> int:
+    from lra.efficiency import make_table, run
+    from lra.tables import render
+
+    file = args.output or Path("bench_efficiency.json")
+    if file.suffix != ".json":
+        raise ConfigError(f"--output {file}: expected a name that ends in .json; .md, .tex and .png go beside it")
+    result = run(args.overrides, file, fresh=args.fresh, say=partial(print, flush=True))
+    print(render(make_table(result)), end="")
+    print(f"kept in {file}, with .md, .tex and, over lengths, .png beside it")
     return 0
 
 

@@ -101,3 +101,46 @@ def median_curve(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     common = sorted(set.intersection(*(set(run[:, 0]) for run in runs)))
     values = [[dict(run)[step] for step in common] for run in runs]
     return np.asarray(common), np.median(values, axis=0)
+
+
+def efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path:
+    """Draw training and inference steps/s and peak training memory over the length into `output`, a line a model.
+
+    All axes are logarithmic. Cells without a number, out of memory say, are left out of their line.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("training steps/s", lambda cell: cell["train"]["steps_per_s"]),
+        ("inference steps/s", lambda cell: cell["infer"]["steps_per_s"]),
+        ("peak memory in training, GB", lambda cell: cell["memory"]["train_bytes"] / 1e9),
+    )
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        if cell["status"] == "ok":
+            rows[cell["row"]].append(cell)
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for axis, (title, number) in zip(axes, panels, strict=True):
+        for place, (name, found) in enumerate(rows.items()):
+            points = sorted((cell["seq_len"], number(cell)) for cell in found)
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colours(place % 20),
+                marker="os^Dv"[place % 5],
+                markersize=4,
+                label=name,
+            )
+        axis.set(title=title, xlabel="length L", xscale="log", yscale="log")
+        lengths = sorted({cell["seq_len"] for found in rows.values() for cell in found})
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    if rows:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+    return Path(output)

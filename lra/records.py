@@ -72,7 +72,8 @@ _NOT_IDENTITY = (
     "trainer.distributed",
     "model.budget",  # the width that it chose counts
     "trainer.time_limit",
-)  # where a run is kept and told of, how it was chosen, which devices work, and when it has to stop
+    "trainer.profile",
+)  # where a run is kept and told of, how it was chosen, which devices work, when it has to stop, and what is traced
 
 
 class RunFolder:
@@ -235,7 +236,8 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
 
     Left out are `output`, `resume`, `tracker`, `tuning_runs`, `model.budget`, where the data lie (`data.root`,
     `data.download`, `data.placement`), which devices work and for how long (`trainer.devices`, `trainer.distributed`,
-    `trainer.time_limit`), so that a run may be resumed on other ones, and the keys in `without`, dotted like these.
+    `trainer.time_limit`), so that a run may be resumed on other ones, what is traced (`trainer.profile`), and the keys in
+    `without`, dotted like these.
     Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value of it is
     another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
     """

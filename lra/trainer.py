@@ -27,6 +27,8 @@ from lra.evaluate import predict, score
 from lra.feed import HostFeed, Resident, fits, on_host
 from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_micro_batch, sizes
 from lra.optim import Group, schedule
+from lra.profiling import FOLDER as PROFILE
+from lra.profiling import Profile, profiled_steps
 from lra.program import (
     Best,
     Program,
@@ -85,6 +87,9 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # by default what compiles in under a second is not kept: a start has dozens of such programs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def claim(folder: records.RunFolder, config: dict, resume: str) -> dict | None:
@@ -119,6 +124,7 @@ def check(cfg: DictConfig) -> None:
         if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
             raise ConfigError(f"trainer.{key}={cfg.trainer[key]} changes nothing: this backbone has no argument {key}")
     seconds_of("trainer.time_limit", cfg.trainer.time_limit)
+    profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
         raise ConfigError(
@@ -140,6 +146,8 @@ class Run:
         self.record = first_record(cfg, self.before, setup.groups) | {"micro_batch": None}
         self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
         self.deadline = Deadline(seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started)
+        steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
+        self.profile = Profile(steps, folder.path / PROFILE, self.reporter.console.print)
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
@@ -164,6 +172,7 @@ class Run:
             with signals.noted(), self.reporter:
                 state, best = self.loop(state, best, data, signals)
         finally:
+            self.profile.close()
             self.feed.close()
         return self.finish(state, best, data)
 
@@ -243,10 +252,11 @@ class Run:
         step = int(state.step)
         while step < cfg.steps:
             due_at = [next_multiple(step, n) for n in every.values()]
-            until = min(step + per_call, *due_at, cfg.steps, self.feed.end(step))
-            start = time.perf_counter()
-            state = jax.block_until_ready(self.feed.run(self.program, state, self.setup.fixed, until))
-            seconds, done = time.perf_counter() - start, until - step
+            until = min(step + per_call, *due_at, cfg.steps, self.feed.end(step), self.profile.end(step))
+            with self.profile.tracing(step, until):
+                start = time.perf_counter()
+                state = jax.block_until_ready(self.feed.run(self.program, state, self.setup.fixed, until))
+                seconds, done = time.perf_counter() - start, until - step
             # the clocks of several processes differ, what they run may not
             per_call, step = hosts.agree(partial(rate.steps_per_call, done, seconds)), int(state.step)
             if not bool(state.finite):

@@ -212,3 +212,33 @@ def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: 
 
 def _float32(arrays: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
     return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
+
+
+class TrainerCase(NamedTuple):
+    """A training that `lra bench trainer` holds against its bare steps: what `lra train` is given, and steps a round."""
+
+    what: str
+    overrides: tuple[str, ...]
+    steps: int
+
+
+def trainer_cases(platform: str) -> list[TrainerCase]:
+    """Short steps, where every millisecond of the host would show, and the sizes of a run."""
+    lru, stu = ("task=listops_short", "model=lru"), ("task=listops_short", "model=stu")
+    if platform == "cpu":
+        tiny = ("backbone.width=16", "backbone.depth=2", "task.max_length=127", "trainer.batch_size=8")
+        return [
+            TrainerCase("LRU, short steps", (*lru, *tiny), 600),
+            TrainerCase("LRU", (*lru, "trainer.batch_size=16"), 120),
+            TrainerCase("STU", (*stu, "trainer.batch_size=16"), 120),
+        ]
+    return [
+        TrainerCase("LRU, short steps", (*lru, "backbone.width=64"), 2000),
+        TrainerCase("LRU, ListOps", ("task=listops", "model=lru", "task.sizes.train=2000"), 100),
+        TrainerCase("STU, ListOps", ("task=listops", "model=stu", "task.sizes.train=2000"), 100),
+    ]
+
+
+BASELINE = (
+    "transformer"  # what `lra bench efficiency` states speed and memory as multiples of, as the LRA paper's table does
+)

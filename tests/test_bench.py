@@ -3,11 +3,14 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
-from lra import bench
+from lra import bench, bench_trainer
 from lra.bench import Measurement
+from lra.bench_trainer import Start
 from lra.cli import main
+from lra.errors import LraError
 from models import benchmarks
 
 
@@ -63,3 +66,60 @@ def test_ops_suite_measures_time_and_memory_of_both_sides(monkeypatch, tmp_path)
     (whole,) = (m for m in measured.values() if m["unit"] == "GB")
     assert 32 * 4 * 4 < whole["value"] * 1e9 < 1e9
     assert result["machine"]["device"] in bench.render(result)
+
+
+TINY = ("task=listops_short", "task.max_length=30", "model=lru", "backbone.width=8", "backbone.depth=1")
+
+
+def test_trainer_suite_compares_equal_work(monkeypatch, tmp_path, capsys):
+    """Every side trains on the same batches to the same loss, or the suite ends in an error."""
+    monkeypatch.setattr(bench_trainer, "starts", lambda overrides: (Start(9.0, 3.0), Start(6.0, 1.0)))
+    monkeypatch.setattr(bench_trainer, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "GIVEN_STEPS", 3)
+    checked = []
+    for name in ("check_batches", "check_same_work"):
+        real = getattr(bench_trainer, name)
+        monkeypatch.setattr(
+            bench_trainer, name, lambda *args, name=name, real=real: [checked.append(name), real(*args)]
+        )
+    words = [*TINY, "trainer.batch_size=4"]
+    assert main(["bench", "trainer", *words, "--output", str(tmp_path / "t.json")]) == 0
+    assert checked == ["check_batches", "check_same_work"]
+    found = {m["what"]: m for m in json.loads((tmp_path / "t.json").read_text())["measurements"]}
+    assert found["as given: trainer / bare steps"]["goal"] == "<= 1.05 x"
+    assert found["as given: host-fed / bare steps"]["goal"] == "<= 1.10 x"
+    assert all(m["value"] > 0 for m in found.values())
+    assert found["start to first step, compilation apart"]["value"] == 6.0
+    assert found["second start / first, compilation cache on"]["value"] == pytest.approx(2 / 3)
+
+    class Other(bench_trainer.HostFeed):
+        def rows(self, step):
+            return super().rows(step + 1)
+
+    monkeypatch.setattr("lra.trainer.HostFeed", Other)
+    with pytest.raises(LraError, match=r"the batches of steps 0 to \d+ differ"):
+        bench_trainer.compare(words, 3, 1)
+
+
+def test_sides_that_trained_otherwise_are_told(tmp_path):
+    states = {"steps": (0, 0, 0, 0, np.float32(6.0)), "scan": (0, 0, 0, 0, np.float32(6.2))}
+    with pytest.raises(LraError, match="did not train alike"):
+        bench_trainer.check_same_work(states, {}, 3)
+
+
+def test_compilation_within_compilation_counts_once():
+    assert bench_trainer.covered([(5.0, 6.0), (0.0, 3.0), (1.0, 2.0), (2.5, 4.0)]) == 5.0
+    assert bench_trainer.covered([]) == 0.0
+
+
+@pytest.mark.slow
+def test_a_start_is_measured_to_its_first_step():
+    first, second = bench_trainer.starts([*TINY, "trainer.batch_size=4"])
+    assert 0 < first.compiling < first.total
+    assert 0 < second.compiling < first.compiling
+
+
+@pytest.mark.parametrize("words", [["ops", "model=lru"], ["data", "--fresh"]])
+def test_words_of_another_suite_are_refused(words, capsys):
+    assert main(["bench", *words]) == 2
+    assert capsys.readouterr().err.startswith("lra: error: ")

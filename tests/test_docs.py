@@ -145,7 +145,7 @@ def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch)
     assert names["train"][0]["inputs"].shape == (32,)
 
 
-@pytest.mark.parametrize(("suite", "page"), [("data", "data.md"), ("ops", "speed.md")])
+@pytest.mark.parametrize(("suite", "page"), [("data", "data.md"), ("ops", "speed.md"), ("trainer", "speed.md")])
 def test_benchmark_table_is_that_of_the_record(suite, page):
     """Rounded as `lra bench` prints it."""
     result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
