@@ -91,7 +91,7 @@ RANGES = {
     "trainer.eval_examples": Range("[1, inf)", whole=True, optional=True),
     "trainer.eval_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.early_stopping": Range("[1, inf)", whole=True, optional=True),
-    "trainer.first_loss_tolerance": Range("(0, inf)", optional=True),
+    "trainer.first_loss_tolerance": Range("(1, inf)", optional=True),
     "trainer.chance_after": Range("[0, 1]", optional=True),
     "trainer.checkpoint_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.log_every": Range("[1, inf)", whole=True, optional=True),
