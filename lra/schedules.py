@@ -59,12 +59,11 @@ def observe(
     """
     rule, least = cfg["plateau"], cfg["lr_end"] / cfg["lr"]
     # optax looks for a minimum; -log turns a relative gain of accuracy into a difference. It wants a threshold above 0
-    loss = rule["metric"] == "loss"
-    with np.errstate(divide="ignore"):
-        value = np.float32(scores["loss"] if loss else -np.log(scores["accuracy"]))
+    loss, tiny = rule["metric"] == "loss", float(np.finfo(np.float32).tiny)
+    value = np.float32(scores["loss"] if loss else -np.log(max(scores["accuracy"], tiny)))
     margin = {"rtol": rule["threshold"]} if loss else {"rtol": 0.0, "atol": float(np.log1p(rule["threshold"]))}
     if rule["threshold"] == 0:
-        margin = {"rtol": 0.0, "atol": float(np.finfo(np.float32).tiny)}
+        margin = {"rtol": 0.0, "atol": tiny}
     reduce = reduce_on_plateau(rule["factor"], rule["patience"] + 1, min_scale=least, **margin)
 
     def seen(state: ReduceLROnPlateauState) -> ReduceLROnPlateauState:
