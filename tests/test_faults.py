@@ -559,7 +559,7 @@ def test_other_random_numbers_are_refused(copied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_commands_of_the_page_work_one_after_the_other(number, data_root, tmp_path):
     block = blocks("docs/training.md", "bash")[number]
     for line in block.splitlines():

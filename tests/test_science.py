@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import TINY
-from test_faults import assert_same_run, folder_of, killed
+from test_faults import assert_same_run, final_state, folder_of, killed
 from test_optim import CONFIG, PARAMS
 
 import lra
-from lra import verdicts
+from lra import trainer, verdicts
 from lra.config import data_arguments
 from lra.data.store import prepare
 from lra.errors import ConfigError
@@ -181,11 +181,22 @@ ALL = [
 ]
 
 
+EVALUATED = {}  # by step of the undisturbed run: averaged and newest weights
+
+
 @pytest.fixture(scope="module")
 def whole(data_root, tmp_path_factory):
     overrides = [*ALL, f"data.root={data_root}"]
     here = [*overrides, f"output.root={tmp_path_factory.mktemp('whole')}"]
-    return overrides, folder_of(here), lra.train(here)
+    evaluate = trainer.Run.evaluate
+
+    def noted(self, step, state, best, val):
+        EVALUATED[step] = jax.device_get((state.average, (state.params, state.stats)))
+        return evaluate(self, step, state, best, val)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Run, "evaluate", noted)
+        return overrides, folder_of(here), lra.train(here)
 
 
 def test_run_stops_after_evaluations_without_a_gain_and_counts_in_a_table(whole):
@@ -197,6 +208,14 @@ def test_run_stops_after_evaluations_without_a_gain_and_counts_in_a_table(whole)
     assert record["status"] == "finished"
     assert not any(line.startswith("Not counted") for line in table.remarks)
     assert [row["steps"] for row in table.long if row["kind"] == "ours"] == [record["step"]]
+
+
+def test_weights_that_are_kept_are_the_averages(whole):
+    overrides, folder, record = whole
+    _, kept = final_state(overrides, folder).state
+    average, newest = EVALUATED[record["selection"]["step"]]
+    jax.tree.map(np.testing.assert_array_equal, tuple(kept), average)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (average, newest)), strict=True))
 
 
 def test_logged_rate_is_the_one_that_validation_left(whole):
@@ -222,6 +241,7 @@ def test_scores_are_of_true_labels(whole):
     assert record["metrics"]["test"] == score(stored["logits"], stored["labels"])
 
 
+@pytest.mark.slow
 def test_killed_twice_it_ends_as_if_never_killed(whole, tmp_path):
     """Once between two evaluations, once when it has stopped early and has not yet said so: it does not train on."""
     overrides, undisturbed, record = whole
