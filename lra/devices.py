@@ -57,7 +57,7 @@ class Layout:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Tells what is traced inside of the mesh, where an operation wants to know (`models.ops.fft`)."""
+        """Tells what is traced inside of the mesh, where an operation wants to know (`models.ops.by_example`)."""
         if self.mesh is None:
             yield
             return

@@ -30,8 +30,9 @@ HEADS = ("linear", "mlp")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
 # what a block keeps for the backward pass, of jax.checkpoint_policies
-REMATS = {"none": "everything_saveable", "block": "nothing_saveable", "dots": "dots_saveable"}
-REMATS |= {name: name for name in (*REMATS.values(), "dots_with_no_batch_dims_saveable")}
+# (dots: products with weights, not those of one position with another, which grow as L^2)
+REMATS = {"none": "everything_saveable", "block": "nothing_saveable", "dots": "dots_with_no_batch_dims_saveable"}
+REMATS |= {name: name for name in (*REMATS.values(), "dots_saveable")}
 
 
 class Backbone(nnx.Module):

@@ -199,7 +199,7 @@ def test_two_processes_give_the_run_of_one(alone, tmp_path, placement):
     assert record["device"] == {"platform": "cpu", "kind": "cpu", "count": 2, "processes": 2}
     assert_same_run(folder_of(here), folder)
     assert "test accuracy" in out
-    assert other_out == ""  # one of them speaks
+    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())  # one of them speaks; JAX's transport may
 
 
 @pytest.mark.slow

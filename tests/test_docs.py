@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def commands(path):
     return [line for line in lines if line.startswith("lra ")]
 
 
-def run(words, cwd, timeout=300):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+def run(words, cwd, timeout=300, **variables):
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, "-m", "lra.cli", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
 
@@ -46,6 +47,34 @@ def shortened(command, data_root):
     if words[0] == "data":
         return [*words, *([] if "--set" in words else ["--set"]), *small]
     return words
+
+
+def run_block(block, data_root, cwd):
+    """Runs the lines of a block as a shell would: variables in front, patterns, `&`; returns what each line did."""
+    beside, done = [], []
+    with ThreadPoolExecutor() as pool:
+        for line in block.splitlines():
+            variables, command = re.match(r"((?:[A-Z_]+=\S+ )*)(lra .*?)(?: &)?$", line).groups()
+            for pattern in re.findall(r"\S+/\*", command):
+                (found,) = Path(cwd).glob(pattern)
+                command = command.replace(pattern, str(found))
+            words = shortened(command, data_root)
+            settings = dict(part.split("=", 1) for part in variables.split())
+            if line.endswith("&"):
+                beside.append((line, pool.submit(run, words, cwd, **settings)))
+            else:
+                done.append((line, run(words, cwd, **settings)))
+    return [*done, *((line, future.result()) for line, future in beside)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("docs/training.md", "bash"))))
+def test_commands_of_the_training_page_work_one_after_the_other(number, data_root, tmp_path):
+    for line, done in run_block(blocks("docs/training.md", "bash")[number], data_root, tmp_path):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() or line.endswith("&")
+        if "eval" in line and "--weights last" not in line:
+            assert "identical, bit for bit" in done.stdout
 
 
 def test_readme_shows_the_commands_the_project_is_about():

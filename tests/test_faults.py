@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from test_docs import blocks, run, shortened
 
 import lra
 from lra import records, reload, trainer
@@ -553,22 +552,3 @@ def test_other_random_numbers_are_refused(copied):
         pytest.raises(RunFolderError, match="generator threefry2x32, partitionable"),
     ):
         lra.train([*here, "resume=auto"])
-
-
-# ---- the page
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_commands_of_the_page_work_one_after_the_other(number, data_root, tmp_path):
-    block = blocks("docs/training.md", "bash")[number]
-    for line in block.splitlines():
-        command = line
-        for pattern in re.findall(r"\S+/\*", line):  # what the shell does
-            (found,) = tmp_path.glob(pattern)
-            command = command.replace(pattern, str(found))
-        done = run(shortened(command, data_root), tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-        if "eval" in line and "--weights last" not in line:
-            assert "identical, bit for bit" in done.stdout

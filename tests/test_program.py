@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 import lra
 from lra import feed, hosts, memory, trainer
@@ -59,7 +60,7 @@ def assert_equal(tree, other):
 # ---- micro-batches
 
 
-@pytest.mark.parametrize("model", ["stu", "lru", "s4d", "transformer", "mamba"])
+@pytest.mark.parametrize("model", ["stu", "transformer"])
 def test_micro_batches_make_the_update_of_the_whole_batch(made, model):
     setup, data = made(f"model={model}", "backbone.norm=layer", "optim.lr=0.01")
     # sums and means of gradients, before Adam divides small ones by small ones
@@ -133,14 +134,15 @@ def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, overrid
 
 
 def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, monkeypatch, capsys):
-    setup, data = made("trainer.batch_size=4")
+    longer = ["model=lru", "task.max_length=250"]  # activations, not the sum of gradients, take the memory
+    setup, data = made("trainer.batch_size=4", *longer)
     needs = {}
     for size in (4, 2):
         run = compile_program(setup, 4, size).run
         needs[size] = compiled_bytes(run.lower(state_of(setup), setup.fixed, data, np.int32(0)).compile())
     assert needs[2] < needs[4]
     monkeypatch.setattr(memory, "device_bytes", lambda device: needs[4] - 1)
-    here = [*tiny, "trainer.micro_batch=auto"]
+    here = [*tiny, *longer, "trainer.micro_batch=auto", "trainer.steps=4", "trainer.eval_every=4"]
     monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
     advance = trainer.Reporter.advance
     monkeypatch.setattr(trainer.Reporter, "advance", lambda self, *_: os.kill(os.getpid(), 15))
@@ -153,7 +155,7 @@ def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, mo
     resumed = lra.train([*here, "resume=auto"])
     assert resumed["resumed_from"] == [1]
     assert resumed["micro_batch"] == 2
-    explicit = lra.train([*tiny, "trainer.micro_batch=2"])
+    explicit = lra.train([*here, "trainer.micro_batch=2"])
     assert explicit["metrics"] == resumed["metrics"]
 
 
@@ -208,7 +210,7 @@ def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
 # ---- rematerialisation
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["lru", "mega"])  # batch norm; a mixer that gates the residual
 def test_remat_gives_the_same_gradients(made, model):
     def first(policy):
         # no Adam yet, whose first step makes every gradient one: its moments are the gradients
@@ -219,21 +221,25 @@ def test_remat_gives_the_same_gradients(made, model):
     assert_close(kept.stats, again.stats, atol=1e-6)
 
 
-def temporary_bytes(made, model, policy):
-    sized = ["task.max_length=1022", "trainer.batch_size=2", "backbone.depth=4", f"trainer.remat={policy}"]
-    setup, _ = made(f"model={model}", *sized)
-    shape = (64, setup.task.seq_len)
-    assert shape[1] >= 1024
-    data = lra.program.Split(jnp.zeros(shape, jnp.uint8), jnp.full(64, 1000), jnp.zeros(64, jnp.int32))
-    lowered = compile_program(setup, 2).run.lower(state_of(setup), setup.fixed, data, jnp.int32(1))
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+def kept_bytes(made, model, policy):
+    """What lies between the forward and the backward pass, parameters included. Not XLA's own count of the compiled step:
+    on CPUs it moves what is computed again to the front and saves nothing."""
+    setup, data = made(f"model={model}", "task.max_length=254", "backbone.depth=4", f"trainer.remat={policy}")
+
+    def loss(params):
+        model = nnx.merge(setup.graph, params, setup.stats, setup.fixed, copy=True)
+        rngs = nnx.Rngs(dropout=0)
+        return model(setup.task.decode(data.inputs[:2]), data.lengths[:2], train=True, rngs=rngs).sum()
+
+    backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], setup.params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
 
-@pytest.mark.parametrize("model", ["lru", "s4d"])
-def test_remat_takes_less_memory_at_length_1024(made, model):
-    kept, dots, forgotten = (temporary_bytes(made, model, policy) for policy in ("none", "dots", "block"))
-    assert forgotten < 0.8 * kept
-    assert forgotten <= dots < kept
+@pytest.mark.parametrize("model", ["stu", "lru", "transformer", "mamba"])
+def test_remat_keeps_less_for_the_backward_pass(made, model):
+    kept, dots, forgotten = (kept_bytes(made, model, policy) for policy in ("none", "dots", "block"))
+    assert forgotten < 0.5 * kept
+    assert forgotten < dots < kept
 
 
 # ---- precision
@@ -242,35 +248,35 @@ def test_remat_takes_less_memory_at_length_1024(made, model):
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_bf16_is_near_float32_and_keeps_float32_where_it_counts(made, model):
-    (full, data), (half, _) = made(f"model={model}"), made(f"model={model}", "trainer.precision=bf16")
-    logits = [
-        compile_program(s, 8).apply(s.params, s.stats, s.fixed, data.inputs[:8], data.lengths[:8]) for s in (full, half)
-    ]
-    assert logits[1].dtype == jnp.float32
-    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.05
-
-    program, state = compile_program(half, 8), state_of(half)
-    jaxpr = jax.make_jaxpr(program.run)(state, half.fixed, data, jnp.int32(20)).jaxpr
+def test_bf16_keeps_float32_where_it_counts(made, model):
+    half, data = made(f"model={model}", "trainer.precision=bf16")
+    jaxpr = jax.make_jaxpr(compile_program(half, 8).run)(state_of(half), half.fixed, data, jnp.int32(20)).jaxpr
     found = list(equations(jaxpr))
     products = [e.outvars[0].aval.dtype for e in found if e.primitive.name == "dot_general"]
     assert products.count(jnp.bfloat16) >= 6  # forward and backward of two blocks
     for equation in found:  # transforms, softmax and losses
         if equation.primitive.name in ("fft", "exp", "log"):
             assert all(v.aval.dtype != jnp.bfloat16 for v in equation.invars), equation
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.stats)))
-    state = program.run(state, half.fixed, data, jnp.int32(20))
+
+
+@pytest.mark.parametrize("model", ["stu", "transformer"])
+def test_bf16_is_near_float32_and_trains_float32_parameters(made, model):
+    (full, data), (half, _) = made(f"model={model}"), made(f"model={model}", "trainer.precision=bf16")
+    logits = [
+        compile_program(s, 8).apply(s.params, s.stats, s.fixed, data.inputs[:8], data.lengths[:8]) for s in (full, half)
+    ]
+    assert logits[1].dtype == jnp.float32
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.05
+    state = trained(half, data, 20)
     assert int(state.step) == 20
     assert np.isfinite(state.tally).all()
-    assert all(
-        jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.float32
-        for x in jax.tree.leaves((state.params, state.opt))
-    )
+    kept = jax.tree.leaves((state.params, state.stats, state.opt))
+    assert all(jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.float32 for x in kept)
 
 
 def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
