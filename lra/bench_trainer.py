@@ -54,8 +54,8 @@ class Result(NamedTuple):
 class Side(Run):
     """A run of which the training steps are timed alone: it is neither scored nor saved."""
 
-    def evaluate(self, step: int, state: State, best: Best, val: Split) -> Best:
-        return best
+    def evaluate(self, step: int, state: State, best: Best, val: Split) -> tuple[State, Best]:
+        return state, best
 
     def save(self, step: int, state: State, best: Best) -> None: ...
 

@@ -77,6 +77,11 @@ RANGES = {
     "optim.lr_start": Range("[0, inf)"),
     "optim.lr_end": Range("[0, inf)"),
     "optim.clip": Range("(0, inf)", optional=True),
+    "optim.plateau.factor": Range("(0, 1)"),
+    "optim.plateau.patience": Range("[0, inf)", whole=True),
+    "optim.plateau.threshold": Range("[0, 1)"),
+    "optim.ema": Range("(0, 1)", optional=True),
+    "optim.label_smoothing": Range("[0, 1)"),
     "trainer.steps": Range("[1, inf)", whole=True),
     "trainer.batch_size": Range("[1, inf)", whole=True),
     "trainer.micro_batch": Range("[1, inf)", whole=True, optional=True, words=("auto",)),
@@ -85,6 +90,9 @@ RANGES = {
     "trainer.train_eval_examples": Range("[1, inf)", whole=True),
     "trainer.eval_examples": Range("[1, inf)", whole=True, optional=True),
     "trainer.eval_every": Range("[1, inf)", whole=True, optional=True),
+    "trainer.early_stopping": Range("[1, inf)", whole=True, optional=True),
+    "trainer.first_loss_tolerance": Range("(1, inf)", optional=True),
+    "trainer.chance_after": Range("[0, 1]", optional=True),
     "trainer.checkpoint_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.log_every": Range("[1, inf)", whole=True, optional=True),
     "trainer.call_seconds": Range("(0, inf)"),
@@ -92,6 +100,8 @@ RANGES = {
 
 # keys that take one word of a few
 WORDS = {
+    "optim.schedule": ("cosine", "linear", "rsqrt", "constant", "plateau"),
+    "optim.plateau.metric": ("accuracy", "loss"),
     "trainer.precision": ("float32", "tf32", "bf16"),
     "trainer.remat": (
         *("none", "block", "dots", "everything_saveable", "nothing_saveable", "dots_saveable"),

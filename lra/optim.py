@@ -1,15 +1,18 @@
-"""AdamW with warm-up + cosine and parameter groups, all from the config."""
+"""AdamW with a schedule, parameter groups and an average of the weights, all from the config."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lra.config import Range, check_ranges, shown
 from lra.errors import ConfigError
+from lra.schedules import scale_by_plateau, schedule
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,6 @@ class Group:
     weight_decay: float
     paths: tuple[str, ...]
     num_params: int
-
-
-def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
-    """Linear warm-up from `lr_start` to `lr` over the share `warmup` of `steps`, then cosine to `lr_end`."""
-    warmup_steps = round(cfg["warmup"] * steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(cfg["lr_start"], cfg["lr"], max(warmup_steps, 1)),
-            optax.cosine_decay_schedule(cfg["lr"], max(steps - warmup_steps, 1), alpha=cfg["lr_end"] / cfg["lr"]),
-        ],
-        boundaries=[warmup_steps],
-    )
 
 
 def adamw(cfg: Mapping[str, Any], steps: int, params: Any) -> tuple[optax.GradientTransformation, list[Group]]:
@@ -54,7 +45,20 @@ def adamw(cfg: Mapping[str, Any], steps: int, params: Any) -> tuple[optax.Gradie
         if group.lr_factor != 1.0:
             parts.append(optax.masked(optax.scale(group.lr_factor), mask))
     parts.append(optax.scale_by_learning_rate(schedule(cfg, steps)))
+    if cfg["schedule"] == "plateau":
+        parts.append(scale_by_plateau())
     return optax.chain(*parts), groups
+
+
+def averaged(decay: float, average: Any, new: Any, count: jax.Array) -> Any:
+    """The exponential moving average of a tree after its `count`-th value, in which a value s steps old weighs decay^s.
+
+    Normalised by the sum of these weights: a true average from the first value on, which it equals, as in a bias-corrected
+    one (Kingma & Ba 2015, section 3).
+    """
+    # (1 - decay) / (1 - decay^count), without the cancellation
+    weight = math.expm1(math.log(decay)) / jnp.expm1(count * math.log(decay))
+    return optax.incremental_update(new, average, weight)
 
 
 def assign(cfg: Mapping[str, Any], params: Any) -> tuple[list[Group], Any]:
@@ -100,6 +104,9 @@ def check(cfg: Mapping[str, Any]) -> None:
     check_ranges(cfg, "optim.")
     if cfg["no_decay"] is not None:
         check_pattern("optim.no_decay", cfg["no_decay"])
+    rule = cfg["plateau"]
+    if not isinstance(rule, Mapping) or set(rule) != {"metric", "factor", "patience", "threshold"}:
+        raise ConfigError(f"optim.plateau={shown(rule)} must have exactly metric, factor, patience and threshold")
     groups = {} if cfg["groups"] is None else cfg["groups"]
     if not isinstance(groups, Mapping):
         form = "{name: {match, lr_factor, weight_decay}, ...}"

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lra.config import build_task, model_builder
 from lra.devices import Layout
 from lra.errors import ConfigError
-from lra.optim import adamw
+from lra.optim import adamw, averaged
 
 
 class State(NamedTuple):
@@ -31,6 +31,7 @@ class State(NamedTuple):
     opt: Any
     tally: jax.Array  # (3,) float32: sums of loss, correct, count since the last logged line
     finite: jax.Array  # () bool: no NaN or Inf so far
+    average: Any = None  # moving averages of (params, stats), where optim.ema asks for them
 
 
 class Best(NamedTuple):
@@ -75,6 +76,7 @@ class Setup:
             check_batch_size(cfg, count)
         model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
         self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
+        self.ema, self.label_smoothing = cfg.optim.ema, cfg.optim.label_smoothing
         self.tx, self.groups = adamw(
             cast(dict[str, Any], OmegaConf.to_container(cfg.optim)), cfg.trainer.steps, self.params
         )
@@ -83,13 +85,19 @@ class Setup:
 def first_state(setup: Setup) -> tuple[State, Best]:
     """The state before the first step; also the form of every state that is saved."""
     opt = setup.tx.init(setup.params)
-    state = State(jnp.int32(0), setup.params, setup.stats, opt, jnp.zeros(3), jnp.bool_(True))
+    average = copy((setup.params, setup.stats)) if setup.ema else None
+    state = State(jnp.int32(0), setup.params, setup.stats, opt, jnp.zeros(3), jnp.bool_(True), average)
     return state, Best(copy(setup.params), copy(setup.stats))  # not the state's arrays, whose memory is given away
+
+
+def evaluated_weights(state: State) -> tuple[Any, Any]:
+    """(params, stats) that are evaluated: their moving averages where the run keeps them, else the newest."""
+    return state.average or (state.params, state.stats)
 
 
 def chosen_weights(rule: str, state: State, best: Best) -> tuple[Any, Any]:
     """(params, stats) that are scored: those best on validation, or the last; a checkpoint holds both."""
-    return best[:2] if rule == "best" else (state.params, state.stats)
+    return best[:2] if rule == "best" else evaluated_weights(state)
 
 
 def check_batch_size(cfg: DictConfig, count: int) -> None:
@@ -126,7 +134,7 @@ def compile_program(
     def loss(params, stats, fixed, batch: Split, key):
         model = nnx.merge(graph, params, stats, fixed, copy=True)  # batch norm writes to its own variables
         logits = model(decode(batch.inputs), batch.lengths, train=True, rngs=nnx.Rngs(dropout=key))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        losses = cross_entropy(logits, batch.labels, setup.label_smoothing)
         correct = (logits.argmax(axis=-1) == batch.labels).sum()
         tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(losses.size)])
         return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
@@ -162,7 +170,8 @@ def compile_program(
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(tally[0]) & jnp.isfinite(optax.tree.norm(grads))
-        return State(state.step + 1, params, stats, opt, state.tally + tally, finite)
+        average = setup.ema and averaged(setup.ema, state.average, (params, stats), state.step + 1)
+        return State(state.step + 1, params, stats, opt, state.tally + tally, finite, average)
 
     def goes_on(state: State, until: jax.Array) -> jax.Array:
         return (state.step < until) & state.finite
@@ -205,6 +214,14 @@ def compile_program(
         return layout.gather(logits)
 
     return Program(run, run_window, apply)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Loss of each label, in nats, of which the share `smoothing` is spread over all classes (Szegedy et al. 2016)."""
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def matmul_precision(precision: str) -> AbstractContextManager:

@@ -101,7 +101,11 @@ class Reporter:
         validation = f"validation loss {result['loss']:.3f} accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
         self.console.print(f"step {step:>6}/{self.steps}  {self.training}  {validation}")
 
-    def scoring(self, count: int) -> None:
+    def scoring(self, count: int, stopped_early: dict | None) -> None:
+        if stopped_early:
+            self.console.print(
+                f"ended at step {stopped_early['step']:,} of {self.steps:,} by {stopped_early['reason']}"
+            )
         self.console.print(f"scoring the test split, {count:,} examples")
 
     def finished(self, record: dict, sync_hint: str | None) -> None:
@@ -112,6 +116,8 @@ class Reporter:
             f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] on {test['count']:,} examples, weights of step "
             f"{selection['step']:,} ({selection['rule']}); reference lines: {lines}"
         )
+        if not record["learned"]:
+            self.console.print("that is within noise of chance: not learned, FAIL in a table")
         if sync_hint:
             self.console.print(f"W&B offline; to upload: {sync_hint}")
 

@@ -29,6 +29,10 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
     device          {platform, kind, count: that share a batch, processes}
     micro_batch     examples whose activations were held at once, over all devices; the batch where it was not cut
+    first_loss      mean training loss of the first step, near log(classes) in a model that knows nothing yet
+    at_chance       whether validation accuracy was within noise of chance when last looked at; null before trainer.chance_after
+    stopped_early   {step, reason} where trainer.early_stopping ended the run
+    learned         whether the test accuracy is above chance by more than noise; false is FAIL in a table
     time            {wall_s, train_s, steps_per_s, examples_per_s}
     memory          {peak_bytes}
 """

@@ -22,6 +22,7 @@ import numpy as np
 from lra.errors import ConfigError, LraError
 from lra.files import write_atomically
 from lra.records import config_hash, load_records
+from lra.verdicts import is_at_chance
 
 FORMATS = ("terminal", "markdown", "latex", "csv")
 PUBLISHED = ("featured", "all", "none")
@@ -31,13 +32,13 @@ LONG = (
     *("source", "note"),
 )
 RESAMPLES = 10_000
-LEARNED_BY = 3.0  # standard errors above the majority class
 
 # of the keys in `config_hash`, those that cannot change a result: runs that differ in them are one configuration
 NO_EFFECT = (
     *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
     *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.log_every"),
     *("trainer.remat", "trainer.deterministic", "backbone.remat"),
+    *("trainer.first_loss_tolerance", "trainer.chance_after"),
 )
 SHORT = "_short"  # `x_short` is a smaller tier of task `x`; the only thing known here of any task's name
 
@@ -176,12 +177,14 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 
 
 def learned(record: Record, metric: str = "test") -> bool | None:
-    """Whether a run beats the majority class by more than `LEARNED_BY` standard errors; None where nobody knows."""
+    """Whether a run did better than chance: as it recorded, else by the majority class; None where nobody knows."""
+    if (recorded := record.get("learned")) is not None:
+        return recorded
     majority, count = (record.get("reference") or {}).get("majority"), _score(record, metric).get("count")
     accuracy = _accuracy(record, metric)
     if majority is None or not count or accuracy is None:
         return None
-    return accuracy > majority + LEARNED_BY * (majority * (1 - majority) / count) ** 0.5
+    return not is_at_chance(accuracy, majority, count)
 
 
 def published_path() -> Path:
@@ -328,7 +331,8 @@ def _numbers(runs: Sequence[Record], metric: str, notes: Sequence[str]) -> dict[
     source, key = _data(first)
     numbers = {
         **{"kind": "ours", "task": first["task"], "model": first["model"], "variant": first.get("experiment") or ""},
-        **{"protocol": first["protocol"], "data_source": source, "data_key": key, "accuracy": summary["median"]},
+        **{"protocol": first["protocol"], "data_source": source, "data_key": key},
+        "accuracy": summary["median"] if None in did_learn or any(did_learn) else "FAIL",
         **summary,
         "learned": None if None in did_learn else sum(map(bool, did_learn)) / len(runs),
         "val_accuracy": statistics.mean(val) if val else None,
@@ -344,6 +348,8 @@ def _numbers(runs: Sequence[Record], metric: str, notes: Sequence[str]) -> dict[
 def _cell(numbers: Mapping[str, Any]) -> str:
     n, share = numbers["n"], numbers["learned"]
     interval = f" [{numbers['ci_low']:.1f}, {numbers['ci_high']:.1f}]" if n > 1 else ""
+    if share == 0:
+        return f"FAIL ({numbers['median']:.1f}) n={n}"
     some = f", {round(share * n)} learned" if share is not None and share < 1 else ""
     return f"{numbers['median']:.1f}{interval} n={n}{some}"
 
@@ -455,8 +461,11 @@ def _add_remarks(table: Table, scored: Sequence[Record], rest: Sequence[Record])
         table.remarks.append(
             "Published: under their authors' own protocols and data, so beside ours, not against them."
         )
-    if any("FAIL" in row.cells.values() for _, rows in table.sections for row in rows):
+    cells = [cell for _, rows in table.sections for row in rows for cell in row.cells.values()]
+    if "FAIL" in cells:
         table.remarks.append("FAIL: reported as not learned, at chance or out of memory.")
+    if any(cell.startswith("FAIL (") for cell in cells):
+        table.remarks.append("FAIL (median): no seed did better than chance by three standard errors.")
 
 
 def _provenance(records: Sequence[Record], order: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from lra import hosts, records
+from lra import hosts, records, verdicts
 from lra.checkpoint import Checkpoints, check_meaning, holds_checkpoint, meaning
 from lra.config import CONF, data_arguments
 from lra.data.store import Store, prepare
@@ -26,7 +26,7 @@ from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, Run
 from lra.evaluate import predict, score
 from lra.feed import HostFeed, Resident, fits, on_host
 from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_micro_batch, sizes
-from lra.optim import Group, schedule
+from lra.optim import Group
 from lra.profiling import FOLDER as PROFILE
 from lra.profiling import Profile, profiled_steps
 from lra.program import (
@@ -39,10 +39,12 @@ from lra.program import (
     chosen_weights,
     compile_program,
     copy,
+    evaluated_weights,
     first_state,
     on_device,
 )
 from lra.progress import Reporter, preparing
+from lra.schedules import observe, plateau_scale, schedule
 from lra.signals import Signals
 from lra.tasks import SPLITS
 from lra.tracking import Trackers, make_trackers
@@ -234,10 +236,12 @@ class Run:
         self.record["resumed_from"].append(saved.step)
         self.record["damaged_checkpoints"] += saved.damaged
         self.record["selection"] = progress["selection"]
+        self.record["first_loss"] = progress.get("first_loss")  # none in what older versions wrote
         return state, Best(weights[0], weights[1], **progress["best"])
 
     def save(self, step: int, state: State, best: Best) -> None:
         progress = {"best": {"step": best.step, "accuracy": best.accuracy}, "selection": self.record["selection"]}
+        progress |= {"first_loss": self.record["first_loss"]}
         progress |= meaning(self.record["config"], self.setup.task.vocab)
         start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
@@ -250,7 +254,7 @@ class Run:
         every = intervals(cfg)
         per_call, rate = 1, Rate(cfg.call_seconds)
         step = int(state.step)
-        while step < cfg.steps:
+        while step < cfg.steps and not self.stopped_early(step, best):
             due_at = [next_multiple(step, n) for n in every.values()]
             until = min(step + per_call, *due_at, cfg.steps, self.feed.end(step), self.profile.end(step))
             with self.profile.tracing(step, until):
@@ -264,17 +268,19 @@ class Run:
                     f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
                     f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; the checkpoint before it is kept"
                 )
+            if step == done == 1:  # no other call of a run begins at step 0
+                self.check_first_loss(float(state.tally[0] / state.tally[2]))
             self.reporter.advance(step, done, seconds, state.tally)
             due = {name for name, n in every.items() if step % n == 0 or step == cfg.steps}
             if "log" in due:
                 state = self.log(step, state)
             if "eval" in due:
-                best = self.evaluate(step, state, best, data["val"])
+                state, best = self.evaluate(step, state, best, data["val"])
             told = signals.received or (self.deadline.reached() and f"trainer.time_limit={cfg.time_limit}")
             stop = next((word for word in hosts.gather(told) if word), None)  # whichever process is told first
-            if "checkpoint" in due or stop:
+            if "checkpoint" in due or stop or self.stopped_early(step, best):
                 self.save(step, state, best)
-            if stop and step < cfg.steps:
+            if stop and step < cfg.steps and not self.stopped_early(step, best):
                 raise PreemptedError(
                     f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
@@ -286,17 +292,24 @@ class Run:
     def log(self, step: int, state: State) -> State:
         """Write the averages since the last line and start new ones."""
         loss, correct, count = (float(x) for x in state.tally)
-        values = {"train/loss": loss / count, "train/accuracy": correct / count, "train/lr": self.learning_rate(step)}
+        values = {
+            "train/loss": loss / count,
+            "train/accuracy": correct / count,
+            "train/lr": self.learning_rate(step, state),
+        }
         self.write(step, values)
         return state._replace(tally=jnp.zeros_like(state.tally))
 
-    def evaluate(self, step: int, state: State, best: Best, val: Split) -> Best:
+    def evaluate(self, step: int, state: State, best: Best, val: Split) -> tuple[State, Best]:
         """Score validation; keep the weights if they are the best so far."""
-        result = score(self.predict(state.params, state.stats, val), np.asarray(val.labels))
+        params, stats = evaluated_weights(state)
+        logits = self.predict(params, stats, val)
+        # of process 0 on all, which act on it
+        result = hosts.agree(partial(score, logits, np.asarray(val.labels)))
         self.write(step, {"val/loss": result["loss"], "val/accuracy": result["accuracy"]})
         improved = result["accuracy"] > best.accuracy
         if improved:
-            best = Best(copy(state.params), copy(state.stats), step, result["accuracy"])
+            best = Best(copy(params), copy(stats), step, result["accuracy"])
         self.reporter.evaluation(step, result, improved)
         rule = self.cfg.protocol.select
         chosen = (best.step, best.accuracy) if rule == "best" else (step, result["accuracy"])
@@ -307,18 +320,54 @@ class Run:
             "last_step": step,
             "last_val_accuracy": result["accuracy"],
         }
-        return best
+        self.check_chance(step, val)
+        if self.cfg.optim.schedule == "plateau":
+            state = state._replace(opt=observe(self.cfg.optim, state.opt, result, self.layout.replicate))
+        return state, best
+
+    def check_first_loss(self, loss: float) -> None:
+        """Record the mean loss of the first batch, and warn where it is not that of a model that knows nothing."""
+        self.record["first_loss"] = loss
+        problem = verdicts.first_loss_problem(loss, self.setup.task.num_classes, self.cfg.trainer.first_loss_tolerance)
+        if problem:
+            self.warn(problem)
+
+    def check_chance(self, step: int, val: Split) -> None:
+        """Record whether validation is at chance once it should not be, and warn the first time."""
+        cfg, accuracy = self.cfg.trainer, self.record["selection"]["last_val_accuracy"]
+        if cfg.chance_after is None or step < cfg.chance_after * cfg.steps:
+            return
+        labels = np.asarray(val.labels)
+        level = verdicts.chance(labels, self.setup.task.num_classes)
+        before, now = self.record["at_chance"], verdicts.is_at_chance(accuracy, level, labels.size)
+        self.record["at_chance"] = now
+        if now and before is None:
+            self.warn(verdicts.chance_warning(accuracy, level, step, cfg.steps))
+
+    def stopped_early(self, step: int, best: Best) -> dict[str, Any] | None:
+        """Whether `trainer.early_stopping` ends the run at `step`, and why; the same in every process."""
+        cfg = self.cfg.trainer
+        return verdicts.stopped_early(step, best.step, intervals(cfg)["eval"], cfg.early_stopping)
+
+    def warn(self, message: str) -> None:
+        if hosts.is_first():
+            records.warn(message)
 
     def finish(self, state: State, best: Best, data: dict[str, Split]) -> dict[str, Any]:
         """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
         weights = chosen_weights(self.cfg.protocol.select, state, best)
-        self.reporter.scoring(len(data["test"].labels))
+        self.record["stopped_early"] = self.stopped_early(int(state.step), best)
+        self.reporter.scoring(len(data["test"].labels), self.record["stopped_early"])
         sample = Split(*(x[: self.cfg.trainer.train_eval_examples] for x in data["train"]))
         logits = {name: self.predict(*weights, split) for name, split in {**data, "train": sample}.items()}
         labels = {name: np.asarray(split.labels)[: len(logits[name])] for name, split in data.items()}
         self.folder.write_predictions(logits["test"], labels["test"], np.arange(len(labels["test"])))
         self.record["metrics"] = {name: score(logits[name], labels[name]) for name in SPLITS}
         self.record["step"] = int(state.step)
+        self.check_chance(int(state.step), data["val"])  # again, for a run that was killed after its last evaluation
+        level = verdicts.chance(labels["test"], self.setup.task.num_classes)
+        accuracy = self.record["metrics"]["test"]["accuracy"]
+        self.record["learned"] = not verdicts.is_at_chance(accuracy, level, labels["test"].size)
         self.end("finished", None)
         self.reporter.finished(self.record, self.trackers.sync_hint)
         return self.record
@@ -327,8 +376,8 @@ class Run:
         apply = partial(self.program.apply, params, stats, self.setup.fixed)
         return predict(apply, split.inputs, split.lengths, self.layout.whole(self.cfg.trainer.eval_batch_size))
 
-    def learning_rate(self, step: int) -> float:
-        return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1))
+    def learning_rate(self, step: int, state: State) -> float:
+        return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1)) * plateau_scale(state.opt)
 
     def rates(self) -> list[tuple]:
         """Name, learning rate, decay, tensors and parameters of each group, as printed at the start."""
@@ -414,6 +463,10 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "commit": records.git_commit(),
         "versions": records.versions(),
         "device": {"platform": device.platform, "kind": device.device_kind},
+        "first_loss": before.get("first_loss"),
+        "at_chance": before.get("at_chance"),
+        "stopped_early": None,
+        "learned": None,
         "time": dict(before.get("time") or {}),
         "memory": None,
     }

@@ -69,10 +69,10 @@ def final_state(overrides, folder):
     return saved
 
 
-def assert_same_run(overrides, folder, other):
+def assert_same_run(overrides, folder, other, steps=40):
     """Parameters, optimizer, tally, best weights, metrics, their lines and the test logits, bit for bit."""
     ours, theirs = (final_state(overrides, path) for path in (folder, other))
-    assert ours.step == theirs.step == 40
+    assert ours.step == theirs.step == steps
     for a, b in zip(jax.tree.leaves(ours.state), jax.tree.leaves(theirs.state), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     a, b = read_record(folder), read_record(other)

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from lra.errors import ConfigError
-from lra.optim import adamw, schedule
+from lra.optim import adamw
+from lra.schedules import schedule
 
 CONFIG = {
     "lr": 0.01,
@@ -17,6 +18,8 @@ CONFIG = {
     "warmup": 0.2,
     "lr_start": 1e-4,
     "lr_end": 1e-3,
+    "schedule": "cosine",
+    "plateau": {"metric": "accuracy", "factor": 0.5, "patience": 1, "threshold": 0.01},
     "clip": None,
     "groups": {"slow": {"match": "m_y$", "lr_factor": 0.1, "weight_decay": 0.0}},
     "no_decay": "bias$",
