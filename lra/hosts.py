@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra import errors
 from lra.config import shown
+from lra.memory import is_exhausted
 from lra.records import RunFolder, versions
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -37,9 +38,7 @@ _SHUTDOWN_S = 60  # for which JAX waits at the end; all have come out of `togeth
 _POLL_S = 0.5  # between two looks at whether another process has ended
 _GRACE_S = 5.0  # for which process 0, whose end is the channel's, waits for the others to hear of it
 _ENDED, _GONE = "lra/ended", "lra/gone"  # keys of that channel
-_LOST = (
-    r"Gloo|NCCL|[Cc]onnection|UNAVAILABLE|[Hh]eartbeat|coordination|Socket|peer"  # in what JAX says of a lost process
-)
+_LOST = "Gloo|NCCL|UNAVAILABLE|[Hh]eartbeat|[Cc]oordination service"  # in what JAX says of a process that is gone
 
 
 def start(cfg: DictConfig) -> None:
@@ -391,7 +390,9 @@ def _wait_for_all() -> None:
 
 def explained(error: BaseException) -> BaseException:
     """`error`, or where it says that another process is gone, what that one has said, as far as it has said anything."""
-    if not is_alone(error) or not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(_LOST, str(error)):
+    # Gloo's errors come as ValueError too; a lack of memory is this process's own
+    lost = isinstance(error, (RuntimeError, ValueError)) and re.search(_LOST, str(error)) and not is_exhausted(error)
+    if not (lost and is_alone(error)):
         return error
     for _ in range(4):
         if (told := _heard()) is not None:
