@@ -86,6 +86,7 @@ RANGES = {
     "trainer.batch_size": Range("[1, inf)", whole=True),
     "trainer.micro_batch": Range("[1, inf)", whole=True, optional=True, words=("auto",)),
     "trainer.devices": Range("[1, inf)", whole=True, optional=True),
+    "trainer.distributed_timeout": Range("[1, inf)", whole=True),
     "trainer.eval_batch_size": Range("[1, inf)", whole=True),
     "trainer.train_eval_examples": Range("[1, inf)", whole=True),
     "trainer.eval_examples": Range("[1, inf)", whole=True, optional=True),

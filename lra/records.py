@@ -74,6 +74,7 @@ _NOT_IDENTITY = (
     "data.placement",
     "trainer.devices",
     "trainer.distributed",
+    "trainer.distributed_timeout",
     "model.budget",  # the width that it chose counts
     "trainer.time_limit",
     "trainer.profile",
@@ -240,8 +241,8 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
 
     Left out are `output`, `resume`, `tracker`, `tuning_runs`, `model.budget`, where the data lie (`data.root`,
     `data.download`, `data.placement`), which devices work and for how long (`trainer.devices`, `trainer.distributed`,
-    `trainer.time_limit`), so that a run may be resumed on other ones, what is traced (`trainer.profile`), and the keys in
-    `without`, dotted like these.
+    `trainer.distributed_timeout`, `trainer.time_limit`), so that a run may be resumed on other ones, what is traced
+    (`trainer.profile`), and the keys in `without`, dotted like these.
     Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value of it is
     another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
     """

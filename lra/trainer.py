@@ -58,10 +58,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         LraError: bad config or data, a folder in use, a diverged loss, an interruption; the record says which.
     """
+    started = time.monotonic()  # waiting for other processes counts
     check(cfg)
     hosts.start(cfg)  # before anything asks JAX for a device
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
+    with hosts.together() as ending:
+        return train_here(cfg, started, ending)
+
+
+def train_here(cfg: DictConfig, started: float, ending: hosts.Ending) -> dict[str, Any]:
+    """This process's part of `train`, which began at `started` on the monotonic clock."""
+    hosts.check_same(cfg)
     layout = choose_layout(cfg)
     check_micro_batch(cfg, layout.count)
     setup = Setup(cfg)  # whatever is wrong with the config shows here, before a folder is made
@@ -69,19 +77,28 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with hosts.open_folder(path) as folder:
         if (finished := hosts.agree(lambda: claim(folder, plain(cfg), cfg.resume))) is not None:
             return finished
-        run = Run(cfg, folder, setup, layout)
+        run = Run(cfg, folder, setup, layout, started)
+        ending.record = run.end_elsewhere
         try:
             with Signals() as signals, signals.resumable():
                 return run.train(signals)
-        except BaseException as error:
-            status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
+        except BaseException as caught:
+            error = hosts.explained(caught)
             try:
-                run.end(status.get(type(error), "failed"), error)
+                run.end(status_of(error), error)
             except LraError as second:  # a full disk, say: the first error is the one to report
                 records.warn(str(second))
             if is_exhausted(error):
                 raise LraError(advice(cfg, run.record["micro_batch"])) from error
+            if error is not caught:
+                raise error from caught
             raise
+
+
+def status_of(error: BaseException) -> str:
+    """The status of a run that `error` ended."""
+    status = {PreemptedError: "preempted", KeyboardInterrupt: "preempted", DivergedError: "diverged"}
+    return status.get(type(error), "failed")
 
 
 def use_compilation_cache() -> None:
@@ -137,8 +154,10 @@ def check(cfg: DictConfig) -> None:
 class Run:
     """One run from data to record. `train` is the story; the other methods are its steps."""
 
-    def __init__(self, cfg: DictConfig, folder: records.RunFolder, setup: Setup, layout: Layout):
-        self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, time.monotonic()
+    def __init__(
+        self, cfg: DictConfig, folder: records.RunFolder, setup: Setup, layout: Layout, started: float | None = None
+    ):
+        self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, started or time.monotonic()
         self.layout = layout
         self.before = hosts.agree(folder.read_record) or {}
         self.trackers = Trackers([])
@@ -156,6 +175,7 @@ class Run:
         store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         check_batch_size(cfg, len(store.splits["train"]))  # again, for a task that did not know its size before
         self.record |= {"data": describe_data(store), "reference": store.manifest["reference"]}
+        hosts.check_same_data(self.record["data"]["key"])
         setup.params, setup.stats, setup.fixed = self.layout.replicate((setup.params, setup.stats, setup.fixed))
         placed = place(store, self.layout, cfg.data.placement)
         data = {name: self.scored(name, split) for name, split in placed.items()}
@@ -264,10 +284,11 @@ class Run:
             # the clocks of several processes differ, what they run may not
             per_call, step = hosts.agree(partial(rate.steps_per_call, done, seconds)), int(state.step)
             if not bool(state.finite):
-                raise DivergedError(
+                message = (
                     f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
                     f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; the checkpoint before it is kept"
                 )
+                raise hosts.common(DivergedError(message))
             if step == done == 1:  # no other call of a run begins at step 0
                 self.check_first_loss(float(state.tally[0] / state.tally[2]))
             self.reporter.advance(step, done, seconds, state.tally)
@@ -281,10 +302,11 @@ class Run:
             if "checkpoint" in due or stop or self.stopped_early(step, best):
                 self.save(step, state, best)
             if stop and step < cfg.steps and not self.stopped_early(step, best):
-                raise PreemptedError(
+                message = (
                     f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
                 )
+                raise hosts.common(PreemptedError(message))
         if rate.steps:
             self.record["time"] |= rate.summary(cfg.batch_size)
         return state, best
@@ -396,11 +418,17 @@ class Run:
 
     def end(self, status: str, error: BaseException | None) -> None:
         """Write the last word of this run: its status, and the error that ended it."""
-        self.checkpoints.close()  # its threads
+        if not hosts.is_alone(error):  # orbax may wait for the other processes
+            self.checkpoints.close()  # its threads
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         self.save_record(status=status, error=None if error is None else f"{type(error).__name__}: {error}")
         self.trackers.summary({"status": status, **flat_metrics(self.record)})
         self.trackers.finish(status)
+
+    def end_elsewhere(self, error: BaseException) -> None:
+        """Write down, from another thread, that an error of another process ends this run."""
+        if self.record["status"] == "running":
+            self.save_record(status=status_of(error), error=f"{type(error).__name__}: {error}")
 
 
 def intervals(cfg: DictConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ import pytest
 import lra
 from lra import hosts, trainer
 from lra.devices import Layout
-from lra.errors import LraError, RunFolderError
+from lra.errors import DataError, LraError, RunFolderError
 from lra.records import RunFolder, read_metrics, read_predictions, read_record, run_path
 
 ROOT = Path(__file__).parents[1]
@@ -159,21 +159,16 @@ def free_port():
 
 
 class Pair:
-    """`lra train` as two processes on loopback."""
+    """`lra train`, or code that is told the words for it, as two processes on loopback."""
 
-    def __init__(self, overrides):
+    def __init__(self, overrides, code=None):
         members = f"coordinator:'127.0.0.1:{free_port()}',num_processes:2"
         env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+        command = ["-c", code] if code else ["-m", "lra.cli", "train"]
+        more = [*overrides, "trainer.distributed_timeout=120"]
         self.processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "lra.cli",
-                    "train",
-                    *overrides,
-                    f"trainer.distributed={{{members},process_id:{i}}}",
-                ],
+                [sys.executable, *command, *more, f"trainer.distributed={{{members},process_id:{i}}}"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -184,7 +179,11 @@ class Pair:
 
     def wait(self):
         """(exit code, stdout, stderr) of each."""
-        results = [(*process.communicate(timeout=300)[:2], process.returncode) for process in self.processes]
+        try:
+            results = [(*process.communicate(timeout=200)[:2], process.returncode) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
         return [(code, out, error) for out, error, code in results]
 
 
@@ -231,6 +230,97 @@ def test_an_error_of_process_0_ends_both_in_one_line(alone, tmp_path):
     assert "holds this run already, finished" in error
     assert "on process 0: " in other_error
     assert "Traceback" not in error + other_error
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused_on_all_and_one_that_fails_alone_ends_both(tiny, tmp_path):
+    """Four runs of one pair: what all know of leaves them able to go on, the last ends both processes."""
+    code = f"""
+import os, sys, time
+import lra
+from lra import trainer
+from lra.errors import LraError
+here = sys.argv[1:]
+me = int(here[-1].partition("process_id:")[2][0])
+def attempt(*more):
+    try:
+        lra.train([*here, *more])
+    except LraError as error:
+        print(f"{{type(error).__name__}}: {{error}}", flush=True)
+attempt(*["optim.lr=0.1"] * me)
+attempt(f"output.root={tmp_path}/{{me}}")
+os.chdir(["{tmp_path}", "/"][me])
+attempt("output.root=relative")
+if me == 0:  # which waits for nobody and sees no connection close
+    trainer.prepare = lambda *args, **options: time.sleep(60)
+attempt(*["data.root=/proc/nonexistent"] * me)
+print("went on")
+"""
+    both = Pair([*tiny, "trainer.batch_size=8"], code).wait()
+    assert [code for code, _, _ in both] == [3, 3], both
+    for number, (_, out, error) in enumerate(both):
+        config, elsewhere, relative = [line for line in out.splitlines() if "Error: " in line]
+        assert re.match(r"ConfigError: process 1 was started with optim.lr=0.1, not 0.004 as process 0; start", config)
+        assert re.match(rf"RunFolderError: process 1 does not see {tmp_path}/{number}/.* shared", elsewhere)
+        assert re.match(r"RunFolderError: process 1 does not see relative/", relative)
+        who = "on process 1: " if number == 0 else ""
+        assert re.fullmatch(rf"lra: error: {who}/proc/nonexistent: .*\n", error)
+        assert "went on" not in out
+    (record,) = (tmp_path / "runs").rglob("record.json")
+    assert read_record(record.parent)["status"] == "failed"
+    assert read_record(record.parent)["error"].startswith("DataError: on process 1: /proc/nonexistent")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_in_one_line(alone, tmp_path):
+    overrides, _ = alone
+    here = [*overrides, f"output.root={tmp_path}", "trainer.steps=4000", "trainer.log_every=1"]
+    pair = Pair(here)
+    metrics = folder_of(here) / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pair.processes[1].kill()
+    (code, _, error), (other_code, _, _) = pair.wait()
+    assert (code, other_code) == (75, -signal.SIGKILL)
+    assert re.fullmatch(r"lra: error: another process of this run is gone, .*resume=auto.*\n", error)
+    record = read_record(folder_of(here))
+    assert (record["status"], record["error"][:14]) == ("preempted", "PreemptedError")
+
+
+def test_processes_that_do_not_meet_say_so_in_time(tiny, lra_command):
+    members = f"{{coordinator:'127.0.0.1:{free_port()}',num_processes:2,process_id:1}}"
+    done = lra_command("train", *tiny, f"trainer.distributed={members}", "trainer.distributed_timeout=1")
+    assert done.returncode == 1
+    waits, error = done.stderr.splitlines()
+    assert re.match(r"lra: process 1 of 2 waits for the others at 127.0.0.1:\d+, ", waits)
+    assert re.match(r"lra: error: process 1 of 2 has not met .* in 1 s: nothing answers there .*refused", error)
+
+
+def test_waiting_for_other_processes_counts_as_time(tiny, monkeypatch):
+    met = []
+    monkeypatch.setattr(hosts, "start", lambda cfg: met.append(time.monotonic()))
+    monkeypatch.setattr(trainer, "train_here", lambda cfg, started, ending: {"started": started})
+    assert lra.train(tiny)["started"] <= met[0]
+
+
+def test_what_tells_of_a_lost_process(monkeypatch):
+    monkeypatch.setattr(hosts, "is_alone", lambda error: True)
+    monkeypatch.setattr(hosts, "_POLL_S", 0)
+    gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: NCCL: out of memory")
+    for error in (memory, ValueError("a bug"), KeyError("Gloo")):
+        assert hosts.explained(error) is error
+    assert "another process of this run is gone" in str(hosts.explained(gloo))
+    assert hosts.explained(gloo).exit_code == 75
+    monkeypatch.setattr(hosts, "_heard", lambda: DataError("on process 1: no file"))
+    assert hosts.explained(gloo).exit_code == 3
+
+
+def test_other_data_on_one_process_are_refused(monkeypatch):
+    monkeypatch.setattr(hosts, "gather", lambda key: [key, "other"])
+    with pytest.raises(DataError, match="process 1 has other data under its data.root"):
+        hosts.check_same_data("own")
 
 
 def test_one_process_agrees_with_itself():

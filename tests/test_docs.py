@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,21 @@ def shortened(command, data_root):
     words = shlex.split(command)[1:]
     small = [*(SMALL if "listops" in command else [SIZES, "debug=tiny"]), f"data.root={data_root}"]
     if words[0] == "train" and "--cfg" not in words:
-        return [*words, *small, "trainer.steps=2"]
+        return [*words, *small, "trainer.steps=2", "trainer.distributed_timeout=120"]
     if words[0] == "data":
         return [*words, *([] if "--set" in words else ["--set"]), *small]
     return words
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_block(block, data_root, cwd):
     """Runs the lines of a block as a shell would: variables in front, patterns, `&`; returns what each line did."""
+    block = re.sub(r"(127\.0\.0\.1):\d+", rf"\1:{free_port()}", block)  # the page's own may be taken
     beside, done = [], []
     with ThreadPoolExecutor() as pool:
         for line in block.splitlines():
@@ -73,6 +81,8 @@ def test_commands_of_the_training_page_work_one_after_the_other(number, data_roo
     for line, done in run_block(blocks("docs/training.md", "bash")[number], data_root, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() or line.endswith("&")
+        if "device_count=4" in line:
+            assert "4 x cpu" in done.stdout
         if "eval" in line and "--weights last" not in line:
             assert "identical, bit for bit" in done.stdout
 

@@ -125,6 +125,7 @@ def test_sizes_divide_the_batch_and_the_devices_share_them():
     ],
 )
 def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, override, message):
+    jax.devices()  # JAX has started, which initialize() finds out by itself
     late = "late" in message
     monkeypatch.setattr(hosts, "has_started", lambda: late)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -370,3 +371,30 @@ print(json.dumps(os.environ["XLA_FLAGS"]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == hosts.DETERMINISTIC
+
+
+def test_runs_of_one_process_cannot_differ_in_determinism(monkeypatch):
+    """XLA reads its flags once: a second run would record what was not."""
+    monkeypatch.setenv("XLA_FLAGS", "--a=1")
+    monkeypatch.setattr(hosts, "_ours", False)
+    monkeypatch.setattr(hosts, "_early", False)
+    monkeypatch.setattr(hosts, "_in_the_shell", lambda: False)
+    started = False
+    monkeypatch.setattr(hosts, "has_started", lambda: started)
+    hosts.be_deterministic(True)
+    assert os.environ["XLA_FLAGS"] == f"--a=1 {hosts.DETERMINISTIC}"
+    hosts.be_deterministic(False)  # nothing has read it yet
+    assert os.environ["XLA_FLAGS"] == "--a=1"
+    hosts.be_deterministic(True)
+    started = True
+    hosts.be_deterministic(True)
+    with pytest.raises(ConfigError, match="trainer.deterministic=false comes too late"):
+        hosts.be_deterministic(False)
+    monkeypatch.setattr(hosts, "_ours", False)
+    hosts.be_deterministic(False)
+    with pytest.raises(
+        ConfigError, match="trainer.deterministic=true comes too late"
+    ):  # the flag is there, set too late
+        hosts.be_deterministic(True)
+    monkeypatch.setattr(hosts, "_in_the_shell", lambda: True)
+    hosts.be_deterministic(True)
