@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,9 @@ def shortened(command, data_root):
 def run_block(block, data_root, cwd):
     """Runs the lines of a block as a shell would: variables in front, patterns, `&`; returns what each line did."""
     beside, done = [], []
+    with socket.socket() as probe:  # the page's own port may be another run's
+        probe.bind(("127.0.0.1", 0))
+        block = block.replace("127.0.0.1:13579", f"127.0.0.1:{probe.getsockname()[1]}")
     with ThreadPoolExecutor() as pool:
         for line in block.splitlines():
             variables, command = re.match(r"((?:[A-Z_]+=\S+ )*)(lra .*?)(?: &)?$", line).groups()
@@ -73,6 +77,8 @@ def test_commands_of_the_training_page_work_one_after_the_other(number, data_roo
     for line, done in run_block(blocks("docs/training.md", "bash")[number], data_root, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() or line.endswith("&")
+        if "device_count=4" in line:
+            assert ", 4 x cpu" in done.stdout
         if "eval" in line and "--weights last" not in line:
             assert "identical, bit for bit" in done.stdout
 
