@@ -60,8 +60,7 @@ class Side(Run):
     def save(self, step: int, state: State, best: Best) -> None: ...
 
     def begin(self, store: Store) -> None:
-        train = place(store, self.layout, self.cfg.data.placement)["train"]
-        self.feed, self.program = self.fit(train)
+        self.feed, self.program = self.fit(place(store, self.layout, self.cfg.data.placement))
         self.state = self.new_state()
         self.feed.start(0)
 

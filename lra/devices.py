@@ -29,6 +29,11 @@ class Layout:
         if self.count > 1:
             self.mesh = jax.make_mesh((self.count,), ("data",), axis_types=(AxisType.Auto,), devices=list(devices))
 
+    @property
+    def local_count(self) -> int:
+        """Those of this process."""
+        return 1 if self.mesh is None else len(self.mesh.local_devices)
+
     def sharding(self, *axes: str | None) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(*axes))

@@ -33,9 +33,9 @@ class Resident:
     def run(self, program: Program, state: State, fixed: Any, until: int) -> State:
         return program.run(state, fixed, self.split, np.int32(until))
 
-    def trial(self, program: Program, state: State, fixed: Any) -> tuple[Callable, tuple]:
-        """The jitted function and the arguments of a call of no steps."""
-        return program.run, (state, fixed, self.split, np.int32(0))
+    def trial(self, program: Program, state: State, fixed: Any, until: int) -> tuple[Callable, tuple]:
+        """The jitted function and the arguments of a call from the first step until `until`."""
+        return program.run, (state, fixed, self.split, np.int32(until))
 
     def close(self) -> None: ...
 
@@ -59,13 +59,17 @@ class HostFeed:
         layout: Layout,
         steps: int,
     ):
-        self.split, self.order_key, self.batch_size, self.layout = split, order_key, batch_size, layout
+        self.split, self.batch_size, self.layout = split, batch_size, layout
+        # orders are drawn beside the steps: an accelerator would come to them after the call under way
+        self.cpu = cpu_device()
+        self.order_key = order_key if self.cpu is None else jax.device_put(order_key, self.cpu)
         self.parts = (batch_size // micro_batch, micro_batch)
         step_bytes = batch_size * sum(x[:1].nbytes for x in split)
         self.steps, self.window_steps = steps, max(1, min(WINDOW_BYTES // step_bytes, steps))
         self.steps_per_epoch = len(split.labels) // batch_size
         self.epoch: tuple[int, np.ndarray] | None = None
-        self.ready: queue.Queue[Window | Exception] = queue.Queue(AHEAD)
+        self.ready: queue.SimpleQueue[Window | Exception] = queue.SimpleQueue()
+        self.room = threading.Semaphore(AHEAD)  # taken before a window is made, so that no more ever exist
         self.current: Window | None = None
         self.first = 0  # of the current window
         self.stopped = threading.Event()
@@ -85,18 +89,16 @@ class HostFeed:
         assert self.current is not None
         return program.run_window(state, fixed, self.current, np.int32(until))
 
-    def trial(self, program: Program, state: State, fixed: Any) -> tuple[Callable, tuple]:
-        return program.run_window, (state, fixed, self.window(0), np.int32(0))
+    def trial(self, program: Program, state: State, fixed: Any, until: int) -> tuple[Callable, tuple]:
+        return program.run_window, (state, fixed, self.window(0), np.int32(until))
 
     def close(self) -> None:
         """Stop the thread and let go of what it read."""
         self.stopped.set()
-        while self.thread is not None and self.thread.is_alive():
-            try:
-                self.ready.get(timeout=0.05)  # it may be waiting for room
-            except queue.Empty:
-                continue
-        self.current = None
+        self.room.release()  # the thread may be waiting for it
+        if self.thread is not None:
+            self.thread.join()
+        self.current, self.ready = None, queue.SimpleQueue()
 
     def window(self, first: int) -> Window:
         """The batches of `window_steps` steps from `first` on, on the devices."""
@@ -108,7 +110,8 @@ class HostFeed:
         """The examples (B,) of a step, as `run` draws them."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.epoch is None or self.epoch[0] != epoch:
-            self.epoch = epoch, np.asarray(epoch_order(self.order_key, epoch, len(self.split.labels)))
+            with jax.default_device(self.cpu):
+                self.epoch = epoch, np.asarray(epoch_order(self.order_key, epoch, len(self.split.labels)))
         return self.epoch[1][position * self.batch_size :][: self.batch_size]
 
     def _send(self, x: Any, rows: np.ndarray) -> jax.Array:
@@ -122,6 +125,7 @@ class HostFeed:
         while self.current is None or step >= self.first + self.window_steps:
             self.current = None  # its memory is free before the next one is waited for
             found = self.ready.get()
+            self.room.release()
             if isinstance(found, Exception):
                 raise found
             self.current, self.first = found, int(found.first)
@@ -129,17 +133,20 @@ class HostFeed:
     def _read_ahead(self, step: int) -> None:
         try:
             for first in range(step, self.steps, self.window_steps):
-                window = self.window(first)
-                while not self.stopped.is_set():
-                    try:
-                        self.ready.put(window, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
+                self.room.acquire()
                 if self.stopped.is_set():
                     return
+                self.ready.put(self.window(first))
         except Exception as error:  # raised where the window is waited for
             self.ready.put(error)
+
+
+def cpu_device() -> jax.Device | None:
+    """This process's CPU as a device; None where JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def on_host(split) -> Split:

@@ -1,6 +1,7 @@
 """Does a step fit into the device's memory? Finds the micro-batch that does, and says what helps where none does."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 from omegaconf import DictConfig
 
 from lra.errors import ConfigError, LraError
-from lra.program import Program
+
+EXHAUSTED = re.compile("RESOURCE_EXHAUSTED|out.of.memory|ALLOC_FAILED|Failed to create cuFFT", re.IGNORECASE)
 
 
 def check_micro_batch(cfg: DictConfig, devices: int) -> None:
@@ -40,42 +42,48 @@ def halvings(batch_size: int, devices: int = 1) -> list[int]:
     return tried
 
 
-def largest_micro_batch(
+def largest_that_fits(
+    what: str,
     candidates: list[int],
-    compiled: Callable[[int], Program],
-    arguments: Callable[[Program, int], tuple[Any, tuple]],
+    trial: Callable[[int], tuple[Any, tuple]],
     agree: Callable[[bool], bool],
+    *,
+    sharing: int = 1,
+    call: bool = True,
 ) -> tuple[int, dict[int, int | None]]:
-    """The first of `candidates` whose step fits, and the bytes that each one tried needs, None where unknown.
-
-    A call of no steps takes all the memory of a call of many, so that nothing is trained and nothing is lost.
+    """The first of `candidates` that fits, and the bytes that each one tried needs, None where unknown.
 
     Args:
-        compiled: makes the program of a micro-batch.
-        arguments: of a program and a micro-batch its jitted function and what it is called with, of no steps.
+        what: is tried, for the message.
+        trial: of a size a jitted function and the arguments of a call whose result nobody wants.
         agree: whether it fits on every process.
+        sharing: devices that have one memory together, where that is the machine's.
+        call: whether to run it too, and not only compare what the compiler says.
     Raises:
         LraError: not even the smallest fits.
     """
     needs: dict[int, int | None] = {}
-    available = device_bytes(jax.local_devices()[0])
+    device = jax.local_devices()[0]
+    available = device_bytes(device)
+    if available is not None and device.platform == "cpu":
+        available //= sharing
     for size in candidates:
-        function, args = arguments(compiled(size), size)
+        function, args = trial(size)
         try:
             needs[size] = needed = compiled_bytes(function.lower(*args).compile())
             fits = available is None or needed is None or needed <= available
-            if fits:
+            if fits and call:
                 jax.block_until_ready(function(*args))
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
             fits = False
             needs.setdefault(size, None)
-        del args
+        del function, args
         if agree(fits):
             return size, needs
     raise LraError(
-        f"out of memory even at a micro-batch of {candidates[-1]}"
+        f"out of memory even at {what} of {candidates[-1]}"
         f"{f', which needs {in_gb(needs[candidates[-1]])}' if needs[candidates[-1]] else ''}; "
         "set trainer.remat=block or trainer.precision=bf16, or lower backbone.width or backbone.depth"
     )
@@ -102,14 +110,16 @@ def device_bytes(device: jax.Device) -> int | None:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    """Whether the device had no memory left: XLA says so in several ways, cuFFT by a plan that it cannot make."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(EXHAUSTED.search(str(error)))
 
 
 def advice(cfg: DictConfig, micro_batch: int | None) -> str:
     """What to change after an out of memory, in one line."""
     trainer, backbone = cfg.trainer, cfg.backbone
     now = micro_batch or trainer.batch_size
-    helps = [f"trainer.micro_batch=auto or below {now} (the batch stays {trainer.batch_size})"] if now > 1 else []
+    auto = "" if backbone.get("norm") == "batch" else "=auto or"  # `Setup` refuses auto with batch norm
+    helps = [f"trainer.micro_batch{auto} below {now} (the batch stays {trainer.batch_size})"] if now > 1 else []
     helps += ["trainer.remat=block"] if trainer.remat == "none" else []
     helps += ["trainer.precision=bf16"] if trainer.precision != "bf16" else []
     helps += [f"a trainer.eval_batch_size below {trainer.eval_batch_size} if it was in an evaluation"]

@@ -76,6 +76,11 @@ class Setup:
             check_batch_size(cfg, count)
         model_key, self.order_key, self.dropout_key = jax.random.split(jax.random.key(cfg.seed), 3)
         self.graph, self.params, self.stats, self.fixed = build(model_builder(cfg, self.task), model_key)
+        if cfg.trainer.micro_batch == "auto" and jax.tree.leaves(self.stats):
+            raise ConfigError(
+                "trainer.micro_batch=auto would let the free memory choose the batches that batch norm sees, and so the "
+                "result; set trainer.micro_batch to a number or null, or backbone.norm to layer, rms or none"
+            )
         self.ema, self.label_smoothing = cfg.optim.ema, cfg.optim.label_smoothing
         self.tx, self.groups = adamw(
             cast(dict[str, Any], OmegaConf.to_container(cfg.optim)), cfg.trainer.steps, self.params

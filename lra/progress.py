@@ -76,10 +76,12 @@ class Reporter:
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
         self.console.print(f"folder: {folder}{resumed}")
 
-    def micro_batch(self, size: int, batch_size: int, needs: dict[int, int | None]) -> None:
+    def micro_batch(self, size: int, batch_size: int, needs: dict[int, int | None], eval_batch: int) -> None:
         """What `trainer.micro_batch=auto` found, and the bytes that each size it tried needs."""
         tried = ", ".join(f"{n} needs {'?' if need is None else f'{need / 1e9:.2f} GB'}" for n, need in needs.items())
-        self.console.print(f"micro-batch {size} of {batch_size} examples ({tried})")
+        self.console.print(
+            f"micro-batch {size} of {batch_size} examples ({tried}); evaluations take {eval_batch} at a time"
+        )
 
     def __enter__(self) -> "Reporter":
         self.bar.start()

@@ -22,18 +22,20 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     reference       {majority, root_operator, ...}: accuracies of shortcuts on the test split, those that are known
     data            {source: generated | release, key, splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
+    segments        [{step, platform, kind, count, processes, micro_batch}]: what trained from which step on, of the steps
+                    that are kept
     resumed_from    steps at which the run was taken up again
     damaged_checkpoints     steps whose checkpoint was damaged, so that an older one was taken
     tuning_runs     how many runs the choice of this configuration rests on
     commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
-    device          {platform, kind, count: that share a batch, processes}
-    micro_batch     examples whose activations were held at once, over all devices; the batch where it was not cut
+    device          {platform, kind, count: that share a batch, processes}, of the last segment
+    micro_batch     of the last segment: examples whose activations were held at once, over all devices
     first_loss      mean training loss of the first step, near log(classes) in a model that knows nothing yet
     at_chance       whether validation accuracy was within noise of chance when last looked at; null before trainer.chance_after
     stopped_early   {step, reason} where trainer.early_stopping ended the run
     learned         whether the test accuracy is above chance by more than noise; false is FAIL in a table
-    time            {wall_s, train_s, steps_per_s, examples_per_s}
+    time            {wall_s: of all starts; train_s, steps_per_s, examples_per_s: of the last, waits for data included}
     memory          {peak_bytes}
 """
 

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from lra import records
+from lra import hosts, records
 from lra.checkpoint import Checkpoints, check_meaning
 from lra.config import compose, data_arguments, with_names
 from lra.data import store as packed
-from lra.errors import ConfigError, DataError, MismatchError, RunFolderError
+from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.evaluate import predict, score
-from lra.program import Best, Setup, chosen_weights, compile_program, first_state, on_device
+from lra.feed import on_host
+from lra.memory import is_exhausted
+from lra.program import Best, Setup, chosen_weights, compile_program, first_state
 from lra.progress import preparing
 from lra.tasks import Task
 from lra.trainer import CHECKPOINTS, describe_data, use_compilation_cache
@@ -67,8 +69,11 @@ def evaluate_again(
         MismatchError: a prediction differs from the stored one although its two largest logits were not close.
         RunFolderError: no record, or no checkpoint that can be read.
         DataError: the split holds other examples than the run's did.
+        LraError: a batch does not fit into the device's memory.
     """
     record, cfg = recorded_run(folder, overrides)
+    if cfg.trainer.deterministic:
+        hosts.be_deterministic(True)
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
     rule = weights or cfg.protocol.select
@@ -78,9 +83,14 @@ def evaluate_again(
 
     data, limit = recorded_split(record, cfg, setup.task, split), scored_examples(cfg, split)
     program = compile_program(setup, cfg.trainer.batch_size)
-    placed = on_device(data)
-    inputs, lengths, labels = placed.inputs[:limit], placed.lengths[:limit], np.asarray(placed.labels)[:limit]
-    logits = predict(partial(program.apply, *chosen, setup.fixed), inputs, lengths, cfg.trainer.eval_batch_size)
+    inputs, lengths, labels = (x[:limit] for x in on_host(data))
+    batch = cfg.trainer.eval_batch_size
+    try:
+        logits = predict(partial(program.apply, *chosen, setup.fixed), inputs, lengths, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        raise LraError(f"out of memory at trainer.eval_batch_size={batch}; take a smaller one") from error
 
     result = score(logits, labels)
     at = best.step if rule == "best" else int(state.step)
@@ -207,7 +217,8 @@ def compare_scores(result: Mapping[str, Any], recorded: Mapping[str, Any]) -> st
 
 def elsewhere(record: Mapping[str, Any]) -> list[str]:
     """What is not here as it was where the run was made."""
-    device, versions = jax.devices()[0], records.versions()
-    then, now = {"device": record["device"]["kind"], **record["versions"]}, {"device": device.device_kind, **versions}
+    kind, count, processes = (record["device"].get(key, 1) for key in ("kind", "count", "processes"))
+    then = {"device": kind, "devices": count, "processes": processes, **record["versions"]}
+    now = {"device": jax.devices()[0].device_kind, "devices": 1, "processes": 1, **records.versions()}
     differing = [f"{key} {then[key]}, here {now.get(key)}" for key in then if then[key] != now.get(key)]
     return [f"the run was made elsewhere: {'; '.join(differing)}"] if differing else []

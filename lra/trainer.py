@@ -25,7 +25,7 @@ from lra.devices import Layout, choose_layout
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.evaluate import predict, score
 from lra.feed import HostFeed, Resident, fits, on_host
-from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_micro_batch, sizes
+from lra.memory import advice, check_micro_batch, halvings, is_exhausted, largest_that_fits, sizes
 from lra.optim import Group
 from lra.profiling import FOLDER as PROFILE
 from lra.profiling import Profile, profiled_steps
@@ -160,6 +160,7 @@ class Run:
         self.cfg, self.folder, self.setup, self.started = cfg, folder, setup, started or time.monotonic()
         self.layout = layout
         self.before = hosts.agree(folder.read_record) or {}
+        self.eval_batch = layout.whole(cfg.trainer.eval_batch_size)
         self.trackers = Trackers([])
         self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
@@ -179,9 +180,10 @@ class Run:
         setup.params, setup.stats, setup.fixed = self.layout.replicate((setup.params, setup.stats, setup.fixed))
         placed = place(store, self.layout, cfg.data.placement)
         data = {name: self.scored(name, split) for name, split in placed.items()}
-        self.feed, self.program = self.fit(data["train"])
+        self.feed, self.program = self.fit(data)
 
         state, best = self.restore()
+        self.record["segments"] = self.segments(int(state.step))
         self.folder.truncate_metrics(int(state.step))
         self.save_record(step=int(state.step))
         if hosts.is_first():
@@ -206,33 +208,54 @@ class Run:
         self.record["data"]["partial"] = True
         return Split(*(x[:limit] for x in split))
 
-    def fit(self, train: Split) -> tuple[Resident | HostFeed, Program]:
+    def fit(self, data: dict[str, Split]) -> tuple[Resident | HostFeed, Program]:
         """What trains: the batches and the jitted functions, at the micro-batch that is asked for or that fits.
 
         A resumed run keeps the micro-batch that it started with, where the devices can share it.
         """
-        batch_size, wanted = self.cfg.trainer.batch_size, self.cfg.trainer.micro_batch
+        batch_size, wanted, layout = self.cfg.trainer.batch_size, self.cfg.trainer.micro_batch, self.layout
+        train, val = data["train"], data["val"]
 
-        def feed(size: int) -> Resident | HostFeed:
+        def make(size: int) -> tuple[Resident | HostFeed, Program]:
+            program = compile_program(self.setup, batch_size, size, layout)
             if isinstance(train.labels, jax.Array):
-                return Resident(train)
-            return HostFeed(train, self.setup.order_key, batch_size, size, self.layout, self.cfg.trainer.steps)
+                return Resident(train), program
+            return HostFeed(train, self.setup.order_key, batch_size, size, layout, self.cfg.trainer.steps), program
 
-        def program(size: int) -> Program:
-            return compile_program(self.setup, batch_size, size, self.layout)
+        if wanted != "auto":
+            self.record["micro_batch"] = wanted or batch_size
+            return make(wanted or batch_size)
 
-        if wanted == "auto":
-            before = self.before.get("micro_batch")
-            candidates = halvings(batch_size, self.layout.count)
-            wanted, needs = largest_micro_batch(
-                [before] if before in sizes(batch_size, self.layout.count) else candidates,
-                program,
-                lambda made, size: feed(size).trial(made, self.new_state(), self.setup.fixed),
-                lambda fits: all(hosts.gather(fits)),
-            )
-            self.reporter.micro_batch(wanted, batch_size, needs)
-        self.record["micro_batch"] = wanted or batch_size
-        return feed(wanted or batch_size), program(wanted or batch_size)
+        best = copy((self.setup.params, self.setup.stats))  # a run holds the best weights beside its state
+        made: list[Any] = [None, None]  # of the size tried last
+        alone = jax.process_count() == 1  # else one that runs out of memory would leave the others waiting in a sum
+
+        def training(size: int) -> tuple[Any, tuple]:
+            made[:] = make(size)
+            return made[0].trial(made[1], self.new_state(), self.setup.fixed, int(alone))
+
+        def evaluation(size: int) -> tuple[Any, tuple]:
+            rows = np.arange(size) % len(val.labels)
+            return made[1].apply, (*best, self.setup.fixed, val.inputs[rows], val.lengths[rows])
+
+        largest = partial(largest_that_fits, agree=lambda fits: all(hosts.gather(fits)), sharing=layout.local_count)
+        before = self.before.get("micro_batch")
+        candidates = [before] if before in sizes(batch_size, layout.count) else halvings(batch_size, layout.count)
+        size, needs = largest("a micro-batch", candidates, training)
+        state = self.new_state()  # it is there while an evaluation runs
+        self.eval_batch, _ = largest(
+            "an evaluation batch", halvings(self.eval_batch, layout.count), evaluation, call=alone
+        )
+        del state
+        self.reporter.micro_batch(size, batch_size, needs, self.eval_batch)
+        self.record["micro_batch"] = size
+        return made[0], made[1]
+
+    def segments(self, step: int) -> list[dict[str, Any]]:
+        """Which devices made which steps: earlier starts that are still part of this run, and the one at `step`."""
+        earlier = [part for part in self.before.get("segments") or [] if part["step"] < step]
+        now = {"step": step, **self.record["device"], "micro_batch": self.record["micro_batch"]}
+        return [*earlier, now]
 
     def new_state(self) -> State:
         """The state before the first step, none of whose arrays is anybody else's: a program gives their memory away."""
@@ -276,11 +299,13 @@ class Run:
         step = int(state.step)
         while step < cfg.steps and not self.stopped_early(step, best):
             due_at = [next_multiple(step, n) for n in every.values()]
+            asked = time.perf_counter()
             until = min(step + per_call, *due_at, cfg.steps, self.feed.end(step), self.profile.end(step))
+            waited = time.perf_counter() - asked  # for data that come from the host
             with self.profile.tracing(step, until):
                 start = time.perf_counter()
                 state = jax.block_until_ready(self.feed.run(self.program, state, self.setup.fixed, until))
-                seconds, done = time.perf_counter() - start, until - step
+                seconds, done = waited + time.perf_counter() - start, until - step
             # the clocks of several processes differ, what they run may not
             per_call, step = hosts.agree(partial(rate.steps_per_call, done, seconds)), int(state.step)
             if not bool(state.finite):
@@ -396,7 +421,7 @@ class Run:
 
     def predict(self, params, stats, split: Split) -> np.ndarray:
         apply = partial(self.program.apply, params, stats, self.setup.fixed)
-        return predict(apply, split.inputs, split.lengths, self.layout.whole(self.cfg.trainer.eval_batch_size))
+        return predict(apply, split.inputs, split.lengths, self.eval_batch)
 
     def learning_rate(self, step: int, state: State) -> float:
         return float(schedule(self.cfg.optim, self.cfg.trainer.steps)(step - 1)) * plateau_scale(state.opt)
@@ -485,6 +510,7 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "reference": None,
         "data": None,
         "params": {"total": sum(sizes.values()), "groups": sizes},
+        "segments": list(before.get("segments") or []),
         "resumed_from": list(before.get("resumed_from") or []),
         "damaged_checkpoints": list(before.get("damaged_checkpoints") or []),
         "tuning_runs": cfg.tuning_runs,

@@ -10,6 +10,7 @@ the mask. Batch norm over real positions only is a deliberate difference from th
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -366,14 +367,27 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def follow_inputs(module: nnx.Module) -> None:
-    """Make every linear map inside of `module` take its parameters in the dtype of its inputs, not the wider of both."""
+    """Make every linear map inside of `module` multiply and answer in the dtype of its inputs, not in the wider of both."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv) and part.dtype is None:
             part.promote_dtype = to_first
+            part.__class__ = answering_alike(type(part))
 
 
 def to_first(arrays: Any, /, **_: Any) -> Any:
-    return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
+    """(inputs, kernel, bias), the kernel in the dtype of the inputs. Not the bias, whose gradient is a sum over B L terms."""
+    inputs, kernel, bias = arrays
+    return inputs, kernel.astype(inputs.dtype), bias
+
+
+@cache
+def answering_alike(kind: type) -> type:
+    """`kind` of linear map whose result has the dtype of its inputs, whatever its bias made of it."""
+
+    def call(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        return kind.__call__(self, inputs, *args, **kwargs).astype(inputs.dtype)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Array]:

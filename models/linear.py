@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.attention import MultiHead
 from models.checks import at_least_float32, refuse_to_stream
 from models.ops.blocks import cut, joined
+from models.ops.by_example import own_examples
 from models.ops.linear_attention import EPSILON, block_rows, causal_sums, weight_totals
 
 
@@ -64,7 +65,7 @@ class KernelAttention(MultiHead):
         taken again in the backward pass, so that memory does not grow with M.
         """
         batch, length, heads, width = q.shape
-        rows = block_rows(length, batch * heads * self.num_features)
+        rows = block_rows(length, own_examples(batch) * heads * self.num_features)
         wide = at_least_float32(q).dtype
 
         def blocks(x: Array) -> Array:

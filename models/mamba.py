@@ -81,10 +81,10 @@ class Mamba(nnx.Module):
 
     def convolved(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
         """The inputs of the state-space model, and what they choose."""
-        kernel = self.conv_kernel[...].astype(u.dtype)
+        kernel, dtype = self.conv_kernel[...], u.dtype  # not cast: their gradients are sums over B L terms
         padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
         taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
-        u = jax.nn.silu(sum(taps) + self.conv_bias[...].astype(u.dtype)[None, None])
+        u = jax.nn.silu((sum(taps) + self.conv_bias[...][None, None]).astype(dtype))
         return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:

@@ -152,8 +152,7 @@ class Mega(nnx.Module):
         width, attention_size, values = self.sizes
         ends = [width, width + attention_size, width + attention_size + values]
         update, z, reset, candidate = jnp.split(affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1)
-        kappa, mu = self.kappa[...].astype(z.dtype), self.mu[...].astype(z.dtype)
-        q, k = scaled(z, kappa, mu)
+        q, k = scaled(z, self.kappa[...], self.mu[...])
         return update, q, k, reset, candidate
 
     def candidate(self, reset: Array, o: Array, candidate: Array) -> Array:
@@ -179,10 +178,10 @@ def mixed(update: Array, h: Array, residual: Array) -> Array:
 
 @jax.checkpoint
 def scaled(z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]) -> tuple[Array, Array]:
-    """Queries and keys, two scales and shifts of the shared SiLU(z)."""
+    """Queries and keys, two scales and shifts of the shared SiLU(z), in the dtype of z."""
     z = jax.nn.silu(z)
     q, k = (z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1))
-    return q, k
+    return q.astype(z.dtype), k.astype(z.dtype)
 
 
 class MovingAverage(nnx.Module):
@@ -268,7 +267,13 @@ def attend(
     rows = min(length, _ROWS)
     blocks = -(-length // rows)
     total = blocks * rows
-    q = jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))
+    narrow = v.dtype
+    # wide outside of the blocks, over which the backward pass sums their gradients
+    q, k, v = (
+        at_least_float32(jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))),
+        at_least_float32(k),
+        at_least_float32(v),
+    )
     bias = jnp.pad(bias, (total - length, 0))
 
     def block(start):
@@ -277,8 +282,9 @@ def attend(
         if causal:
             seen = seen & (jnp.arange(length)[None, :] <= start + jnp.arange(rows)[:, None])[None]
         queries = jax.lax.dynamic_slice_in_dim(q, start, rows, axis=1)
-        weights = attention_weights(queries, k, toeplitz(part, rows, length), seen, attention)
-        return weights.astype(v.dtype) @ v
+        bias_rows = toeplitz(part, rows, length)
+        weights = attention_weights(queries.astype(narrow), k.astype(narrow), bias_rows, seen, attention)
+        return weights.astype(narrow) @ v.astype(narrow)
 
     if blocks == 1:
         return block(0)
@@ -321,6 +327,6 @@ def toeplitz(diagonals: Float[Array, " R"], rows: int, columns: int) -> Float[Ar
 
 
 def affine(x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
-    """x W + b in the dtype of x, whatever the parameters' is."""
+    """x W + b in the dtype of x, whatever the parameters' is; b, whose gradient is a sum over B L terms, is added as it is."""
     y = x @ kernel[...].astype(x.dtype)
-    return y + jnp.broadcast_to(bias[...].astype(x.dtype), y.shape)
+    return (y + jnp.broadcast_to(bias[...], y.shape)).astype(x.dtype)

@@ -103,6 +103,7 @@ except PreemptedError:
     resumed = lra.train([*here, "resume=auto", "trainer.devices=1"])
     assert resumed["resumed_from"] == [13]
     assert resumed["device"]["count"] == 1
+    assert [(part["step"], part["count"]) for part in resumed["segments"]] == [(0, 4), (13, 1)]
     assert_same_run(folder_of(here), folder)
 
 

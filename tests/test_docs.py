@@ -82,7 +82,7 @@ def test_commands_of_the_training_page_work_one_after_the_other(number, data_roo
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() or line.endswith("&")
         if "device_count=4" in line:
-            assert "4 x cpu" in done.stdout
+            assert ", 4 x cpu" in done.stdout
         if "eval" in line and "--weights last" not in line:
             assert "identical, bit for bit" in done.stdout
 

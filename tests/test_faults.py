@@ -19,7 +19,7 @@ import lra
 from lra import records, reload, trainer
 from lra.checkpoint import SUMS, Checkpoints
 from lra.deadline import Deadline, seconds_of
-from lra.errors import ConfigError, DataError, MismatchError, PreemptedError, RunFolderError
+from lra.errors import ConfigError, DataError, LraError, MismatchError, PreemptedError, RunFolderError
 from lra.program import Setup, first_state
 from lra.records import read_predictions, read_record, run_path
 
@@ -497,6 +497,28 @@ def test_logits_that_differ_by_rounding_alone_are_told_with_what_is_different_he
     text = reload.evaluate_again(folder)
     assert "0 of 21 classes differ" in text
     assert re.search(r"the run was made elsewhere: jax 0.0.1, here \d", text)
+    record["device"] |= {"count": 4, "processes": 2}
+    assert reload.elsewhere(record)[0].startswith(
+        "the run was made elsewhere: devices 4, here 1; processes 2, here 1; jax 0.0.1"
+    )
+
+
+def test_scoring_again_keeps_the_runs_determinism_and_says_what_does_not_fit(copied, monkeypatch):
+    _, folder = copied
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+
+    asked = []
+    monkeypatch.setattr("lra.hosts.be_deterministic", lambda: asked.append(True))
+    monkeypatch.setattr(reload, "predict", full)
+    for deterministic in (False, True):
+        record = read_record(folder)
+        record["config"]["trainer"]["deterministic"] = deterministic
+        (folder / "record.json").write_text(json.dumps(record))
+        with pytest.raises(LraError, match="out of memory at trainer.eval_batch_size=8; take a smaller one"):
+            reload.evaluate_again(folder)
+        assert asked == [True] * deterministic
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from lra.config import data_arguments, options
 from lra.data.store import prepare
 from lra.devices import Layout
 from lra.errors import ConfigError, LraError, PreemptedError
-from lra.memory import compiled_bytes, halvings, largest_micro_batch, sizes
+from lra.memory import compiled_bytes, halvings, largest_that_fits, sizes
 from lra.program import Setup, State, compile_program, copy, on_device
 from lra.records import read_record, run_path
 
@@ -92,10 +94,12 @@ def test_batch_norm_takes_the_statistics_of_each_micro_batch_in_turn(made):
 def test_each_micro_batch_drops_other_units(made):
     setup, data = made("model=lru", "backbone.norm=none", "backbone.dropout=0.5")
     twice = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), data)  # every example the same
-    losses = [trained(setup, twice, 1, micro_batch=size).tally[0] for size in (1, 2, 8)]
-    # were each of 8 micro-batches of one dropped alike, the loss would be 8 times that of a single example
-    alone = 8 * float(compile_program(setup, 1).run(state_of(setup), setup.fixed, twice, jnp.int32(1)).tally[0])
-    assert abs(losses[0] - alone) > 1e-3
+    two, eight = (
+        float(compile_program(setup, size, 1).run(state_of(setup), setup.fixed, twice, jnp.int32(1)).tally[0])
+        for size in (2, 8)
+    )
+    # were each of 8 micro-batches of one dropped alike, the sum of losses would be 4 times that of 2 of them
+    assert abs(eight - 4 * two) > 1e-3
 
 
 def test_sizes_divide_the_batch_and_the_devices_share_them():
@@ -111,6 +115,10 @@ def test_sizes_divide_the_batch_and_the_devices_share_them():
         ("trainer.micro_batch=3", "trainer.micro_batch=3 must be a divisor of trainer.batch_size=4; take 2 or 4"),
         ("trainer.micro_batch=8", "divisor of trainer.batch_size=4; take 2 or 4, or auto"),
         ("trainer.micro_batch=0", "trainer.micro_batch=0 must be a whole number of at least 1 or auto or null"),
+        (
+            "trainer.micro_batch=auto",
+            "trainer.micro_batch=auto would let the free memory choose .* that batch norm sees",
+        ),
         ("trainer.micro_batch=most", "trainer.micro_batch=most must be a whole number"),
         ("trainer.devices=99", "trainer.devices=99: this process has .* take at most"),
         ("trainer.devices=0", "trainer.devices=0 must be a whole number"),
@@ -135,7 +143,8 @@ def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, overrid
 
 
 def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, monkeypatch, capsys):
-    longer = ["model=lru", "task.max_length=250"]  # activations, not the sum of gradients, take the memory
+    # activations, not the sum of gradients, take the memory
+    longer = ["model=lru", "task.max_length=250", "backbone.norm=layer"]
     setup, data = made("trainer.batch_size=4", *longer)
     needs = {}
     for size in (4, 2):
@@ -145,22 +154,30 @@ def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, mo
     monkeypatch.setattr(memory, "device_bytes", lambda device: needs[4] - 1)
     here = [*tiny, *longer, "trainer.micro_batch=auto", "trainer.steps=4", "trainer.eval_every=4"]
     monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    made_sizes = []
+    monkeypatch.setattr(trainer, "compile_program", lambda *args: made_sizes.append(args[2]) or compile_program(*args))
     advance = trainer.Reporter.advance
     monkeypatch.setattr(trainer.Reporter, "advance", lambda self, *_: os.kill(os.getpid(), 15))
     with pytest.raises(PreemptedError):
         lra.train(here)
-    assert "micro-batch 2 of 4 examples (4 needs" in capsys.readouterr().out
+    found = re.search(r"micro-batch 2 of 4 examples \(4 needs .*\); evaluations take (\d+)", capsys.readouterr().out)
+    assert int(found[1]) < 256  # which would need more than the step
+    assert made_sizes == [4, 2]  # what fitted is what trains
     # with all the memory in the world, a resumed run keeps what it began with
     monkeypatch.setattr(memory, "device_bytes", lambda device: None)
     monkeypatch.setattr(trainer.Reporter, "advance", advance)
     resumed = lra.train([*here, "resume=auto"])
     assert resumed["resumed_from"] == [1]
     assert resumed["micro_batch"] == 2
+    assert [(part["step"], part["count"], part["micro_batch"]) for part in resumed["segments"]] == [
+        (0, 1, 2),
+        (1, 1, 2),
+    ]
     explicit = lra.train([*here, "trainer.micro_batch=2"])
     assert explicit["metrics"] == resumed["metrics"]
 
 
-def test_auto_halves_where_the_device_runs_out_of_memory():
+def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
     tried = []
 
     class Full:
@@ -176,18 +193,43 @@ def test_auto_halves_where_the_device_runs_out_of_memory():
                 raise EXHAUSTED
             return jnp.zeros(())
 
-    found, needs = largest_micro_batch([8, 4, 2, 1], lambda n: n, lambda _, n: (Full(n), ()), lambda fits: fits)
+    def trial(size):
+        return Full(size), ()
+
+    found, needs = largest_that_fits("a micro-batch", [8, 4, 2, 1], trial, lambda fits: fits)
     assert (found, tried, list(needs)) == (2, [8, 4, 2], [8, 4, 2])
     with pytest.raises(LraError, match=r"out of memory even at a micro-batch of 4.*trainer.remat=block"):
-        largest_micro_batch([8, 4], lambda n: n, lambda _, n: (Full(n), ()), lambda fits: fits)
+        largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits)
+    # what the compiler says is enough, and several devices of a CPU have one memory
+    monkeypatch.setattr(memory, "compiled_bytes", lambda compiled: 300)
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 1000)
+    tried.clear()
+    assert largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits, sharing=3, call=False)[0] == 8
+    with pytest.raises(LraError, match="out of memory even at a micro-batch of 4"):
+        largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits, sharing=4)
+    assert not tried
 
 
-def test_a_trial_takes_no_step(made):
+@pytest.mark.parametrize(
+    ("message", "exhausted"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte", True),
+        ("INTERNAL: Failed to create cuFFT batched plan with scratch allocator", True),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY", True),
+        ("INTERNAL: Gloo all-reduce failed", False),
+    ],
+)
+def test_running_out_of_memory_has_many_names(message, exhausted):
+    assert memory.is_exhausted(jax.errors.JaxRuntimeError(message)) is exhausted
+    assert not memory.is_exhausted(ValueError(message))
+
+
+def test_a_trial_takes_a_step_of_its_own_state(made):
     setup, data = made()
-    function, args = feed.Resident(data).trial(compile_program(setup, 8), state_of(setup), setup.fixed)
-    state = function(*args)
-    assert int(state.step) == 0
-    assert_equal(state.params, setup.params)
+    before = jax.device_get(setup.params)
+    function, args = feed.Resident(data).trial(compile_program(setup, 8), state_of(setup), setup.fixed, 1)
+    assert int(function(*args).step) == 1
+    assert_equal(setup.params, before)
 
 
 def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
@@ -200,9 +242,11 @@ def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
     message = str(caught.value)
     assert message.startswith("out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none")
     assert (
-        "set trainer.micro_batch=auto or below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
+        "set trainer.micro_batch below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
         in message
     )
+    without_batch_norm = memory.advice(lra.compose([*tiny, "backbone.norm=layer"]), 2)
+    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4)" in without_batch_norm
     assert "\n" not in message
     cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
     assert read_record(run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names)))["status"] == "failed"
@@ -254,8 +298,11 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_bf16_keeps_float32_where_it_counts(made, model):
+def test_bf16_keeps_float32_where_it_counts(made, monkeypatch, model):
     half, data = made(f"model={model}", "trainer.precision=bf16")
+    for place, name in (("attention", "WEIGHT_BYTES"), ("linear_attention", "_CPU_FEATURES")):  # several blocks
+        monkeypatch.setattr(f"models.ops.{place}.{name}", {"cpu": 1} if name == "WEIGHT_BYTES" else 1)
+    monkeypatch.setattr("models.mega._ROWS", 8)
     jaxpr = jax.make_jaxpr(compile_program(half, 8).run)(state_of(half), half.fixed, data, jnp.int32(20)).jaxpr
     found = list(equations(jaxpr))
     products = [e.outvars[0].aval.dtype for e in found if e.primitive.name == "dot_general"]
@@ -263,6 +310,15 @@ def test_bf16_keeps_float32_where_it_counts(made, model):
     for equation in found:  # transforms, softmax and losses
         if equation.primitive.name in ("fft", "exp", "log"):
             assert all(v.aval.dtype != jnp.bfloat16 for v in equation.invars), equation
+        assert all(v.aval.dtype != jnp.bfloat16 for v in summed(equation)), equation
+
+
+def summed(equation):
+    """What an equation adds up term by term, over positions or over blocks of them."""
+    name = equation.primitive.name
+    if name == "scan":
+        return equation.outvars[: equation.params["num_carry"]]
+    return equation.outvars if name in ("while", "reduce_sum", "cumsum") else []
 
 
 @pytest.mark.parametrize("model", ["stu", "transformer"])
@@ -305,12 +361,9 @@ def test_batches_from_the_host_give_the_same_run_bit_for_bit(tiny, tmp_path, mon
     options = [f"trainer.micro_batch={micro_batch}", "trainer.steps=40", "trainer.eval_every=7", "backbone.dropout=0.1"]
     seen = []
 
-    class Seen(feed.HostFeed):
-        def run(self, *args):
-            seen.append(self.window_steps)
-            return super().run(*args)
-
-    monkeypatch.setattr(trainer, "HostFeed", Seen)
+    run = feed.HostFeed.run
+    # the method, not the class: beartype takes two classes of one name, of two cases of this test, for one
+    monkeypatch.setattr(feed.HostFeed, "run", lambda self, *a: seen.append(self.window_steps) or run(self, *a))
     ends = []
     finish = trainer.Run.finish
     monkeypatch.setattr(trainer.Run, "finish", lambda run, state, *a: ends.append(state) or finish(run, state, *a))
@@ -328,13 +381,30 @@ def test_feed_reads_two_windows_ahead_and_stops(made, monkeypatch):
     split = lra.program.Split(*(np.asarray(x) for x in data))
     monkeypatch.setattr(feed, "WINDOW_BYTES", 1)
     source = feed.HostFeed(split, setup.order_key, 8, 8, Layout(), steps=30)
+    window, begun = source.window, []
+    monkeypatch.setattr(source, "window", lambda first: begun.append(first) or window(first))
     source.start(3)
     assert source.end(3) == 4
     assert source.end(4) == 5
     np.testing.assert_array_equal(source.current.batches.labels[0, 0], split.labels[source.rows(4)])
+    deadline = time.monotonic() + 20
+    while source.ready.qsize() < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # time enough for one too many
+    assert begun == [3, 4, 5, 6]  # the current one is 4
     source.close()
     assert not source.thread.is_alive()
-    assert source.ready.maxsize == 2
+    assert source.ready.empty()
+
+
+def test_waiting_for_data_counts_as_training_time(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(feed.Resident, "end", lambda self, step: time.sleep(0.05) or step + 1)
+    advance = trainer.Reporter.advance
+    monkeypatch.setattr(trainer.Reporter, "advance", lambda self, *a: told.append(a[2]) or advance(self, *a))
+    record = lra.train([*tiny, "trainer.steps=4", "trainer.eval_every=4"])
+    assert min(told) >= 0.05
+    assert record["time"]["train_s"] >= 0.15  # of three calls; the first one compiles
 
 
 def test_an_error_of_the_feed_reaches_the_run(made):

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from models.ops.blocks import cut, joined
+from models.ops.by_example import own_examples
 
 # Bytes of weights held at once. Of a CPU, about what its caches hold: in blocks of 4 MiB, forward and backward take a third of
 # the time that the whole matrix takes, from L = 256 on. Of an accelerator, enough rows to fill it; not measured.
@@ -39,7 +40,7 @@ def attention(
         dropout: rate at which single weights are left out; `key` draws them.
     """
     batch, length, heads, head_width = q.shape
-    rows = block_rows(batch * heads * length)
+    rows = block_rows(own_examples(batch) * heads * length)
     if dropout:
         if key is None:
             raise ValueError(
@@ -99,8 +100,9 @@ def by_blocks(
     rows = min(rows, length)
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     queries = jnp.transpose(cut(q, rows), (1, 0, 3, 2, 4))  # (blocks, B, H, rows, W)
-    keys = jnp.transpose(k, (0, 2, 3, 1))  # (B, H, W, L), once for all blocks
-    values = jnp.transpose(v, (0, 2, 1, 3))  # (B, H, L, W)
+    # wide outside of the blocks, over which the backward pass sums their gradients
+    keys = jnp.transpose(k, (0, 2, 3, 1)).astype(dtype)  # (B, H, W, L), once for all blocks
+    values = jnp.transpose(v, (0, 2, 1, 3)).astype(dtype)  # (B, H, L, W)
     seen = mask[:, None, None, :]
 
     @jax.checkpoint
@@ -109,13 +111,15 @@ def by_blocks(
         if causal:
             now = index * rows + jnp.arange(rows)
             visible = visible & (jnp.arange(length)[None, :] <= now[:, None])[None, None]
-        scores = jnp.matmul(q, keys, preferred_element_type=dtype) / jnp.sqrt(jnp.asarray(head_width, dtype))
+        scores = jnp.matmul(q, keys.astype(k.dtype), preferred_element_type=dtype) / jnp.sqrt(
+            jnp.asarray(head_width, dtype)
+        )
         # not -inf: a sequence without a real position would give NaN
         weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(dtype).min), axis=-1)
         if key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - dropout, weights.shape)
             weights = jnp.where(kept, weights / (1 - dropout), 0)
-        return jnp.matmul(weights.astype(v.dtype), values)
+        return jnp.matmul(weights.astype(v.dtype), values.astype(v.dtype))
 
     y = lax.map(lambda args: block(*args), (jnp.arange(len(queries)), queries))
     return joined(jnp.transpose(y, (1, 0, 3, 2, 4)), length)

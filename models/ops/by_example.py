@@ -28,3 +28,9 @@ def by_example(function: Callable[..., Array], x: Array, *shared: Array) -> Arra
     specs = (examples, *(PartitionSpec() for _ in shared))
     # the check wants the starting values of every inner loop marked by hand as differing between devices
     return jax.shard_map(function, in_specs=specs, out_specs=examples, check_vma=False)(x, *shared)
+
+
+def own_examples(count: int) -> int:
+    """How many of the `count` examples of a batch each device of the mesh in context has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return count if mesh.empty else -(-count // mesh.size)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.ops import attention as module
 from models.ops.attention import attention, block_rows, by_blocks, has_flash
 from models.ops.blocks import cut, joined
+from models.ops.by_example import own_examples
 
 
 def inputs(batch=2, length=37, heads=3, width=4, dtype=jnp.float32):
@@ -187,3 +189,42 @@ def test_blocks_are_joined_again(size):
     x = jnp.arange(2 * 9 * 3).reshape(2, 9, 3)
     assert cut(x, size).shape == (2, -(-9 // size), size, 3)
     np.testing.assert_array_equal(joined(cut(x, size), 9), x)
+
+
+def test_blocks_are_those_of_the_examples_of_one_device():
+    assert own_examples(8) == 8
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):
+        assert own_examples(8) == 2
+        assert own_examples(9) == 3
+
+
+@pytest.mark.parametrize("model", ["attention", "linear"])
+def test_more_devices_make_no_smaller_blocks(monkeypatch, model):
+    import models.linear as linear
+
+    taken = []
+    if model == "attention":
+        monkeypatch.setattr(module, "block_rows", lambda weights: taken.append(weights) or 8)
+        q, k, v, _ = inputs(batch=4, length=16)
+        run = lambda: attention(q, k, v, mask_of((16,) * 4, 16), causal=False)  # noqa: E731
+    else:
+        monkeypatch.setattr(linear, "block_rows", lambda length, numbers: taken.append(numbers) or 8)
+        mixer = linear.LinearAttention(12, 16, num_heads=3, positions="none", causal=False, rngs=nnx.Rngs(0))
+        run = lambda: mixer(jnp.zeros((4, 16, 12)), mask_of((16,) * 4, 16))  # noqa: E731
+    jax.eval_shape(run)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):
+        jax.eval_shape(run)
+    assert taken[0] == 4 * taken[1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_blocks_lose_no_digits_of_16_bit_gradients(causal):
+    q, k, v, cotangent = inputs(length=256, dtype=jnp.bfloat16)
+    mask = mask_of((256, 256), 256)
+
+    def gradient(rows):
+        return jax.vjp(lambda k, v: by_blocks(q, k, v, mask, causal, rows), k, v)[1](cotangent)
+
+    for one, many in zip(gradient(256), gradient(1), strict=True):
+        one, many = np.asarray(one, np.float32), np.asarray(many, np.float32)
+        assert np.abs(one - many).max() < 0.01 * np.abs(one).max()
