@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lra.config import compose, data_arguments
 from lra.data.store import Store, prepare
 from lra.devices import choose_layout
-from lra.errors import LraError
+from lra.errors import ConfigError, LraError
 from lra.feed import HostFeed
-from lra.program import Best, Setup, Split, State, epoch_order
+from lra.program import Best, Setup, Split, State, cross_entropy, epoch_order, matmul_precision
 from lra.records import RunFolder
 from lra.signals import Signals
 from lra.trainer import Run, place
@@ -85,9 +85,12 @@ def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> 
         f"trainer.{key}_every={n}" for key, n in (("log", steps // 2 or 1), ("eval", steps), ("checkpoint", steps))
     ]
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
-        words = [*COMMON, *overrides, *logged, f"trainer.steps={total}", f"data.root={scratch}"]
+        words = [*COMMON, f"data.root={scratch}", *overrides, *logged, f"trainer.steps={total}"]
         sides = {name: _side([*words, f"data.placement={name}"], Path(scratch) / name) for name in ("device", "host")}
         cfg, setup = sides["device"].cfg, sides["device"].setup
+        for key in ("optim.ema", "trainer.micro_batch"):
+            if OmegaConf.select(cfg, key) is not None:
+                raise ConfigError(f"{key}: the bare step has none, so that its work would count against the trainer")
         store = prepare(setup.task, **data_arguments(cfg))
         for side in sides.values():
             side.begin(store)
@@ -197,10 +200,11 @@ def bare(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
             model = nnx.merge(setup.graph, params, stats, fixed, copy=True)
             rngs = nnx.Rngs(dropout=jax.random.fold_in(setup.dropout_key, count))
             logits = model(setup.task.decode(batch.inputs), batch.lengths, train=True, rngs=rngs)
-            value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+            value = cross_entropy(logits, batch.labels, setup.label_smoothing).mean()
             return value, nnx.state(model, nnx.BatchStat)
 
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        with matmul_precision(setup.precision):
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt = setup.tx.update(grads, opt, params)
         return count + 1, optax.apply_updates(params, updates), stats, opt, total + value
 
@@ -226,8 +230,7 @@ def starts(overrides: Sequence[str]) -> tuple[Start, Start]:
         words = [*START, *overrides, f"data.root={scratch}", f"output.root={scratch}/runs", "tracker.wandb=off"]
         cfg = compose(words)
         prepare(Setup(cfg).task, **data_arguments(cfg))
-        first, second = (_start([*words, f"seed={seed}"], Path(scratch)) for seed in (0, 0))
-        return first, second
+        return _start(words, Path(scratch)), _start(words, Path(scratch))
 
 
 def _start(words: list[str], scratch: Path) -> Start:

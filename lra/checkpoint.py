@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 
 from lra.errors import LraError, RunFolderError
 from lra.files import disk_errors, write_atomically
+from lra.hosts import is_lost
+from lra.memory import is_exhausted
 from lra.records import warn
 
 SPARE_BYTES = 2**20  # for metadata, the record and the metrics
@@ -116,7 +118,7 @@ class Checkpoints:
                 try:
                     state, progress = self._read(step, like)
                 except Exception as error:  # tensorstore raises whatever its drivers do
-                    if "RESOURCE_EXHAUSTED" in str(error):  # the device's memory, not the file
+                    if is_exhausted(error) or is_lost(error):  # the device's memory or another process, not the file
                         raise
                     problem = " ".join(str(error).split())[:200] or type(error).__name__
                 else:

@@ -15,8 +15,9 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -99,6 +100,9 @@ RANGES = {
     "trainer.call_seconds": Range("(0, inf)"),
 }
 
+# sections that a record of an older version may hold in part
+FILLED = ("backbone", "optim", "trainer", "data", "tracker")
+
 # keys that take one word of a few
 WORDS = {
     "optim.schedule": ("cosine", "linear", "rsqrt", "constant", "plateau"),
@@ -135,6 +139,27 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         with open_dict(cfg):
             del cfg["hydra"]
         return with_names(cfg, choices, overrides)
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config with today's defaults for keys that the version which wrote it did not know."""
+    filled, missing = dict(config), []
+    for section in FILLED:
+        if section in config:
+            filled[section] = {**_defaults()[section], **config[section]}
+            missing += [(section, key) for key in filled[section] if key not in config[section]]
+    if missing:
+        resolved = OmegaConf.create(filled)
+        for section, key in missing:  # defaults may refer to other keys
+            filled[section][key] = OmegaConf.select(resolved, f"{section}.{key}", throw_on_resolution_failure=False)
+            if OmegaConf.is_config(filled[section][key]):
+                filled[section][key] = OmegaConf.to_container(filled[section][key])
+    return filled
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(compose()))
 
 
 def tidy(overrides: Sequence[str]) -> list[str]:

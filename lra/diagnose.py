@@ -33,7 +33,6 @@ from lra.probes import Row, by_factors, cut_windows, mean_by_owner, row, scales,
 from lra.program import Setup, build, chosen_weights, compile_program
 from lra.progress import preparing
 from lra.reload import recorded_run, recorded_split, saved_weights, scored_examples, title
-from lra.trainer import use_compilation_cache
 
 SCHEMA = 1
 FILE, LOCK = "diagnostics.json", ".diagnostics.lock"
@@ -75,8 +74,6 @@ def diagnose(
     if examples is not None and examples < 1:
         raise ConfigError(f"--examples {examples}: expected 1 or more")
     record, cfg = recorded_run(folder, [word for word in words if "=" in word and word not in keys])
-    if cfg.trainer.compilation_cache:
-        use_compilation_cache()
     run = Diagnosed(folder, record, cfg, split, weights, examples, sizes)
     planned = [(name, DIAGNOSTICS[name](run, keys)) for name in names]  # whatever is refused is refused before any work
     for name, work in planned:

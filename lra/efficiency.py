@@ -335,7 +335,6 @@ def measure(overrides: Sequence[str], seconds: float = SECONDS) -> dict[str, Any
         facts["seq_len"] = setup.task.seq_len
         batch = random_batch(setup.task, cfg.trainer.batch_size)
         program = compile_program(setup, cfg.trainer.batch_size, cfg.trainer.micro_batch)
-        state, best = first_state(setup)
         compile_s, needs, peaks, rates = {}, {}, {}, {}
 
         def compiled(name: str, function: Any, *args: Any) -> Any:
@@ -352,7 +351,7 @@ def measure(overrides: Sequence[str], seconds: float = SECONDS) -> dict[str, Any
         def peak() -> int | None:
             return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
-        arguments = (*best[:2], setup.fixed, batch.inputs, batch.lengths)
+        arguments = (setup.params, setup.stats, setup.fixed, batch.inputs, batch.lengths)
         apply = compiled("infer", program.apply, *arguments)
 
         def infer(count: int) -> None:
@@ -362,7 +361,8 @@ def measure(overrides: Sequence[str], seconds: float = SECONDS) -> dict[str, Any
 
         rates["infer"] = rate(infer, seconds)
         peaks["infer"] = peak()
-        del apply, best, arguments
+        del apply, arguments
+        state, _ = first_state(setup)  # only now: the optimizer's share is not part of an inference
         run_steps = compiled("train", program.run, state, setup.fixed, batch, np.int32(0))
         held = [state]
 
@@ -421,12 +421,13 @@ def rate(call: Callable[[int], None], seconds: float) -> float:
     start = time.perf_counter()
     call(1)
     once = time.perf_counter() - start
-    count, windows = max(1, round(seconds / once)), [1 / once]
-    while len(windows) <= WINDOWS and time.perf_counter() - start < 2 * WINDOWS * seconds:  # fewer of very long steps
+    count = max(1, round(seconds / once))
+    windows: list[float] = []
+    while len(windows) < WINDOWS and time.perf_counter() - start < 2 * WINDOWS * seconds:  # fewer of very long steps
         began = time.perf_counter()
         call(count)
         windows.append(count / (time.perf_counter() - began))
-    return max(windows)
+    return max(windows, default=1 / once)
 
 
 def main() -> None:

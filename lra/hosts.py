@@ -377,7 +377,10 @@ def together() -> Iterator[Ending]:
             _leave(error)
         _wait_for_all()
         raise
-    _wait_for_all()
+    else:
+        _wait_for_all()
+    finally:
+        _ending.record = Ending.record  # which holds the run, and with it the data on the device
 
 
 def _wait_for_all() -> None:
@@ -388,11 +391,16 @@ def _wait_for_all() -> None:
         _leave(explained(error))
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether JAX says by `error` that another process of this run is gone."""
+    if not jax.distributed.is_initialized() or is_exhausted(error):
+        return False
+    return isinstance(error, (RuntimeError, ValueError)) and bool(re.search(_LOST, str(error)))
+
+
 def explained(error: BaseException) -> BaseException:
     """`error`, or where it says that another process is gone, what that one has said, as far as it has said anything."""
-    # Gloo's errors come as ValueError too; a lack of memory is this process's own
-    lost = isinstance(error, (RuntimeError, ValueError)) and re.search(_LOST, str(error)) and not is_exhausted(error)
-    if not (lost and is_alone(error)):
+    if not (is_lost(error) and is_alone(error)):
         return error
     for _ in range(4):
         if (told := _heard()) is not None:

@@ -59,8 +59,12 @@ class Profile:
         if self.first is None:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # the device's work alone: 10 times smaller
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=self.perfetto, profiler_options=options)
-            self.first = step
+            try:
+                jax.profiler.start_trace(self.folder, create_perfetto_trace=self.perfetto, profiler_options=options)
+                self.first = step
+            except (OSError, RuntimeError) as error:  # another trace is under way, say
+                self.steps = range(0)
+                self.say(f"no trace of steps {step}:{until}: {' '.join(str(error).split())}")
         with jax.profiler.TraceAnnotation("train", first=step, until=until):
             yield
         self.until = until

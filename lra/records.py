@@ -20,7 +20,7 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     metrics         {train, val, test: {accuracy, loss, count}}; test is scored once, at the end
     selection       {rule: best | last, step, val_accuracy, last_step, last_val_accuracy}: the weights scored on test
     reference       {majority, root_operator, ...}: accuracies of shortcuts on the test split, those that are known
-    data            {source: generated | release, key, splits: {train, val, test: {count, sha256}}}
+    data            {source: generated | release, key, partial: not all of it, splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
     segments        [{step, platform, kind, count, processes, micro_batch}]: what trained from which step on, of the steps
                     that are kept
@@ -31,6 +31,7 @@ and in metrics.jsonl; only tables speak percent. A value that does not exist yet
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
     device          {platform, kind, count: that share a batch, processes}, of the last segment
     micro_batch     of the last segment: examples whose activations were held at once, over all devices
+    eval_batch      examples that were evaluated at once
     first_loss      mean training loss of the first step, near log(classes) in a model that knows nothing yet
     at_chance       whether validation accuracy was within noise of chance when last looked at; null before trainer.chance_after
     stopped_early   {step, reason} where trainer.early_stopping ended the run

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra import hosts, records
 from lra.checkpoint import Checkpoints, check_meaning
-from lra.config import compose, data_arguments, with_names
+from lra.config import data_arguments, with_defaults, with_names
 from lra.data import store as packed
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.evaluate import predict, score
@@ -29,13 +29,6 @@ from lra.trainer import CHECKPOINTS, describe_data, use_compilation_cache
 CLOSE = 1e-3  # between the two largest logits of an example; nearer ones may change places on another device
 # what may differ from the recorded config: where the data are, how they are computed; anything else is another run
 OVERRIDES = ("data.root", "data.download", "data.allow_partial", "trainer.eval_batch_size")
-FILLED = (
-    "backbone",
-    "optim",
-    "trainer",
-    "data",
-    "tracker",
-)  # sections that a record of an older version may hold in part
 
 
 class Comparison(NamedTuple):
@@ -72,10 +65,6 @@ def evaluate_again(
         LraError: a batch does not fit into the device's memory.
     """
     record, cfg = recorded_run(folder, overrides)
-    if cfg.trainer.deterministic:
-        hosts.be_deterministic(True)
-    if cfg.trainer.compilation_cache:
-        use_compilation_cache()
     rule = weights or cfg.protocol.select
     setup = Setup(cfg)
     state, best, step = saved_weights(folder, setup)
@@ -111,7 +100,7 @@ def evaluate_again(
 
 
 def recorded_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], DictConfig]:
-    """The record in a run's folder and its config, with the overrides.
+    """The record in a run's folder and its config, with the overrides; JAX is set up as that config wants it.
 
     Raises:
         RunFolderError: there is no record.
@@ -122,7 +111,14 @@ def recorded_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
         raise RunFolderError(
             f"{folder} holds no run; name the folder of one, such as runs/TASK/MODEL/strict-s0-1a2b3c4d"
         )
-    return record, recorded_config(record, overrides)
+    cfg = recorded_config(record, overrides)
+    if record.get("eval_batch") and not any(word.startswith("trainer.eval_batch_size=") for word in overrides):
+        cfg.trainer.eval_batch_size = record["eval_batch"]  # what fitted, and what gave these very bits
+    if cfg.trainer.deterministic:
+        hosts.be_deterministic(True)
+    if cfg.trainer.compilation_cache:
+        use_compilation_cache()
+    return record, cfg
 
 
 def recorded_split(record: Mapping[str, Any], cfg: DictConfig, task: Task, split: str) -> packed.Split:
@@ -171,11 +167,8 @@ def recorded_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
         key, equals, _ = word.partition("=")
         if not equals or key not in OVERRIDES:
             raise ConfigError(f"{word}: a saved run keeps its own config; KEY=VALUE may set {', '.join(OVERRIDES)}")
-    config, defaults = dict(record["config"]), OmegaConf.to_container(compose())
-    assert isinstance(defaults, dict)
-    for section in FILLED:
-        config[section] = {**defaults[section], **config.get(section, {})}
-    cfg = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(list(overrides)))
+    config = OmegaConf.create(with_defaults(record["config"]))
+    cfg = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
     assert isinstance(cfg, DictConfig)
     return with_names(cfg, {key: record.get(key) for key in ("task", "model", "experiment")}, overrides)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lra.config import with_defaults
 from lra.errors import ConfigError, LraError
 from lra.files import write_atomically
 from lra.records import config_hash, load_records
@@ -178,7 +179,7 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 
 def learned(record: Record, metric: str = "test") -> bool | None:
     """Whether a run did better than chance: as it recorded, else by the majority class; None where nobody knows."""
-    if (recorded := record.get("learned")) is not None:
+    if metric == "test" and (recorded := record.get("learned")) is not None:
         return recorded
     majority, count = (record.get("reference") or {}).get("majority"), _score(record, metric).get("count")
     accuracy = _accuracy(record, metric)
@@ -302,7 +303,8 @@ def _best_config(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The runs of the configuration with the best mean validation accuracy, one a seed, and notes for the reader."""
     configs: dict[str, dict[Any, Record]] = defaultdict(dict)
     for record in group:
-        configs[config_hash(record["config"], without=["seed", *NO_EFFECT])][record["seed"]] = record
+        config = with_defaults(record["config"])  # so that a key which is new since is no other configuration
+        configs[config_hash(config, without=["seed", *NO_EFFECT])][record["seed"]] = record
     best = max(configs.values(), key=lambda runs: statistics.mean(_accuracy(r, "val") or 0.0 for r in runs.values()))
     notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
     if any(_selected_on_test(r) for r in best.values()):

@@ -165,7 +165,7 @@ class Run:
         self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress)
         self.reporter.console.quiet = not hosts.is_first()
-        self.record = first_record(cfg, self.before, setup.groups) | {"micro_batch": None}
+        self.record = first_record(cfg, self.before, setup.groups)
         self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
         self.deadline = Deadline(seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started)
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
@@ -211,7 +211,7 @@ class Run:
     def fit(self, data: dict[str, Split]) -> tuple[Resident | HostFeed, Program]:
         """What trains: the batches and the jitted functions, at the micro-batch that is asked for or that fits.
 
-        A resumed run keeps the micro-batch that it started with, where the devices can share it.
+        A resumed run keeps what it found when it started, where the devices can share it.
         """
         batch_size, wanted, layout = self.cfg.trainer.batch_size, self.cfg.trainer.micro_batch, self.layout
         train, val = data["train"], data["val"]
@@ -223,7 +223,7 @@ class Run:
             return HostFeed(train, self.setup.order_key, batch_size, size, layout, self.cfg.trainer.steps), program
 
         if wanted != "auto":
-            self.record["micro_batch"] = wanted or batch_size
+            self.record |= {"micro_batch": wanted or batch_size, "eval_batch": self.eval_batch}
             return make(wanted or batch_size)
 
         best = copy((self.setup.params, self.setup.stats))  # a run holds the best weights beside its state
@@ -239,16 +239,20 @@ class Run:
             return made[1].apply, (*best, self.setup.fixed, val.inputs[rows], val.lengths[rows])
 
         largest = partial(largest_that_fits, agree=lambda fits: all(hosts.gather(fits)), sharing=layout.local_count)
-        before = self.before.get("micro_batch")
-        candidates = [before] if before in sizes(batch_size, layout.count) else halvings(batch_size, layout.count)
-        size, needs = largest("a micro-batch", candidates, training)
+
+        def choices(what: str, key: str, whole: int) -> tuple[str, list[int]]:
+            before = self.before.get(key) if holds_checkpoint(self.checkpoints.folder) else None
+            if before in sizes(whole, layout.count):
+                return f"the {what} that this run began with,", [before]
+            return f"a {what}", halvings(whole, layout.count)
+
+        size, needs = largest(*choices("micro-batch", "micro_batch", batch_size), training)
         state = self.new_state()  # it is there while an evaluation runs
-        self.eval_batch, _ = largest(
-            "an evaluation batch", halvings(self.eval_batch, layout.count), evaluation, call=alone
-        )
+        found, _ = largest(*choices("batch of an evaluation", "eval_batch", self.eval_batch), evaluation, call=alone)
         del state
+        self.eval_batch = found
         self.reporter.micro_batch(size, batch_size, needs, self.eval_batch)
-        self.record["micro_batch"] = size
+        self.record |= {"micro_batch": size, "eval_batch": self.eval_batch}
         return made[0], made[1]
 
     def segments(self, step: int) -> list[dict[str, Any]]:
@@ -271,6 +275,7 @@ class Run:
         setup = self.setup
         state, best = self.new_state(), Best(setup.params, setup.stats)
         if (saved := self.checkpoints.restore((state, best[:2]))) is None:
+            self.record |= {"selection": None, "first_loss": None, "at_chance": None}
             return state, best
         if (self.before.get("data") or self.record["data"])["splits"] != self.record["data"]["splits"]:
             raise RunFolderError(f"{self.folder.path} was trained on other data; choose another output.root")
@@ -314,7 +319,8 @@ class Run:
                     f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; the checkpoint before it is kept"
                 )
                 raise hosts.common(DivergedError(message))
-            if step == done == 1:  # no other call of a run begins at step 0
+            first_call = step == done == 1
+            if first_call:
                 self.check_first_loss(float(state.tally[0] / state.tally[2]))
             self.reporter.advance(step, done, seconds, state.tally)
             due = {name for name, n in every.items() if step % n == 0 or step == cfg.steps}
@@ -324,16 +330,17 @@ class Run:
                 state, best = self.evaluate(step, state, best, data["val"])
             told = signals.received or (self.deadline.reached() and f"trainer.time_limit={cfg.time_limit}")
             stop = next((word for word in hosts.gather(told) if word), None)  # whichever process is told first
-            if "checkpoint" in due or stop or self.stopped_early(step, best):
+            over = step == cfg.steps or self.stopped_early(step, best)
+            if "checkpoint" in due or stop or over:
+                if rate.steps:
+                    self.record["time"] |= rate.summary(cfg.batch_size)
                 self.save(step, state, best)
-            if stop and step < cfg.steps and not self.stopped_early(step, best):
+            if stop and not over:
                 message = (
                     f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
                 )
                 raise hosts.common(PreemptedError(message))
-        if rate.steps:
-            self.record["time"] |= rate.summary(cfg.batch_size)
         return state, best
 
     def log(self, step: int, state: State) -> State:
@@ -394,6 +401,8 @@ class Run:
     def stopped_early(self, step: int, best: Best) -> dict[str, Any] | None:
         """Whether `trainer.early_stopping` ends the run at `step`, and why; the same in every process."""
         cfg = self.cfg.trainer
+        if step >= cfg.steps:
+            return None
         return verdicts.stopped_early(step, best.step, intervals(cfg)["eval"], cfg.early_stopping)
 
     def warn(self, message: str) -> None:
@@ -504,11 +513,10 @@ def first_record(cfg: DictConfig, before: dict[str, Any], groups: list[Group]) -
         "seed": cfg.seed,
         "config": plain(cfg),
         "command": cfg.names.command,
-        "step": 0,
+        # what a start that ends before it is known again must not erase: the next one goes by it
+        **{key: before.get(key) for key in ("data", "reference", "selection", "micro_batch", "eval_batch")},
+        "step": before.get("step", 0),
         "metrics": None,
-        "selection": None,
-        "reference": None,
-        "data": None,
         "params": {"total": sum(sizes.values()), "groups": sizes},
         "segments": list(before.get("segments") or []),
         "resumed_from": list(before.get("resumed_from") or []),

@@ -19,7 +19,7 @@ from lra import feed, hosts, memory, trainer
 from lra.config import data_arguments, options
 from lra.data.store import prepare
 from lra.devices import Layout
-from lra.errors import ConfigError, LraError, PreemptedError
+from lra.errors import ConfigError, DataError, LraError, PreemptedError
 from lra.memory import compiled_bytes, halvings, largest_that_fits, sizes
 from lra.program import Setup, State, compile_program, copy, on_device
 from lra.records import read_record, run_path
@@ -163,17 +163,26 @@ def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, mo
     found = re.search(r"micro-batch 2 of 4 examples \(4 needs .*\); evaluations take (\d+)", capsys.readouterr().out)
     assert int(found[1]) < 256  # which would need more than the step
     assert made_sizes == [4, 2]  # what fitted is what trains
+    # a start that ends before it trains leaves what the next one goes by
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "prepare", lambda *_, **__: (_ for _ in ()).throw(DataError("gone")))
+        with pytest.raises(DataError):
+            lra.train([*here, "resume=auto"])
+    cfg = lra.compose(here)
+    kept = read_record(run_path(cfg.output.root, trainer.plain(cfg), dict(cfg.names)))
+    assert (kept["status"], kept["step"], kept["micro_batch"]) == ("failed", 1, 2)
+    assert kept["data"]["splits"]["train"]["count"] == 64
     # with all the memory in the world, a resumed run keeps what it began with
     monkeypatch.setattr(memory, "device_bytes", lambda device: None)
     monkeypatch.setattr(trainer.Reporter, "advance", advance)
     resumed = lra.train([*here, "resume=auto"])
     assert resumed["resumed_from"] == [1]
-    assert resumed["micro_batch"] == 2
+    assert (resumed["micro_batch"], resumed["eval_batch"]) == (2, int(found[1]))
     assert [(part["step"], part["count"], part["micro_batch"]) for part in resumed["segments"]] == [
         (0, 1, 2),
         (1, 1, 2),
     ]
-    explicit = lra.train([*here, "trainer.micro_batch=2"])
+    explicit = lra.train([*here, "trainer.micro_batch=2", f"trainer.eval_batch_size={found[1]}"])
     assert explicit["metrics"] == resumed["metrics"]
 
 

@@ -1,6 +1,7 @@
 """Schedules, averaged weights, smoothed labels, early stopping, and the verdicts on a run, each beside a slow one."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lra.config import data_arguments
 from lra.data.store import prepare
 from lra.errors import ConfigError
 from lra.optim import adamw, averaged
-from lra.program import Setup, compile_program, cross_entropy, evaluated_weights, first_state, on_device
+from lra.program import Best, Setup, compile_program, cross_entropy, evaluated_weights, first_state, on_device
 from lra.records import load_records, read_metrics
 from lra.schedules import observe, plateau_scale, schedule
 from lra.tables import make_table
@@ -308,6 +309,7 @@ def test_first_loss_is_held_against_log_of_classes(loss, classes, words):
 def test_chance_is_guessing_or_the_most_frequent_label_within_three_standard_errors():
     assert verdicts.chance(np.array([0, 1, 2, 3]), 4) == 0.25
     assert verdicts.chance(np.array([[0, 1], [1, 1]]), 4) == 0.75
+    assert verdicts.chance(np.array([[0, 1], [0, 1]]), 4) == 1.0  # each place by itself
     line = 0.25 + 3 * (0.25 * 0.75 / 1000) ** 0.5
     assert verdicts.is_at_chance(line - 1e-9, 0.25, 1000)
     assert verdicts.is_at_chance(0.0, 0.25, 1000)
@@ -321,6 +323,15 @@ def test_early_stopping_counts_evaluations_wherever_a_run_was_cut():
     assert verdicts.stopped_early(19, 10, 5, 2) is None
     assert verdicts.stopped_early(20, 10, 5, 2)["step"] == 20
     assert verdicts.stopped_early(10**6, 10, 5, None) is None
+
+
+def test_a_run_that_reached_its_last_step_was_not_stopped(tiny):
+    def found(steps):
+        cfg = lra.compose([*tiny, f"trainer.steps={steps}", "trainer.eval_every=4", "trainer.early_stopping=1"])
+        return trainer.Run.stopped_early(SimpleNamespace(cfg=cfg), 8, Best(None, None, 4, 0.5))
+
+    assert found(8) is None
+    assert found(9)["step"] == 8
 
 
 @pytest.mark.parametrize(

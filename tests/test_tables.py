@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import lra
 from lra import tables
 from lra.errors import ConfigError, LraError
-from lra.records import RunFolder
+from lra.records import RunFolder, load_records
 from lra.tables import make_table, published_path, read_results, render, summarise, table_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +146,16 @@ def test_each_key_without_effect_is_a_key():
     cfg = lra.compose()
     missing = object()
     assert [key for key in tables.NO_EFFECT if OmegaConf.select(cfg, key, default=missing) is missing] == []
+
+
+def test_a_key_that_is_new_since_is_no_other_configuration():
+    old = [r for r in load_records([ROOT / "results" / "runs"]) if r["model"] == "lru"]
+    config = tables.with_defaults(old[0]["config"])
+    assert "ema" in config["optim"]
+    assert "ema" not in old[0]["config"]["optim"]
+    assert config["backbone"]["precision"] == "float32"  # which refers to another key
+    table = make_table([*old, old[0] | {"seed": 99, "config": config | {"seed": 99}}], published="none")
+    assert f"n={len(old) + 1}" in cells(table, "Ours")["lru"]["listops_short"]
 
 
 def test_tuning_and_repeated_seeds_are_owned_up_to():
