@@ -510,7 +510,7 @@ def test_scoring_again_keeps_the_runs_determinism_and_says_what_does_not_fit(cop
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
     asked = []
-    monkeypatch.setattr("lra.hosts.be_deterministic", lambda: asked.append(True))
+    monkeypatch.setattr("lra.hosts.be_deterministic", asked.append)
     monkeypatch.setattr(reload, "predict", full)
     for deterministic in (False, True):
         record = read_record(folder)
