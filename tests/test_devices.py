@@ -307,6 +307,7 @@ def test_waiting_for_other_processes_counts_as_time(tiny, monkeypatch):
 
 def test_what_tells_of_a_lost_process(monkeypatch):
     monkeypatch.setattr(hosts, "is_alone", lambda error: True)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(hosts, "_POLL_S", 0)
     gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
     memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: NCCL: out of memory")
