@@ -32,7 +32,6 @@ BATCH_SIZE = 32
 SECONDS = 1.0  # of one measured window
 WINDOWS = 5
 LIMIT_S = 1800.0  # of a cell
-OOM = ("resource_exhausted", "out of memory", "out_of_memory", "std::bad_alloc")
 WORDS = ("model", "seq_len", "batch_size", "preset", "baseline", "seconds", "limit")
 
 
@@ -292,7 +291,9 @@ def measured(cell: Cell, seconds: float, limit: float) -> dict[str, Any]:
 
 
 def _is_oom(text: str) -> bool:
-    return any(word in text.lower() for word in OOM)
+    from lra.memory import EXHAUSTED
+
+    return bool(EXHAUSTED.search(text)) or "std::bad_alloc" in text
 
 
 def _last_line(text: str) -> str:
@@ -376,7 +377,7 @@ def measure(overrides: Sequence[str], seconds: float = SECONDS) -> dict[str, Any
     except MemoryError as error:
         return {"status": "oom", "reason": str(error) or "out of memory", **facts}
     except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error) and not _is_oom(str(error)):
+        if not is_exhausted(error):
             raise
         return {"status": "oom", "reason": " ".join(str(error).split())[:200], **facts}
     by_device = peaks["train"] is not None
