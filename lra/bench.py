@@ -45,7 +45,7 @@ def run(suite: str, data_root: Path, overrides: Sequence[str] = ()) -> dict[str,
 
     if overrides and suite != "trainer":
         raise ConfigError(f"lra bench {suite} takes no {overrides[0]}; trainer and efficiency take KEY=VALUE words")
-    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": _cores(), "system": platform.system()}
+    machine: dict[str, Any] = {"cpu": cpu_name(), "cores": cores(), "system": platform.system()}
     if suite == "data":
         measurements = list(data(data_root))
     else:
@@ -249,7 +249,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -258,5 +258,5 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -263,12 +263,12 @@ def identity(cfg: DictConfig, device: Mapping[str, Any], seconds: float) -> str:
 
 def _device() -> dict[str, Any]:
     """The device, asked in another process: one that has looked at a GPU holds most of its memory."""
-    from lra.bench import _cores, _cpu_name
+    from lra.bench import cores, cpu_name
 
     done = subprocess.run([sys.executable, "-m", "lra.efficiency"], input="null", capture_output=True, text=True)
     if done.returncode:
         raise LraError(f"JAX finds no device: {_last_line(done.stderr)}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "cpu": _cpu_name(), "cores": _cores()}
+    return {**json.loads(done.stdout.splitlines()[-1]), "cpu": cpu_name(), "cores": cores()}
 
 
 def measured(cell: Cell, seconds: float, limit: float) -> dict[str, Any]:
