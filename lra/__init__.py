@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 def compose(overrides: Sequence[str] = ()) -> "DictConfig":
     """The resolved config that `lra train OVERRIDES` would run."""
-    from lra.config import compose
+    from lra.config.compose import compose
 
     return compose(overrides)
 
 
-def load(task: str, protocol: str = "strict", overrides: Sequence[str] = ()) -> "Mapping[str, Split]":
+def load(
+    task: str, protocol: str = "strict", overrides: Sequence[str] = ()
+) -> "Mapping[str, Split]":
     """The splits of a task as memory-mapped arrays, prepared first where they are not.
 
     Args:
@@ -29,7 +31,8 @@ def load(task: str, protocol: str = "strict", overrides: Sequence[str] = ()) -> 
     Raises:
         LraError: unknown name, or missing or malformed data.
     """
-    from lra.config import build_task, compose, data_arguments
+    from lra.config.build import build_task, data_arguments
+    from lra.config.compose import compose
     from lra.data.store import prepare
 
     cfg = compose([f"task={task}", f"protocol={protocol}", *overrides])
@@ -44,8 +47,8 @@ def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:
     """
     from omegaconf import DictConfig
 
-    from lra.config import compose
-    from lra.trainer import train
+    from lra.config.compose import compose
+    from lra.training.trainer import train
 
     return train(cfg if isinstance(cfg, DictConfig) else compose(cfg))
 

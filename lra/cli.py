@@ -11,10 +11,10 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+from lra.config.options import CONF
 from lra.errors import ConfigError, LraError, PreemptedError
-from lra.signals import Signals
+from lra.training.preemption import Signals
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
 
 DIAGNOSE_HELP = """What a trained run relies on. Prints small tables and adds them to RUN_FOLDER/diagnostics.json.
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(
-            f"{error.filename or 'output'}: the disk is full; free some space or set output.root and data.root", 1
+            f"{error.filename or 'output'}: the disk is full; free some space or set output.root and data.root",
+            1,
         )
 
 
@@ -80,7 +81,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """What was typed; KEY=VALUE may also stand behind options, where argparse would not look for it."""
     top = parser()
     args, rest = top.parse_known_args(argv)
-    words = [word for word in rest if word[0] != "-" and ("=" in word or hasattr(args, "takes_words"))]
+    words = [
+        word for word in rest if word[0] != "-" and ("=" in word or hasattr(args, "takes_words"))
+    ]
     if rest and (not hasattr(args, "overrides") or words != rest):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -96,13 +99,27 @@ def parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="prepare and inspect the tasks' data")
     actions = data.add_subparsers(metavar="ACTION", required=True)
-    prepare = actions.add_parser("prepare", help="generate or read the data of tasks into the packed store")
-    verify = actions.add_parser("verify", help="recompute hashes, counts, balance; report defects and overlaps")
-    info = actions.add_parser("info", help="what a task is, where its files and its packed store are; prepares nothing")
+    prepare = actions.add_parser(
+        "prepare", help="generate or read the data of tasks into the packed store"
+    )
+    verify = actions.add_parser(
+        "verify", help="recompute hashes, counts, balance; report defects and overlaps"
+    )
+    info = actions.add_parser(
+        "info", help="what a task is, where its files and its packed store are; prepares nothing"
+    )
     show = actions.add_parser("show", help="print some examples; pictures also as a PNG")
-    for action, run in ((prepare, data_prepare), (verify, data_verify), (info, data_info), (show, data_show)):
+    for action, run in (
+        (prepare, data_prepare),
+        (verify, data_verify),
+        (info, data_info),
+        (show, data_show),
+    ):
         action.add_argument(
-            "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists; KEY=VALUE as for `lra train`"
+            "tasks",
+            nargs="+",
+            metavar="TASK",
+            help="a name that `lra tasks` lists; KEY=VALUE as for `lra train`",
         )
         action.add_argument(
             "--set",
@@ -113,16 +130,30 @@ def parser() -> argparse.ArgumentParser:
             help="config overrides, as for `lra train`",
         )
         if action is not info:
-            action.add_argument("--download", action="store_true", help="fetch the publisher's files where missing")
-            action.add_argument("--allow-partial", action="store_true", help="take fewer examples than there should be")
+            action.add_argument(
+                "--download", action="store_true", help="fetch the publisher's files where missing"
+            )
+            action.add_argument(
+                "--allow-partial",
+                action="store_true",
+                help="take fewer examples than there should be",
+            )
         action.set_defaults(run=run)
     prepare.add_argument(
-        "--tfds", action="store_true", help="also as a TFDS dataset (array_record) under data.root/tfds"
+        "--tfds",
+        action="store_true",
+        help="also as a TFDS dataset (array_record) under data.root/tfds",
     )
-    prepare.add_argument("--export", metavar="DIR", type=Path, help="also in the release's own file format")
+    prepare.add_argument(
+        "--export", metavar="DIR", type=Path, help="also in the release's own file format"
+    )
     show.add_argument("-n", type=int, default=5, help="how many examples (5)")
-    show.add_argument("--split", choices=("train", "val", "test"), default="train", help="of which split (train)")
-    show.add_argument("--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)")
+    show.add_argument(
+        "--split", choices=("train", "val", "test"), default="train", help="of which split (train)"
+    )
+    show.add_argument(
+        "--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)"
+    )
 
     commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
     models = commands.add_parser(
@@ -134,18 +165,32 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a task, and what else `lra train` takes; model=A,B shows these alone",
     )
-    models.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
+    models.add_argument(
+        "--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal"
+    )
     models.set_defaults(run=models_command, group="model")
 
-    evaluate = commands.add_parser("eval", help="score a run's saved weights again and compare with what it recorded")
-    evaluate.add_argument(
-        "folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run, as `lra train` printed it"
+    evaluate = commands.add_parser(
+        "eval", help="score a run's saved weights again and compare with what it recorded"
     )
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="data.root, data.download, trainer.eval_batch_size, ..."
+        "folder",
+        metavar="RUN_FOLDER",
+        type=Path,
+        help="the folder of one run, as `lra train` printed it",
     )
-    evaluate.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
-    evaluate.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="data.root, data.download, trainer.eval_batch_size, ...",
+    )
+    evaluate.add_argument(
+        "--split", choices=("test", "val", "train"), default="test", help="which split (test)"
+    )
+    evaluate.add_argument(
+        "--weights", choices=("best", "last"), help="which weights (those that the protocol scores)"
+    )
     evaluate.set_defaults(run=eval_command)
 
     diagnose = commands.add_parser(
@@ -154,38 +199,67 @@ def parser() -> argparse.ArgumentParser:
         description=DIAGNOSE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    diagnose.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run with its checkpoint")
+    diagnose.add_argument(
+        "folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run with its checkpoint"
+    )
     diagnose.add_argument(
         "overrides",
         nargs="*",
         metavar="WHAT | KEY=VALUE",
         help="diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; data.root and what else lra eval takes",
     )
-    diagnose.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (test)")
-    diagnose.add_argument("--examples", type=int, metavar="N", help="its first N examples (those that the run scored)")
-    diagnose.add_argument("--weights", choices=("best", "last"), help="which weights (those that the protocol scores)")
     diagnose.add_argument(
-        "--sizes", metavar="A,B,...", help="of blocks and windows (1 or 16, times 4, up to the length)"
+        "--split", choices=("test", "val", "train"), default="test", help="which split (test)"
     )
-    diagnose.add_argument("--plot", metavar="FILE", type=Path, help="also draw the tables: png, pdf or svg")
+    diagnose.add_argument(
+        "--examples", type=int, metavar="N", help="its first N examples (those that the run scored)"
+    )
+    diagnose.add_argument(
+        "--weights", choices=("best", "last"), help="which weights (those that the protocol scores)"
+    )
+    diagnose.add_argument(
+        "--sizes",
+        metavar="A,B,...",
+        help="of blocks and windows (1 or 16, times 4, up to the length)",
+    )
+    diagnose.add_argument(
+        "--plot", metavar="FILE", type=Path, help="also draw the tables: png, pdf or svg"
+    )
     diagnose.set_defaults(run=diagnose_command, takes_words=True)
 
-    table = commands.add_parser("table", help="compare runs with each other and with published numbers")
-    table.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)")
+    table = commands.add_parser(
+        "table", help="compare runs with each other and with published numbers"
+    )
+    table.add_argument(
+        "paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)"
+    )
     table.add_argument("--task", action="append", help="only this task; repeatable")
     table.add_argument("--model", action="append", help="only this model; repeatable")
     table.add_argument("--protocol", help="only this protocol")
-    table.add_argument("--published", choices=("featured", "all", "none"), default="featured", help="published rows")
-    table.add_argument("--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable")
-    table.add_argument("--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal")
+    table.add_argument(
+        "--published",
+        choices=("featured", "all", "none"),
+        default="featured",
+        help="published rows",
+    )
+    table.add_argument(
+        "--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable"
+    )
+    table.add_argument(
+        "--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal"
+    )
     table.add_argument("--output", metavar="FILE", help="also write the table here")
-    table.add_argument("--metric", choices=("test", "val"), default="test", help="which split's accuracy (test)")
-    table.set_defaults(run=table_command)
+    table.add_argument(
+        "--metric", choices=("test", "val"), default="test", help="which split's accuracy (test)"
+    )
+    table.set_defaults(run=comparison_table)
 
     plot = commands.add_parser("plot", help="draw the learning curves of finished runs")
     plot.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs (runs)")
     plot.add_argument("--task", action="append", help="only this task; repeatable")
-    plot.add_argument("--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)")
+    plot.add_argument(
+        "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
+    )
     plot.set_defaults(run=plot_command)
 
     bench = commands.add_parser("bench", help="measure how fast it is here")
@@ -201,19 +275,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="of efficiency: model=A,B seq_len=N,M batch_size=N or preset=NAME, and as for `lra train`; of trainer: as for it",
     )
-    bench.add_argument("--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)")
+    bench.add_argument(
+        "--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)"
+    )
     bench.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
         help="also keep the result as JSON; of efficiency where it is kept (bench_efficiency.json), with .md, .tex, .png beside",
     )
-    bench.add_argument("--fresh", action="store_true", help="of efficiency: measure again what the file holds already")
+    bench.add_argument(
+        "--fresh",
+        action="store_true",
+        help="of efficiency: measure again what the file holds already",
+    )
     bench.set_defaults(run=bench_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
     doctor.add_argument(
-        "--data-root", default=None, metavar="DIR", help="where to look for data ($LRA_DATA, else data)"
+        "--data-root",
+        default=None,
+        metavar="DIR",
+        help="where to look for data ($LRA_DATA, else data)",
     )
     doctor.set_defaults(run=doctor_command)
     return top
@@ -223,17 +306,21 @@ def train_command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(TRAIN_HELP)
         for group in ("experiment", "task", "model", "protocol"):
-            names = sorted(str(f.relative_to(CONF / group).with_suffix("")) for f in (CONF / group).rglob("*.yaml"))
+            names = sorted(
+                str(f.relative_to(CONF / group).with_suffix(""))
+                for f in (CONF / group).rglob("*.yaml")
+            )
             print(f"  {group + '=':<12} {', '.join(names)}")
         return 0 if argv else 2
     import hydra
 
-    from lra.config import tidy, translated_errors
+    from lra.config.compose import normalize_overrides
+    from lra.config.messages import translated_errors
 
     for word in argv:
         if match := re.match(r"--(task|model|protocol|experiment|debug|seed|resume)\b", word):
             raise ConfigError(f"{word}: config keys have no dashes; write {match[1]}=VALUE")
-    argv = tidy(argv)
+    argv = normalize_overrides(argv)
     sys.argv = ["lra train", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
     start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
@@ -247,7 +334,10 @@ def train_command(argv: list[str]) -> int:
     except LraError as error:
         return fail(str(error), error.exit_code)
     finally:
-        root = ["runs", *(word.partition("=")[2] for word in argv if word.startswith("output.root="))][-1]
+        root = [
+            "runs",
+            *(word.partition("=")[2] for word in argv if word.startswith("output.root=")),
+        ][-1]
         if Path(root).exists():  # else no run began
             print_table([root], None)
     return 0
@@ -259,7 +349,7 @@ def job(cfg) -> None:
         record = run_job(cfg)
     except LraError as error:
         sys.exit(fail(str(error), error.exit_code))
-    from lra.hosts import is_first
+    from lra.training.distributed import is_first
 
     if is_first():
         print_table([cfg.output.root], [record["task"]])
@@ -273,35 +363,46 @@ def sweep_job(cfg) -> None:
         code = fail(str(error), error.exit_code)
         if isinstance(error, PreemptedError):
             sys.exit(code)
-        raise type(error)("a run of the sweep failed, see above; the table counts those that finished") from None
+        raise type(error)(
+            "a run of the sweep failed, see above; the table counts those that finished"
+        ) from None
 
 
 def run_job(cfg) -> dict:
     from hydra.core.hydra_config import HydraConfig
 
-    from lra.config import with_names
-    from lra.trainer import train
+    from lra.config.compose import finalize
+    from lra.training.trainer import train
 
     hydra_cfg = HydraConfig.get()
-    folders = [Path(source.path) for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
-    shown = [folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder for folder in folders]
+    folders = [
+        Path(source.path)
+        for source in hydra_cfg.runtime.config_sources
+        if source.provider == "command-line"
+    ]
+    shown = [
+        folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        for folder in folders
+    ]
     flags = [word for folder in shown for word in ("--config-dir", str(folder))]
-    return train(with_names(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
+    return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
 
 
 def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
-    from lra.tables import table_command
+    from lra.report.tables import comparison_table
 
-    print(table_command(paths, tasks=tasks, color=sys.stdout.isatty()), end="")
+    print(comparison_table(paths, tasks=tasks, color=sys.stdout.isatty()), end="")
 
 
-def table_command(args: argparse.Namespace) -> int:
-    from lra.tables import table_command
+def comparison_table(args: argparse.Namespace) -> int:
+    from lra.report.tables import comparison_table
 
     missing = [path for path in args.paths if path != "runs" and not Path(path).exists()]
     if missing:
-        raise ConfigError(f"{missing[0]}: no such folder; name one that holds runs (runs is the default)")
-    text = table_command(
+        raise ConfigError(
+            f"{missing[0]}: no such folder; name one that holds runs (runs is the default)"
+        )
+    text = comparison_table(
         args.paths,
         tasks=args.task,
         models=args.model,
@@ -318,33 +419,42 @@ def table_command(args: argparse.Namespace) -> int:
 
 
 def plot_command(args: argparse.Namespace) -> int:
-    from lra.plots import curves
+    from lra.report.plots import curves
 
     print(curves(args.paths, args.output, args.task))
     return 0
 
 
 def eval_command(args: argparse.Namespace) -> int:
-    from lra.reload import evaluate_again
+    from lra.report.evaluate import evaluate_run
 
-    print(evaluate_again(args.folder, split=args.split, weights=args.weights, overrides=args.overrides))
+    print(
+        evaluate_run(args.folder, split=args.split, weights=args.weights, overrides=args.overrides)
+    )
     return 0
 
 
 def diagnose_command(args: argparse.Namespace) -> int:
-    from lra.diagnose import diagnose
+    from lra.report.diagnose import diagnose
 
     try:
         sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else None
     except ValueError:
-        raise ConfigError(f"--sizes {args.sizes}: expected whole numbers such as 1,16,256") from None
-    options = {"split": args.split, "examples": args.examples, "weights": args.weights, "sizes": sizes}
+        raise ConfigError(
+            f"--sizes {args.sizes}: expected whole numbers such as 1,16,256"
+        ) from None
+    options = {
+        "split": args.split,
+        "examples": args.examples,
+        "weights": args.weights,
+        "sizes": sizes,
+    }
     tables: dict = {}
     for name, found, text in diagnose(args.folder, args.overrides, **options):
         print(text, end="\n\n", flush=True)
         tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
     if args.plot:
-        from lra.plots import draw_tables
+        from lra.report.plots import draw_tables
 
         print(f"{draw_tables(tables, args.plot)}")
     return 0
@@ -363,7 +473,7 @@ def list_options(args: argparse.Namespace) -> int:
 def models_command(args: argparse.Namespace) -> int:
     if not args.overrides:
         return list_options(args)
-    from lra.costs import table
+    from lra.report.models import table
 
     print(table(args.overrides, args.format), end="")
     return 0
@@ -371,7 +481,8 @@ def models_command(args: argparse.Namespace) -> int:
 
 def composed(args: argparse.Namespace):
     """(config, task) of each named task."""
-    from lra.config import build_task, compose
+    from lra.config.build import build_task
+    from lra.config.compose import compose
 
     flags = ("download", "allow_partial")
     switches = [f"data.{flag}=true" for flag in flags if getattr(args, flag, False)]
@@ -386,12 +497,16 @@ def composed(args: argparse.Namespace):
 
 def prepared(args: argparse.Namespace):
     """(task, store, data root) of each named task, prepared where it is not yet."""
-    from lra.config import data_arguments
+    from lra.config.build import data_arguments
     from lra.data.store import prepare
-    from lra.progress import preparing
+    from lra.runs.progress import preparing
 
     for cfg, task in composed(args):
-        yield task, preparing(task, partial(prepare, task, **data_arguments(cfg))), Path(cfg.data.root)
+        yield (
+            task,
+            preparing(task, partial(prepare, task, **data_arguments(cfg))),
+            Path(cfg.data.root),
+        )
 
 
 def data_prepare(args: argparse.Namespace) -> int:
@@ -408,7 +523,7 @@ def data_prepare(args: argparse.Namespace) -> int:
         if args.tfds:
             import tensorflow_datasets as tfds
 
-            from lra.data.tfds import builder
+            from lra.data.tfds_builder import builder
 
             tfds.disable_progress_bar()
             made = builder(task, root / "tfds", store)
@@ -423,7 +538,7 @@ def data_prepare(args: argparse.Namespace) -> int:
 
 def check_export(args: argparse.Namespace) -> None:
     """Refuse before hours of preparation what could not be exported after them."""
-    from lra.tasks import Task
+    from lra.tasks.base import Task
 
     for _, task in composed(args):
         if type(task).export is Task.export:
@@ -431,7 +546,7 @@ def check_export(args: argparse.Namespace) -> None:
 
 
 def data_verify(args: argparse.Namespace) -> int:
-    from lra.data.report import verify_lines
+    from lra.data.inspect import verify_lines
 
     sound = True
     for task, store, _ in prepared(args):
@@ -442,7 +557,7 @@ def data_verify(args: argparse.Namespace) -> int:
 
 
 def data_info(args: argparse.Namespace) -> int:
-    from lra.data.report import info_lines
+    from lra.data.inspect import info_lines
 
     for cfg, task in composed(args):
         print("\n".join(info_lines(task, cfg.protocol.name, Path(cfg.data.root))))
@@ -450,7 +565,7 @@ def data_info(args: argparse.Namespace) -> int:
 
 
 def data_show(args: argparse.Namespace) -> int:
-    from lra.data.report import show_lines, write_sheet
+    from lra.data.inspect import show_lines, write_sheet
     from lra.files import disk_errors
 
     if args.n < 1:
@@ -466,26 +581,28 @@ def data_show(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    from lra import bench
+    from lra.bench import suites
 
     if args.suite == "efficiency":
         return efficiency_command(args)
     if args.fresh:
         raise ConfigError("--fresh is for lra bench efficiency; the other suites keep nothing")
-    result = bench.run(args.suite, data_root_of(args), args.overrides)
-    print(bench.render(result), end="")
+    result = suites.run(args.suite, data_root_of(args), args.overrides)
+    print(suites.measurements_table(result), end="")
     if args.output:
-        bench.save(result, args.output)
+        suites.save(result, args.output)
     return 0
 
 
 def efficiency_command(args: argparse.Namespace) -> int:
-    from lra.efficiency import make_table, run
-    from lra.tables import render
+    from lra.bench.efficiency import make_table, run
+    from lra.report.formats import render
 
     file = args.output or Path("bench_efficiency.json")
     if file.suffix != ".json":
-        raise ConfigError(f"--output {file}: expected a name that ends in .json; .md, .tex and .png go beside it")
+        raise ConfigError(
+            f"--output {file}: expected a name that ends in .json; .md, .tex and .png go beside it"
+        )
     result = run(args.overrides, file, fresh=args.fresh, say=partial(print, flush=True))
     print(render(make_table(result)), end="")
     print(f"kept in {file}, with .md, .tex and, over lengths, .png beside it")
@@ -497,7 +614,7 @@ def data_root_of(args: argparse.Namespace) -> Path:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    from lra.doctor import report
+    from lra.report.doctor import report
 
     print(report(data_root_of(args)))
     return 0

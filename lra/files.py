@@ -19,7 +19,11 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
     try:
         yield
     except OSError as error:
-        room = f" ({_free_space(path)} free); make room there or" if error.errno in FULL else "; mend that or"
+        room = (
+            f" ({_free_space(path)} free); make room there or"
+            if error.errno in FULL
+            else "; mend that or"
+        )
         raise kind(
             f"{error.filename or path}: {error.strerror or error}{room} set another {key}, what was written before is intact"
         ) from error

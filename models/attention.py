@@ -38,9 +38,13 @@ class MultiHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_option("model.positions", positions, POSITIONS)
-        key, inner = ("backbone.width", width) if qkv_width is None else ("model.qkv_width", qkv_width)
+        key, inner = (
+            ("backbone.width", width) if qkv_width is None else ("model.qkv_width", qkv_width)
+        )
         if num_heads < 1 or inner < 1 or inner % num_heads:
-            raise ValueError(f"model.num_heads={num_heads} must be at least 1 and divide {key}={inner}")
+            raise ValueError(
+                f"model.num_heads={num_heads} must be at least 1 and divide {key}={inner}"
+            )
         if positions == "rotary" and (inner // num_heads) % 2:
             raise ValueError(
                 f"model.positions=rotary needs an even head width, found {key}/model.num_heads = {inner // num_heads}"
@@ -50,7 +54,12 @@ class MultiHead(nnx.Module):
         self.output = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         q, k, v = self.heads(x)
         return self.join(self.attend(q, k, v, mask)).astype(x.dtype)
@@ -74,7 +83,9 @@ class MultiHead(nnx.Module):
         """What the heads read, as one vector a position."""
         return self.output(y.reshape(*y.shape[:2], -1))
 
-    def turn(self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0) -> Float[Array, "B L H W"]:
+    def turn(
+        self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0
+    ) -> Float[Array, "B L H W"]:
         """Rotary positions `first`, `first` + 1, ... where the model has them."""
         return rotate(x, first=first) if self.rotary else x
 
@@ -109,17 +120,33 @@ class Attention(MultiHead):
                 f"task.seq_len={seq_len} is longer than model.max_len={max_len}; raise model.max_len or shorten the task"
             )
         if not 0 <= attention_dropout < 1:
-            raise ValueError(f"model.attention_dropout={attention_dropout} must be a number in [0, 1)")
-        super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, qkv_width=qkv_width, rngs=rngs)
+            raise ValueError(
+                f"model.attention_dropout={attention_dropout} must be a number in [0, 1)"
+            )
+        super().__init__(
+            width,
+            num_heads=num_heads,
+            positions=positions,
+            causal=causal,
+            qkv_width=qkv_width,
+            rngs=rngs,
+        )
         self.attention_dropout = attention_dropout
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         q, k, v = self.heads(x)
         q, k = self.turn(q), self.turn(k)
         if has_flash(x.dtype, q.shape[-1]):
-            q, k, v = (array.astype(x.dtype) for array in (q, k, v))  # float32 parameters have widened them
+            q, k, v = (
+                array.astype(x.dtype) for array in (q, k, v)
+            )  # float32 parameters have widened them
         dropout = self.attention_dropout if train else 0.0
         key = rngs.dropout() if dropout and rngs is not None else None
         y = attention(q, k, v, mask, causal=self.causal, dropout=dropout, key=key)

@@ -32,7 +32,11 @@ POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
 # what a block keeps for the backward pass, of jax.checkpoint_policies
 # (dots: products with weights, not those of one position with another, which grow as L^2)
-REMATS = {"none": "everything_saveable", "block": "nothing_saveable", "dots": "dots_with_no_batch_dims_saveable"}
+REMATS = {
+    "none": "everything_saveable",
+    "block": "nothing_saveable",
+    "dots": "dots_with_no_batch_dims_saveable",
+}
 REMATS |= {name: name for name in (*REMATS.values(), "dots_saveable")}
 
 
@@ -97,7 +101,12 @@ class Backbone(nnx.Module):
         check_option("backbone.precision", precision, PRECISIONS)
         check_option("backbone.remat", remat, REMATS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
-        self.pool, self.num_pairs, self.num_targets, self.seq_len = pool, num_pairs, num_targets, seq_len
+        self.pool, self.num_pairs, self.num_targets, self.seq_len = (
+            pool,
+            num_pairs,
+            num_targets,
+            seq_len,
+        )
         length = seq_len + (pool == "cls")
         self.encoder = (
             nnx.Linear(num_features, width, rngs=rngs)
@@ -105,7 +114,11 @@ class Backbone(nnx.Module):
             else Embedding(vocab_size, width, rngs=rngs)
         )
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
-        self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if positions == "learned" else None
+        self.positions = (
+            nnx.Param(0.02 * rngs.params.normal((length, width)))
+            if positions == "learned"
+            else None
+        )
         self.sinusoidal = positions == "sinusoidal"
         if self.sinusoidal:
             sinusoids(1, width)  # refuses an odd width here already, before anything is trained
@@ -126,8 +139,12 @@ class Backbone(nnx.Module):
             )
             for _ in range(depth)
         )
-        check_option("backbone.positions", positions, POSITIONS)  # after the mixer, whose key it mostly comes from
-        if (positions == "rotary") != any(getattr(block.mixer, "rotary", False) for block in self.blocks):
+        check_option(
+            "backbone.positions", positions, POSITIONS
+        )  # after the mixer, whose key it mostly comes from
+        if (positions == "rotary") != any(
+            getattr(block.mixer, "rotary", False) for block in self.blocks
+        ):
             raise ValueError(
                 f"backbone.positions={positions} does not go with this mixer: rotary positions turn its queries and keys; "
                 "set model.positions where the model has it, else backbone.positions other than rotary"
@@ -149,7 +166,12 @@ class Backbone(nnx.Module):
         )
 
     def __call__(
-        self, inputs: Array, lengths: Int[Array, "*B"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        inputs: Array,
+        lengths: Int[Array, "*B"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B *T C"]:
         """Logits of a batch.
 
@@ -177,7 +199,9 @@ class Backbone(nnx.Module):
         x = self.encoder(inputs)  # (B, L, D)
         mask = jnp.arange(inputs.shape[1])[None, :] < lengths[:, None]
         if self.cls is not None:
-            x = jnp.concatenate([jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1)
+            x = jnp.concatenate(
+                [jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1
+            )
             mask = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), mask], axis=1)
         if self.positions is not None:
             x = x + self.positions[...][None]
@@ -185,7 +209,9 @@ class Backbone(nnx.Module):
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
         x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train, rngs=rngs)
         for block in self.blocks:
-            x = rematerialised(block, self.remat if train else "none")(x, mask, train=train, rngs=rngs)
+            x = rematerialised(block, self.remat if train else "none")(
+                x, mask, train=train, rngs=rngs
+            )
         x = x.astype(jnp.float32)  # a mean over thousands of positions needs its digits
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
@@ -236,7 +262,12 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool, rngs: nnx.Rngs | None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool,
+        rngs: nnx.Rngs | None,
     ) -> Float[Array, "B L D"]:
         def drop(y):
             return self.dropout(y, deterministic=not train, rngs=rngs)
@@ -274,7 +305,9 @@ class Norm(nnx.Module):
             "none": lambda: None,
         }[kind]()
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool
+    ) -> Float[Array, "B L D"]:
         if self.norm is None:
             return x
         if isinstance(self.norm, nnx.BatchNorm):
@@ -288,9 +321,15 @@ class GLU(nnx.Module):
     def __init__(self, kind: str, width: int, *, rngs: nnx.Rngs):
         check_option("backbone.glu", kind, GLUS)
         self.kind = kind
-        self.linear = None if kind == "none" else nnx.Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
+        self.linear = (
+            None
+            if kind == "none"
+            else nnx.Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
+        )
 
-    def __call__(self, x: Float[Array, "B L D"], act: Callable[[Array], Array]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], act: Callable[[Array], Array]
+    ) -> Float[Array, "B L D"]:
         y = act(x)
         if self.linear is None:
             return y
@@ -310,7 +349,9 @@ class MLP(nnx.Module):
         self.up = nnx.Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
         self.down = nnx.Linear(hidden, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]
+    ) -> Float[Array, "B L D"]:
         y = self.up(x)
         if self.kind == "swiglu":
             value, gate = jnp.split(y, 2, axis=-1)
@@ -361,7 +402,9 @@ def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float
 def sinusoids(length: int, width: int) -> np.ndarray:
     """Sinusoidal positions (L, D): sin on even channels, cos on odd ones, periods 2 pi to 10,000 x 2 pi (Vaswani 2017)."""
     if width % 2:
-        raise ValueError(f"backbone.positions=sinusoidal needs an even backbone.width, found {width}")
+        raise ValueError(
+            f"backbone.positions=sinusoidal needs an even backbone.width, found {width}"
+        )
     angles = np.arange(length)[:, None] / 10_000.0 ** (np.arange(0, width, 2)[None, :] / width)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width)
 
@@ -369,7 +412,10 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 def follow_inputs(module: nnx.Module) -> None:
     """Make every linear map inside of `module` multiply and answer in the dtype of its inputs, not in the wider of both."""
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv) and part.dtype is None:
+        if (
+            isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv)
+            and part.dtype is None
+        ):
             part.promote_dtype = to_first
             part.__class__ = answering_alike(type(part))
 

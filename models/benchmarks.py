@@ -44,7 +44,9 @@ class HostCase(NamedTuple):
 def cases(platform: str) -> Iterator[Case | HostCase]:
     """The cases of a platform, cpu or another, at sizes that suit it."""
     yield HostCase(
-        "spectral filters, L=16,384 K=24, not cached", lambda: uncached_spectral_filters(16_384, 24), "< 3 s"
+        "spectral filters, L=16,384 K=24, not cached",
+        lambda: uncached_spectral_filters(16_384, 24),
+        "< 3 s",
     )
     if platform == "cpu":
         yield stu_case(16, 1024, 128, k_y=2, faster=">= 6 x", smaller="<= 0.25 x")
@@ -67,7 +69,14 @@ def cases(platform: str) -> Iterator[Case | HostCase]:
 
 
 def stu_case(
-    batch: int, length: int, width: int, *, k_y: int, num_filters: int = 24, faster: str = "", smaller: str = ""
+    batch: int,
+    length: int,
+    width: int,
+    *,
+    k_y: int,
+    num_filters: int = 24,
+    faster: str = "",
+    smaller: str = "",
 ) -> Case:
     """Equation (6) with U+ and U-."""
     sigma, phi = spectral_filters(length, num_filters)
@@ -82,7 +91,9 @@ def stu_case(
     return Case(
         f"STU, B={batch} L={length:,} D={width} K={num_filters} k_y={k_y}",
         published_stu,
-        lambda u, m_u, m_plus, m_minus, m_y, phi, sigma: stu(u, phi, sigma, m_u, m_plus, m_minus, m_y),
+        lambda u, m_u, m_plus, m_minus, m_y, phi, sigma: stu(
+            u, phi, sigma, m_u, m_plus, m_minus, m_y
+        ),
         _float32(learned),
         _float32((phi, sigma)),
         faster,
@@ -105,8 +116,13 @@ def published_stu(
     signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), u.dtype)
 
     def filtered(filters: Array) -> Array:
-        spectrum = jnp.fft.rfft(u, size, axis=1)[:, :, None] * jnp.fft.rfft(filters, size, axis=0)[None, :, :, None]
-        features = jnp.fft.irfft(spectrum, size, axis=1)[:, :length] * (sigma**0.25)[None, None, :, None]
+        spectrum = (
+            jnp.fft.rfft(u, size, axis=1)[:, :, None]
+            * jnp.fft.rfft(filters, size, axis=0)[None, :, :, None]
+        )
+        features = (
+            jnp.fft.irfft(spectrum, size, axis=1)[:, :length] * (sigma**0.25)[None, None, :, None]
+        )
         return jnp.pad(features, ((0, 0), (2, 0), (0, 0), (0, 0)))[:, :length]  # (B, L, K, D)
 
     x = jnp.einsum("blkd,kde->ble", filtered(phi), m_plus)
@@ -118,12 +134,17 @@ def published_stu(
 
 def feedback_case(batch: int, length: int, width: int, *, k_y: int) -> Case:
     draw = np.random.default_rng(0).normal
-    learned = draw(size=(batch, length, width)), draw(size=(k_y, width, width)) / (4 * k_y * width**0.5)
+    learned = (
+        draw(size=(batch, length, width)),
+        draw(size=(k_y, width, width)) / (4 * k_y * width**0.5),
+    )
     what = f"feedback, B={batch} L={length:,} D={width} k_y={k_y}"
     return Case(what, published_feedback, feedback, _float32(learned))
 
 
-def published_feedback(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+def published_feedback(
+    x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
+) -> Float[Array, "B L D"]:
     """y_t = x_t + sum_j y_{t-1-j} m_y[j], a scan over time."""
 
     def step(past: Array, x_t: Array) -> tuple[Array, Array]:
@@ -143,7 +164,9 @@ def recurrence_case(batch: int, length: int, states: int, *, faster: str) -> Cas
     return Case(what, published_recurrence, linear_recurrence, learned, faster=faster)
 
 
-def published_recurrence(lam: Complex[Array, " N"], bu: Complex[Array, "B L N"]) -> Complex[Array, "B L N"]:
+def published_recurrence(
+    lam: Complex[Array, " N"], bu: Complex[Array, "B L N"]
+) -> Complex[Array, "B L N"]:
     """As NicolasZucchet/minimal-LRU orders it: an associative scan over pairs, mapped over the batch."""
     decays = jnp.broadcast_to(lam[None], bu.shape[1:])
 
@@ -162,7 +185,10 @@ def attention_case(batch: int, length: int, heads: int, head_width: int) -> Case
 
 
 def whole_attention(
-    q: Float[Array, "B L H W"], k: Float[Array, "B L H W"], v: Float[Array, "B L H W"], mask: Bool[Array, "B L"]
+    q: Float[Array, "B L H W"],
+    k: Float[Array, "B L H W"],
+    v: Float[Array, "B L H W"],
+    mask: Bool[Array, "B L"],
 ) -> Float[Array, "B L H W"]:
     """With the (B, H, L, L) weights held."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
@@ -204,7 +230,9 @@ def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: 
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(batch, length, 1)), jnp.float32)
 
     def logits(params: Any, rest: list[Any], inputs: Array) -> Array:
-        return nnx.merge(graph, params, *rest, copy=True)(inputs, jnp.full(batch, length), train=True)
+        return nnx.merge(graph, params, *rest, copy=True)(
+            inputs, jnp.full(batch, length), train=True
+        )
 
     what = f"STU classifier, B={batch} L={length:,} D={width} depth {depth}"
     return Case(what, None, logits, (params,), (rest, inputs), smaller="<= 40 GB")
@@ -226,7 +254,12 @@ def trainer_cases(platform: str) -> list[TrainerCase]:
     """Short steps, where every millisecond of the host would show, and the sizes of a run."""
     lru, stu = ("task=listops_short", "model=lru"), ("task=listops_short", "model=stu")
     if platform == "cpu":
-        tiny = ("backbone.width=16", "backbone.depth=2", "task.max_length=127", "trainer.batch_size=8")
+        tiny = (
+            "backbone.width=16",
+            "backbone.depth=2",
+            "task.max_length=127",
+            "trainer.batch_size=8",
+        )
         return [
             TrainerCase("LRU, short steps", (*lru, *tiny), 600),
             TrainerCase("LRU", (*lru, "trainer.batch_size=16"), 120),
@@ -239,6 +272,4 @@ def trainer_cases(platform: str) -> list[TrainerCase]:
     ]
 
 
-BASELINE = (
-    "transformer"  # what `lra bench efficiency` states speed and memory as multiples of, as the LRA paper's table does
-)
+BASELINE = "transformer"  # what `lra bench efficiency` states speed and memory as multiples of, as the LRA paper's table does

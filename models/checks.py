@@ -13,7 +13,9 @@ def check_option(key: str, found: str, allowed: Collection[str]) -> None:
 
 
 def refuse_to_stream(
-    causal: bool, found: str = "model.bidirectional=true", instead: str = "model.bidirectional=false"
+    causal: bool,
+    found: str = "model.bidirectional=true",
+    instead: str = "model.bidirectional=false",
 ) -> None:
     """A ValueError unless `causal`; `found` is the option that makes the model look ahead."""
     if not causal:

@@ -34,18 +34,24 @@ class GRU(nnx.Module):
         ValueError: state_size is below 1.
     """
 
-    def __init__(self, width: int, seq_len: int, *, state_size: int, bidirectional: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, seq_len: int, *, state_size: int, bidirectional: bool, rngs: nnx.Rngs
+    ):
         if state_size < 1:
             raise ValueError(f"model.state_size={state_size} must be at least 1")
         self.causal, self.bidirectional = not bidirectional, bidirectional
         directions, key = (2 if bidirectional else 1), rngs.params
         orthogonal = jax.nn.initializers.orthogonal()
         # the three parts of the last axis are r, z, n
-        self.input_kernel = nnx.Param(key.normal((directions, width, 3 * state_size)) / math.sqrt(width))
+        self.input_kernel = nnx.Param(
+            key.normal((directions, width, 3 * state_size)) / math.sqrt(width)
+        )
         self.input_bias = nnx.Param(jnp.zeros((directions, 3 * state_size)))
         square = [orthogonal(key(), (state_size, state_size)) for _ in range(3 * directions)]
         self.recurrent_kernel = nnx.Param(
-            jnp.stack([jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)])
+            jnp.stack(
+                [jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)]
+            )
         )
         self.candidate_bias = nnx.Param(jnp.zeros((directions, state_size)))
         inner = directions * state_size
@@ -53,18 +59,29 @@ class GRU(nnx.Module):
         self.output_bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        u = at_least_float32(jnp.swapaxes(x, 0, 1))  # (L, B, D): turned while it is small, for a scan over time
+        u = at_least_float32(
+            jnp.swapaxes(x, 0, 1)
+        )  # (L, B, D): turned while it is small, for a scan over time
         both = jnp.stack([u, jnp.flip(u, axis=0)]) if self.bidirectional else u[None]
         gates = jax.vmap(self.input_part)(both, self.input_kernel[...], self.input_bias[...])
         if self.bidirectional:
             # from the end padding comes first: an update gate that is 1 keeps the state at zero
             padding = jnp.flip(~mask, axis=1).T[..., None]
             size = self.recurrent_kernel.shape[1]
-            gates = gates.at[1, ..., size : 2 * size].set(jnp.where(padding, _SHUT, gates[1, ..., size : 2 * size]))
+            gates = gates.at[1, ..., size : 2 * size].set(
+                jnp.where(padding, _SHUT, gates[1, ..., size : 2 * size])
+            )
         # the directions take their steps together
-        h = jax.vmap(states)(gates, self.recurrent_kernel[...], self.candidate_bias[...])  # (K, L, B, H)
+        h = jax.vmap(states)(
+            gates, self.recurrent_kernel[...], self.candidate_bias[...]
+        )  # (K, L, B, H)
         h = jnp.concatenate([h[0], jnp.flip(h[1], axis=0)], axis=-1) if self.bidirectional else h[0]
         return jnp.swapaxes(self.output(h), 0, 1).astype(x.dtype)
 
@@ -99,7 +116,9 @@ class GRU(nnx.Module):
 
 
 def states(
-    gates: Float[Array, "L B G"], recurrent_kernel: Float[Array, "H G"], candidate_bias: Float[Array, " H"]
+    gates: Float[Array, "L B G"],
+    recurrent_kernel: Float[Array, "H G"],
+    candidate_bias: Float[Array, " H"],
 ) -> Float[Array, "L B H"]:
     """All states from a zero one, given what the inputs add to r, z and n (G = 3 H)."""
 

@@ -56,7 +56,10 @@ class KernelAttention(MultiHead):
         q, k, turned_q, turned_k = self.features(q, k)
         # a key that is padding weighs nothing, in the values and in the total
         k, turned_k = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, turned_k))
-        return causal_sums(turned_q, turned_k, v.astype(q.dtype)) / (weight_totals(q, k) + EPSILON)[..., None]
+        return (
+            causal_sums(turned_q, turned_k, v.astype(q.dtype))
+            / (weight_totals(q, k) + EPSILON)[..., None]
+        )
 
     def over_all(self, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "B L H W"]:
         """The quotient of sums over all positions, a block of positions at a time.
@@ -72,7 +75,9 @@ class KernelAttention(MultiHead):
             return jnp.moveaxis(cut(x, rows), 1, 0)  # (blocks, B, rows, ...)
 
         @jax.checkpoint
-        def add(state: tuple[Array, Array], parts: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        def add(
+            state: tuple[Array, Array], parts: tuple[Array, ...]
+        ) -> tuple[tuple[Array, Array], None]:
             first, k, v, seen = parts
             features = self.features(k, k, first)
             # a key that is padding, or stands after the end, weighs nothing, in the values and in the total
@@ -88,11 +93,15 @@ class KernelAttention(MultiHead):
 
         firsts = rows * jnp.arange(-(-length // rows))
         start = jnp.zeros((batch, heads, self.num_features, width), wide)
-        (values, keys), _ = jax.lax.scan(add, (start, start[..., 0]), (firsts, blocks(k), blocks(v), blocks(mask)))
+        (values, keys), _ = jax.lax.scan(
+            add, (start, start[..., 0]), (firsts, blocks(k), blocks(v), blocks(mask))
+        )
         y = jax.lax.map(lambda parts: read(*parts, values, keys), (firsts, blocks(q)))
         return joined(jnp.moveaxis(y, 0, 1), length)
 
-    def features(self, q: Array, k: Array, first: int | Int[Array, ""] = 0) -> tuple[Array, Array, Array, Array]:
+    def features(
+        self, q: Array, k: Array, first: int | Int[Array, ""] = 0
+    ) -> tuple[Array, Array, Array, Array]:
         """Features of queries and keys from position `first` on: as the total weighs them, and as the values'."""
         q, k = at_least_float32(q), at_least_float32(k)
         if self.turns_features:
@@ -112,7 +121,9 @@ class KernelAttention(MultiHead):
         sums = jnp.zeros((batch_size, self.num_heads, self.num_features, head_width))
         return KernelState(sums, sums[..., 0], jnp.int32(0))
 
-    def step(self, state: KernelState, u_t: Float[Array, "B D"]) -> tuple[KernelState, Float[Array, "B D"]]:
+    def step(
+        self, state: KernelState, u_t: Float[Array, "B D"]
+    ) -> tuple[KernelState, Float[Array, "B D"]]:
         """Read one position; equations (16) to (20) without the residual."""
         q, k, v = self.heads(u_t[:, None])
         q, k, turned_q, turned_k = (x[:, 0] for x in self.features(q, k, state.time))  # (B, H, M)
@@ -120,7 +131,9 @@ class KernelAttention(MultiHead):
         keys = state.keys + k
         total = jnp.einsum("bhm,bhm->bh", q, keys)
         y = jnp.einsum("bhm,bhmw->bhw", turned_q, values) / (total + EPSILON)[..., None]
-        return KernelState(values, keys, state.time + 1), self.join(y[:, None])[:, 0].astype(u_t.dtype)
+        return KernelState(values, keys, state.time + 1), self.join(y[:, None])[:, 0].astype(
+            u_t.dtype
+        )
 
 
 class LinearAttention(KernelAttention):
@@ -134,7 +147,16 @@ class LinearAttention(KernelAttention):
 
     turns_features = True
 
-    def __init__(self, width: int, seq_len: int, *, num_heads: int, positions: str, causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        seq_len: int,
+        *,
+        num_heads: int,
+        positions: str,
+        causal: bool,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         self.num_features = width // num_heads
 

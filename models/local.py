@@ -71,13 +71,21 @@ def block_attention(
 
     def window(x: Array) -> Array:
         """(B, L, ...) to (B blocks, keys, ...): what each block sees, from the farthest block of the past on."""
-        padded = jnp.pad(cut(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1))
-        seen = jnp.concatenate([padded[:, i : i + blocks] for i in range(neighbours + 1 + after)], axis=2)
+        padded = jnp.pad(
+            cut(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1)
+        )
+        seen = jnp.concatenate(
+            [padded[:, i : i + blocks] for i in range(neighbours + 1 + after)], axis=2
+        )
         return seen.reshape(batch * blocks, -1, *x.shape[2:])
 
-    visible = window(mask)[:, None, None, :]  # blocks beyond either end, and what fills the last one, count as padding
+    visible = window(mask)[
+        :, None, None, :
+    ]  # blocks beyond either end, and what fills the last one, count as padding
     if causal:
-        past = np.tri(block_size, (neighbours + 1) * block_size, neighbours * block_size, dtype=bool)
+        past = np.tri(
+            block_size, (neighbours + 1) * block_size, neighbours * block_size, dtype=bool
+        )
         visible = visible & past[None, None]
     queries = cut(q, block_size).reshape(batch * blocks, block_size, *rest)
     y = jax.nn.dot_product_attention(queries, window(k), window(v), mask=visible)

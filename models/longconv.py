@@ -63,7 +63,9 @@ class LongConv(nnx.Module):
         check_option("model.decay", decay, DECAYS)
         check_option("model.interpolation", interpolation, INTERPOLATIONS)
         if kernel_dim < 1 or init_scale < 0:
-            raise ValueError(f"model.kernel_dim={kernel_dim}, model.init_scale={init_scale}: at least 1 and 0")
+            raise ValueError(
+                f"model.kernel_dim={kernel_dim}, model.init_scale={init_scale}: at least 1 and 0"
+            )
         first = kernel_dim * 2**init_scale
         if first > seq_len:
             raise ValueError(
@@ -85,7 +87,12 @@ class LongConv(nnx.Module):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u = at_least_float32(x)  # the transform wants all its digits
         kernels = self.kernels(x.shape[1])
@@ -103,7 +110,9 @@ class LongConv(nnx.Module):
             ValueError: the input is longer than the model was made for.
         """
         if length > self.seq_len:
-            raise ValueError(f"inputs have length {length}, the kernel was built for task.seq_len={self.seq_len}")
+            raise ValueError(
+                f"inputs have length {length}, the kernel was built for task.seq_len={self.seq_len}"
+            )
         return self.unscaled_kernel()[..., :length] / self.z[...][..., None]
 
     def unscaled_kernel(self) -> Float[Array, "K D T"]:
@@ -116,7 +125,9 @@ class LongConv(nnx.Module):
             parts.append(part * rates**-i if self.decay == "geometric" else part)
         kernel = jnp.concatenate(parts, axis=-1)
         if self.decay == "power":
-            kernel = kernel * (1.0 + jnp.arange(kernel.shape[-1], dtype=w.dtype))[None, None] ** -rates
+            kernel = (
+                kernel * (1.0 + jnp.arange(kernel.shape[-1], dtype=w.dtype))[None, None] ** -rates
+            )
         return kernel
 
 
@@ -130,7 +141,9 @@ def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float
         return jnp.repeat(w, factor, axis=-1)
     before = jnp.concatenate([w[..., :1], w[..., :-1]], axis=-1)
     after = jnp.concatenate([w[..., 1:], w[..., -1:]], axis=-1)
-    offset = ((jnp.arange(factor, dtype=w.dtype) + 0.5) / factor - 0.5)[None, None, None]  # from the step's centre
+    offset = ((jnp.arange(factor, dtype=w.dtype) + 0.5) / factor - 0.5)[
+        None, None, None
+    ]  # from the step's centre
     steps = (
         w[..., None] * (1 - jnp.abs(offset))
         + before[..., None] * jax.nn.relu(-offset)
@@ -139,12 +152,16 @@ def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float
     return steps.reshape(*w.shape[:2], -1)
 
 
-def normal_kernels(key: PRNGKeyArray, scales: int, directions: int, width: int, size: int) -> Float[Array, "S K D d"]:
+def normal_kernels(
+    key: PRNGKeyArray, scales: int, directions: int, width: int, size: int
+) -> Float[Array, "S K D d"]:
     """Independent N(0, 1)."""
     return jax.random.normal(key, (scales, directions, width, size))
 
 
-def cosine_kernels(key: PRNGKeyArray, scales: int, directions: int, width: int, size: int) -> Float[Array, "S K D d"]:
+def cosine_kernels(
+    key: PRNGKeyArray, scales: int, directions: int, width: int, size: int
+) -> Float[Array, "S K D d"]:
     """cos(2 pi c s), s = 0..1 in d steps, for channels c = 0..D-1; shuffled in each scale, both directions alike."""
     waves = jnp.cos(2 * jnp.pi * jnp.arange(width)[:, None] * jnp.linspace(0, 1, size)[None])
     shuffled = jnp.stack([jax.random.permutation(k, waves) for k in jax.random.split(key, scales)])

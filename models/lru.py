@@ -62,7 +62,9 @@ class LRU(nnx.Module):
         check_option("model.phase", phase, PHASES)
         check_option("model.activation", activation, ACTIVATIONS)
         if not 0 <= r_min < r_max <= 1:
-            raise ValueError(f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1")
+            raise ValueError(
+                f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1"
+            )
         if state_size < 1:
             raise ValueError(f"model.state_size={state_size} must be at least 1")
         if not 0 < max_phase < math.inf:
@@ -73,9 +75,15 @@ class LRU(nnx.Module):
                 "model.gamma_norm=true needs eigenvalues, model.parametrization=dense has none; set it to false"
             )
         if not self.dense and activation != "none":
-            raise ValueError(f"model.activation={activation} is for model.parametrization=dense; set it to none")
+            raise ValueError(
+                f"model.activation={activation} is for model.parametrization=dense; set it to none"
+            )
         self.causal, self.bidirectional = not bidirectional, bidirectional
-        self.parametrization, self.log_phase, self.activation = parametrization, phase == "log", activation
+        self.parametrization, self.log_phase, self.activation = (
+            parametrization,
+            phase == "log",
+            activation,
+        )
         key, columns = rngs.params, state_size * (2 if bidirectional else 1)
         if self.dense:
             # Glorot's law: variance 1/N (their figure 2)
@@ -84,7 +92,9 @@ class LRU(nnx.Module):
             self.c = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         else:
             # uniform in area between the circles: |lam|^2 is uniform; kept away from 0, where log(-log) diverges
-            squared = jnp.maximum(key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12)
+            squared = jnp.maximum(
+                key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12
+            )
             theta = max_phase * key.uniform((state_size,), minval=1e-7)
             self.start(-0.5 * jnp.log(squared), theta)
             self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
@@ -109,7 +119,12 @@ class LRU(nnx.Module):
                 self.theta = nnx.Param(theta)
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u = at_least_float32(x)
         bu = self.read(u)  # (B, L, N)
@@ -117,7 +132,9 @@ class LRU(nnx.Module):
         y = self.write(self.states(bu, reverse=False))
         if self.bidirectional:
             # padding must not enter the scan that starts at the end
-            y = y + self.write(self.states(jnp.where(mask[..., None], bu, 0), reverse=True), back=True)
+            y = y + self.write(
+                self.states(jnp.where(mask[..., None], bu, 0), reverse=True), back=True
+            )
         return (y + self.d[...][None, None, :] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Inexact[Array, "B N"]:
@@ -170,7 +187,10 @@ class LRU(nnx.Module):
             return jax.lax.complex(self.lam_re[...], self.lam_im[...])
         if self.parametrization == "exp":
             return polar(self.nu[...], self.theta[...])
-        return polar(jnp.exp(self.nu_log[...]), jnp.exp(self.theta_log[...]) if self.log_phase else self.theta[...])
+        return polar(
+            jnp.exp(self.nu_log[...]),
+            jnp.exp(self.theta_log[...]) if self.log_phase else self.theta[...],
+        )
 
 
 def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, " N"]:

@@ -48,12 +48,18 @@ class Mamba(nnx.Module):
         dt_max: float | int,
         rngs: nnx.Rngs,
     ):
-        for key, value in (("state_size", state_size), ("conv_size", conv_size), ("dt_rank", dt_rank)):
+        for key, value in (
+            ("state_size", state_size),
+            ("conv_size", conv_size),
+            ("dt_rank", dt_rank),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1")
         inner = round(expand * width)
         if inner < 1 or inner != expand * width:
-            raise ValueError(f"model.expand={expand} times backbone.width={width} must be a whole number above 0")
+            raise ValueError(
+                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
+            )
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.state_size, self.rank, self.conv_size, self.inner = state_size, rank, conv_size, inner
         key = rngs.params
@@ -70,7 +76,12 @@ class Mamba(nnx.Module):
         self.out_proj = nnx.Param(uniform(key, (inner, width), inner))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
         # the backward pass takes taps and gates again: autodiff would keep 13 arrays of (B, L, E) here
@@ -81,9 +92,14 @@ class Mamba(nnx.Module):
 
     def convolved(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
         """The inputs of the state-space model, and what they choose."""
-        kernel, dtype = self.conv_kernel[...], u.dtype  # not cast: their gradients are sums over B L terms
+        kernel, dtype = (
+            self.conv_kernel[...],
+            u.dtype,
+        )  # not cast: their gradients are sums over B L terms
         padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
-        taps = (padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size))
+        taps = (
+            padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size)
+        )
         u = jax.nn.silu((sum(taps) + self.conv_bias[...][None, None]).astype(dtype))
         return u, *self.selected(u)
 
@@ -111,7 +127,11 @@ class Mamba(nnx.Module):
         selected = (u @ self.x_proj[...].astype(u.dtype)).astype(dtype)
         low, b, c = jnp.split(selected, [self.rank, self.rank + self.state_size], axis=-1)
         delta = low @ self.dt_proj[...].astype(dtype)
-        return jax.nn.softplus(delta + jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)), b, c
+        return (
+            jax.nn.softplus(delta + jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)),
+            b,
+            c,
+        )
 
     def a(self, dtype) -> Float[Array, "E N"]:
         return -jnp.exp(self.a_log[...].astype(dtype))

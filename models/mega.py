@@ -54,12 +54,18 @@ class Mega(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_option("model.attention", attention, ATTENTIONS)
-        for key, value in (("state_size", state_size), ("attention_size", attention_size), ("chunk_size", chunk_size)):
+        for key, value in (
+            ("state_size", state_size),
+            ("attention_size", attention_size),
+            ("chunk_size", chunk_size),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1")
         values = round(expand * width)
         if values < 1 or values != expand * width:
-            raise ValueError(f"model.expand={expand} times backbone.width={width} must be a whole number above 0")
+            raise ValueError(
+                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} must be at least 0 and below 1")
         self.causal, self.attention, self.chunk_size = not bidirectional, attention, chunk_size
@@ -97,14 +103,20 @@ class Mega(nnx.Module):
         return mixed(update, h, x if residual is None else residual)
 
     def attend(
-        self, q: Float[Array, "B L Z"], k: Float[Array, "B L Z"], v: Float[Array, "B L V"], mask: Bool[Array, "B L"]
+        self,
+        q: Float[Array, "B L Z"],
+        k: Float[Array, "B L Z"],
+        v: Float[Array, "B L V"],
+        mask: Bool[Array, "B L"],
     ) -> Float[Array, "B L V"]:
         """Equation (11), in chunks where the model has them."""
         batch, length, _ = q.shape
         size = min(self.chunk_size or length, length)
         longest = self.chunk_size or (self.rel_bias.shape[0] + 1) // 2
         if size > longest:
-            raise ValueError(f"inputs have length {length}, the model was built for task.seq_len={longest}")
+            raise ValueError(
+                f"inputs have length {length}, the model was built for task.seq_len={longest}"
+            )
         bias = self.rel_bias[...][longest - size : longest + size - 1]
         # chunks stand beside each other as sequences of a batch do, (B * chunks, size, ...)
         q, k, v, mask = (cut(y, size).reshape(-1, size, *y.shape[2:]) for y in (q, k, v, mask))
@@ -119,11 +131,18 @@ class Mega(nnx.Module):
         """
         refuse_to_stream(self.causal)
         if self.chunk_size is None:
-            raise ValueError("model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size")
+            raise ValueError(
+                "model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size"
+            )
         _, attention_size, values = self.sizes
         keys = jnp.zeros((batch_size, self.chunk_size, attention_size))
         averages = jnp.zeros((batch_size, *self.average.beta.shape[1:]))
-        return averages, keys, jnp.zeros((batch_size, self.chunk_size, values)), jnp.zeros((), jnp.int32)
+        return (
+            averages,
+            keys,
+            jnp.zeros((batch_size, self.chunk_size, values)),
+            jnp.zeros((), jnp.int32),
+        )
 
     def step(
         self,
@@ -138,20 +157,28 @@ class Mega(nnx.Module):
         update, q, k, reset, candidate = self.projected(average)
         slot = time % size
         v = jax.nn.silu(affine(u_t, self.value_kernel, self.value_bias))
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, None].astype(keys.dtype), slot, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, None].astype(values.dtype), slot, axis=1)
+        keys = jax.lax.dynamic_update_slice_in_dim(
+            keys, k[:, None].astype(keys.dtype), slot, axis=1
+        )
+        values = jax.lax.dynamic_update_slice_in_dim(
+            values, v[:, None].astype(values.dtype), slot, axis=1
+        )
         bias = jax.lax.dynamic_slice_in_dim(self.rel_bias[...], size - 1 - slot, size)[None]
         seen = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
         o = attention_weights(q[:, None], keys, bias, seen, self.attention) @ values
         h = self.candidate(reset, o[:, 0].astype(u_t.dtype), candidate)
-        return (averages, keys, values, time + 1), mixed(update, h, u_t if residual is None else residual)
+        return (averages, keys, values, time + 1), mixed(
+            update, h, u_t if residual is None else residual
+        )
 
     def projected(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
         """Update gate, Q, K, reset gate and the candidate's part X' W_h + b_h, all from the averages X'; gates as they are
         before phi's sigmoid and gamma's SiLU."""
         width, attention_size, values = self.sizes
         ends = [width, width + attention_size, width + attention_size + values]
-        update, z, reset, candidate = jnp.split(affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1)
+        update, z, reset, candidate = jnp.split(
+            affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1
+        )
         q, k = scaled(z, self.kappa[...], self.mu[...])
         return update, q, k, reset, candidate
 
@@ -177,10 +204,14 @@ def mixed(update: Array, h: Array, residual: Array) -> Array:
 
 
 @jax.checkpoint
-def scaled(z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]) -> tuple[Array, Array]:
+def scaled(
+    z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]
+) -> tuple[Array, Array]:
     """Queries and keys, two scales and shifts of the shared SiLU(z), in the dtype of z."""
     z = jax.nn.silu(z)
-    q, k = (z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1))
+    q, k = (
+        z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1)
+    )
     return q.astype(z.dtype), k.astype(z.dtype)
 
 
@@ -196,14 +227,18 @@ class MovingAverage(nnx.Module):
         self.alpha = nnx.Param(0.2 * key.normal(shape))
         self.delta = nnx.Param(0.2 * key.normal(shape))
         # alternating signs start the kernel near zero ("seems more stable", says the published code)
-        self.beta = nnx.Param(0.02 * key.normal(shape) + (-1.0) ** jnp.arange(state_size)[None, None])
+        self.beta = nnx.Param(
+            0.02 * key.normal(shape) + (-1.0) ** jnp.arange(state_size)[None, None]
+        )
         self.eta = nnx.Param(key.normal(shape))
         self.omega = nnx.Param(key.normal((width,)))
 
     def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         wide = at_least_float32(x)
         u = jnp.where(mask[..., None], wide, 0)
-        alpha, delta, beta, eta = (p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
+        alpha, delta, beta, eta = (
+            p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
+        )
         kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
         # the second direction begins at the next position; what rolls to its end meets no input
         back = jnp.roll(kernels[1], -1, axis=1) if len(kernels) == 2 else None
@@ -214,7 +249,9 @@ class MovingAverage(nnx.Module):
         self, state: Float[Array, "B D N"], x: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
         """The next averages and the output, of a one-directional average."""
-        alpha, delta, beta, eta = (p[...][0].astype(state.dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
+        alpha, delta, beta, eta = (
+            p[...][0].astype(state.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
+        )
         u = x.astype(state.dtype)
         drive = (jax.nn.sigmoid(alpha) * beta)[None] * u[..., None]
         state = jnp.exp(log_decay(alpha, delta))[None] * state + drive
@@ -236,7 +273,9 @@ def ema_kernel(
     log_q = log_decay(alpha, delta)[..., None]
     fine_size, coarse_size = split_powers(length)
     fine = jnp.exp(log_q * jnp.arange(fine_size, dtype=log_q.dtype)[None, None, None])
-    coarse = jnp.exp(log_q * (fine_size * jnp.arange(coarse_size)).astype(log_q.dtype)[None, None, None])
+    coarse = jnp.exp(
+        log_q * (fine_size * jnp.arange(coarse_size)).astype(log_q.dtype)[None, None, None]
+    )
     gain = jax.nn.sigmoid(alpha) * beta * eta / math.sqrt(alpha.shape[-1])
     kernel = jnp.einsum("sdnc,sdnf->sdcf", gain[..., None] * coarse, fine, precision="highest")
     return kernel.reshape(*alpha.shape[:2], coarse_size * fine_size)[..., :length]
@@ -283,7 +322,9 @@ def attend(
             seen = seen & (jnp.arange(length)[None, :] <= start + jnp.arange(rows)[:, None])[None]
         queries = jax.lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         bias_rows = toeplitz(part, rows, length)
-        weights = attention_weights(queries.astype(narrow), k.astype(narrow), bias_rows, seen, attention)
+        weights = attention_weights(
+            queries.astype(narrow), k.astype(narrow), bias_rows, seen, attention
+        )
         return weights.astype(narrow) @ v.astype(narrow)
 
     if blocks == 1:
@@ -305,9 +346,13 @@ def attention_weights(
     bias = bias.astype(dtype)[None]
     if attention == "softmax":
         # finite, since a row of padding alone sees nothing
-        return jax.nn.softmax(jnp.where(seen, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1)
+        return jax.nn.softmax(
+            jnp.where(seen, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1
+        )
     scores = scores / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1).astype(dtype) + bias
-    return jnp.where(seen, laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2, 0)
+    return jnp.where(
+        seen, laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2, 0
+    )
 
 
 def laplace(x: Array) -> Array:

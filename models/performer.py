@@ -52,7 +52,9 @@ class Performer(KernelAttention):
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         check_option("model.kernel", kernel, KERNELS)
         if num_features is None and kernel == "softmax":
-            raise ValueError("model.num_features=null takes no random features, which model.kernel=softmax needs")
+            raise ValueError(
+                "model.num_features=null takes no random features, which model.kernel=softmax needs"
+            )
         if num_features is not None and num_features < 1:
             raise ValueError(f"model.num_features={num_features} must be at least 1")
         self.kernel = kernel
@@ -60,7 +62,9 @@ class Performer(KernelAttention):
         self.directions = (
             None
             if num_features is None
-            else RandomFeatures(orthogonal_features(rngs.params(), num_features, width // num_heads))
+            else RandomFeatures(
+                orthogonal_features(rngs.params(), num_features, width // num_heads)
+            )
         )
 
     def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
@@ -99,5 +103,7 @@ def orthogonal_features(key: PRNGKeyArray, num_features: int, width: int) -> Flo
     q, r = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, width, width)))
     q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
     rows = jnp.swapaxes(q, 1, 2).reshape(blocks * width, width)[:num_features]
-    length = jnp.linalg.norm(jax.random.normal(key_length, (num_features, width)), axis=1, keepdims=True)
+    length = jnp.linalg.norm(
+        jax.random.normal(key_length, (num_features, width)), axis=1, keepdims=True
+    )
     return rows * length

@@ -62,12 +62,20 @@ class S4D(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if state_size < 2 or state_size % 2:
-            raise ValueError(f"model.state_size={state_size} must be even, at least 2: its states are conjugate pairs")
+            raise ValueError(
+                f"model.state_size={state_size} must be even, at least 2: its states are conjugate pairs"
+            )
         if num_ssms is not None and (num_ssms < 1 or width % num_ssms):
-            raise ValueError(f"model.num_ssms={num_ssms} must be at least 1 and divide backbone.width={width}")
+            raise ValueError(
+                f"model.num_ssms={num_ssms} must be at least 1 and divide backbone.width={width}"
+            )
         check_option("model.discretization", discretization, DISCRETIZATIONS)
         check_option("model.init", init, INITS)
-        self.causal, self.bidirectional, self.discretization = not bidirectional, bidirectional, discretization
+        self.causal, self.bidirectional, self.discretization = (
+            not bidirectional,
+            bidirectional,
+            discretization,
+        )
         a_imag, b = initial_system(init, state_size)
         half, copies = state_size // 2, width if num_ssms is None else num_ssms
         self.log_a_real = nnx.Param(jnp.full((copies, half), math.log(0.5)))
@@ -81,7 +89,12 @@ class S4D(nnx.Module):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u = at_least_float32(x)  # the transform and the kernel want all their digits
         log_lam_bar, b_bar = self.system()
@@ -110,7 +123,10 @@ class S4D(nnx.Module):
         log_lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = jnp.exp(log_lam_bar)[None] * state + b_bar[None] * u[..., None]
-        y = 2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1) + self.d[...][None] * u
+        y = (
+            2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1)
+            + self.d[...][None] * u
+        )
         return state, y.astype(u_t.dtype)
 
     def system(self) -> tuple[Complex[Array, "D N_half"], Complex[Array, "D N_half"]]:
@@ -124,7 +140,9 @@ class S4D(nnx.Module):
         return log_lam_bar, factor * b
 
 
-def initial_system(init: str, state_size: int) -> tuple[Float[np.ndarray, " N_half"], Float[np.ndarray, " N_half"]]:
+def initial_system(
+    init: str, state_size: int
+) -> tuple[Float[np.ndarray, " N_half"], Float[np.ndarray, " N_half"]]:
     """Imaginary parts of A, whose real parts are -1/2, and B at the start, n = 0..N/2-1.
 
     Source: S4D, section 4: S4D-Lin, pi n; S4D-Inv, N/pi (N / (2n + 1) - 1); both with B = 1; S4D-LegS, HiPPO-N's.

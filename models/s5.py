@@ -87,18 +87,36 @@ class S5(nnx.Module):
             c_re, c_im = math.sqrt(0.5) * rngs.params.normal((2, width, columns))
         else:
             fan_in = state_size * (width if c_init == "lecun_normal" else 1)
-            re, im = lecun_normal(rngs.params(), (2, width, columns // states * num_blocks, block), fan_in)
-            c_re, c_im = (x.reshape(width, columns) for x in (re @ v_re - im @ v_im, re @ v_im + im @ v_re))
+            re, im = lecun_normal(
+                rngs.params(), (2, width, columns // states * num_blocks, block), fan_in
+            )
+            c_re, c_im = (
+                x.reshape(width, columns) for x in (re @ v_re - im @ v_im, re @ v_im + im @ v_re)
+            )
         self.c_re, self.c_im = nnx.Param(c_re.T), nnx.Param(c_im.T)
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         lam_bar, b_bar = self.system()
         u = at_least_float32(x)
         c_re, c_im = self.c_re[...], self.c_im[...]
-        y = apply_ssm(lam_bar, b_bar, c_re, c_im, u, mask, conj_sym=self.conj_sym, bidirectional=self.bidirectional)
+        y = apply_ssm(
+            lam_bar,
+            b_bar,
+            c_re,
+            c_im,
+            u,
+            mask,
+            conj_sym=self.conj_sym,
+            bidirectional=self.bidirectional,
+        )
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B P"]:
@@ -145,7 +163,9 @@ def apply_ssm(
         c_re, c_im: C transposed, R = P rows or, if bidirectional, 2P: the second half reads the scan from the end.
     Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
     """
-    bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)  # two real products: complex ones are slow on every backend
+    bu = jax.lax.complex(
+        u @ b_bar.real, u @ b_bar.imag
+    )  # two real products: complex ones are slow on every backend
     p = lam_bar.shape[0]
     y = read_out(linear_recurrence(lam_bar, bu), c_re[:p], c_im[:p], conj_sym)
     if bidirectional:

@@ -76,7 +76,9 @@ class STU(nnx.Module):
             else jax.random.truncated_normal(rngs.params(), -2, 2, (k_u, width, width)) / width**0.5
         )
         self.m_plus = nnx.Param(jnp.zeros((num_filters, width, width)))
-        self.m_minus = nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
+        self.m_minus = (
+            nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
+        )
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
         self.backward = (
             STU(
@@ -96,9 +98,16 @@ class STU(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        x = jnp.where(mask[..., None], x, 0)  # rounding in the transforms is not causal: padding would be seen in it
+        x = jnp.where(
+            mask[..., None], x, 0
+        )  # rounding in the transforms is not causal: padding would be seen in it
         m_minus = None if self.m_minus is None else self.m_minus[...]
         m_y = "lag2" if self.m_y is None else self.m_y[...]
         y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
@@ -114,7 +123,9 @@ class STU(nnx.Module):
         k_u, width, _ = self.m_u.shape
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
         state = {
-            "inputs": jnp.zeros((batch_size, max(k_u - 1, 2), width)),  # the latest first, here and below
+            "inputs": jnp.zeros(
+                (batch_size, max(k_u - 1, 2), width)
+            ),  # the latest first, here and below
             "outputs": jnp.zeros((batch_size, 2 if self.m_y is None else self.m_y.shape[0], width)),
             "plus": features,
         }
@@ -140,12 +151,16 @@ class STU(nnx.Module):
         if self.m_y is None:
             y = y + state["outputs"][:, 1]
         else:
-            y = y + jnp.einsum("bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=EXACT)
+            y = y + jnp.einsum(
+                "bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=EXACT
+            )
         new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
         return new, y.astype(u_t.dtype)
 
 
-def fixed_filters(filters: str, seq_len: int, num_filters: int, negative_filters: bool) -> tuple[Filter, Filter]:
+def fixed_filters(
+    filters: str, seq_len: int, num_filters: int, negative_filters: bool
+) -> tuple[Filter, Filter]:
     """sigma (K,) and phi (L, K) by name, as variables that nobody trains.
 
     Raises:
@@ -153,7 +168,9 @@ def fixed_filters(filters: str, seq_len: int, num_filters: int, negative_filters
     """
     check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
-        raise ValueError("model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false")
+        raise ValueError(
+            "model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false"
+        )
     sigma, phi = FILTERS[filters](seq_len, num_filters)
     return Filter(jnp.asarray(sigma)), Filter(jnp.asarray(phi))
 
@@ -164,7 +181,9 @@ def weighted(
     """sum_k sigma_k^(1/4) h_k m_k over the first K states, or all where there are fewer."""
     num = min(h.shape[1], sigma.shape[0])
     scale = sigma[:num].astype(h.dtype) ** 0.25
-    return jnp.einsum("bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=EXACT)
+    return jnp.einsum(
+        "bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=EXACT
+    )
 
 
 def from_the_end(

@@ -66,14 +66,21 @@ class TensorizedSTU(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         length = x.shape[1]
         if length > self.seq_len:
             raise ValueError(
                 f"the filters have length {self.seq_len} and the input {length}; set task.seq_len to {length} or more"
             )
-        x = jnp.where(mask[..., None], x, 0)  # rounding in the transforms is not causal: padding would be seen in it
+        x = jnp.where(
+            mask[..., None], x, 0
+        )  # rounding in the transforms is not causal: padding would be seen in it
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
         if self.negative_filters:
             # phi(i) + (-1)^i phi(i)
@@ -85,7 +92,9 @@ class TensorizedSTU(nnx.Module):
 
     def scales(self) -> Float[Array, "K D"]:
         """sigma_k^(1/4) m_filters[k], at least in float32."""
-        return (self.sigma[...] ** 0.25)[:, None] * self.m_filters[...].astype(self.sigma[...].dtype)
+        return (self.sigma[...] ** 0.25)[:, None] * self.m_filters[...].astype(
+            self.sigma[...].dtype
+        )
 
     def init_state(self, batch_size: int) -> State:
         """What `step` knows before the first input; its size depends on K and D, not on L.
@@ -96,7 +105,9 @@ class TensorizedSTU(nnx.Module):
         refuse_to_stream(self.causal)
         width = self.m_in.shape[0]
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
-        return {"plus": features, "minus": features} if self.negative_filters else {"plus": features}
+        return (
+            {"plus": features, "minus": features} if self.negative_filters else {"plus": features}
+        )
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
         """One more input and its output, as `__call__` gives it, up to the error that `filter_recurrence` states.

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.ndimage import label
 
-from lra.tasks.snakes import generate
+from lra.tasks.pathfinder_generator import generate
 
 COLUMNS = 8
 OURS = {32: 4500, 128: 150}  # pictures in the table; of the original's there are 500 and 50
@@ -26,11 +26,16 @@ def main() -> None:
     columns, heads = [], []
     for size, count in OURS.items():
         with np.load(ROOT / "tests" / "golden" / f"pathfinder_upstream_{size}.npz") as golden:
-            for name, images in (("ours", generate(count, size, seed=0)[0]), ("original", golden["images"])):
+            for name, images in (
+                ("ours", generate(count, size, seed=0)[0]),
+                ("original", golden["images"]),
+            ):
                 rows = statistics(images)
                 heads.append(f"{size}: {name}, {len(images):,}")
                 error = rows.std(axis=0) / len(rows) ** 0.5
-                columns.append([f"{m:.4g} ± {e:.2g}" for m, e in zip(rows.mean(axis=0), error, strict=True)])
+                columns.append(
+                    [f"{m:.4g} ± {e:.2g}" for m, e in zip(rows.mean(axis=0), error, strict=True)]
+                )
     print(f"| | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for name, *cells in zip(names, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |")
@@ -42,7 +47,9 @@ def statistics(images: np.ndarray) -> np.ndarray:
     for image in images:
         contours, count = label(image > 60, np.ones((3, 3)))
         largest = np.bincount(contours.ravel())[1:].max()
-        rows.append((image.mean(), image.std(), (image == 0).mean(), (image > 245).mean(), count, largest))
+        rows.append(
+            (image.mean(), image.std(), (image == 0).mean(), (image > 245).mean(), count, largest)
+        )
     return np.array(rows)
 
 
@@ -52,8 +59,12 @@ def draw_grid() -> None:
         with np.load(ROOT / "tests" / "golden" / f"pathfinder_upstream_{size}.npz") as golden:
             upstream = golden["images"][:COLUMNS], golden["labels"][:COLUMNS]
         ours = generate(COLUMNS, size, "hard", seed=0, workers=1)
-        axes = part.subplots(2, COLUMNS, gridspec_kw={"wspace": 0.05, "hspace": 0.25, "left": 0.01, "right": 0.99})
-        for row, name, (images, labels) in zip(axes, ("upstream", "ours"), (upstream, ours), strict=True):
+        axes = part.subplots(
+            2, COLUMNS, gridspec_kw={"wspace": 0.05, "hspace": 0.25, "left": 0.01, "right": 0.99}
+        )
+        for row, name, (images, labels) in zip(
+            axes, ("upstream", "ours"), (upstream, ours), strict=True
+        ):
             for axis, image, answer in zip(row, images, labels, strict=True):
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 axis.set_title(f"{name} {size}: {answer}", fontsize=7, pad=2)

@@ -9,8 +9,9 @@ table for docs/data.md. The data should be the publisher's own, whole.
 import json
 import sys
 
-from lra.config import build_task, compose, data_arguments
-from lra.data.report import CHECKSUMS
+from lra.config.build import build_task, data_arguments
+from lra.config.compose import compose
+from lra.data.inspect import CHECKSUMS
 from lra.data.store import prepare, settings_name
 
 PROTOCOLS = ("strict", "s4", "lra2020")
@@ -18,7 +19,9 @@ PROTOCOLS = ("strict", "s4", "lra2020")
 
 def main(data_root: str, tasks: list[str]) -> None:
     known = json.loads(CHECKSUMS.read_text("utf-8")) if CHECKSUMS.exists() else {}
-    print("| task | protocol | split | examples | mean length | smallest and largest class | SHA-256 |")
+    print(
+        "| task | protocol | split | examples | mean length | smallest and largest class | SHA-256 |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in tasks:
         protocols: dict[str, list[str]] = {}  # of one store
@@ -32,7 +35,10 @@ def main(data_root: str, tasks: list[str]) -> None:
             known[store] = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
             for split, entry in manifest["splits"].items():
                 if "same_as" not in entry:
-                    shares = [f"{100 * count / sum(entry['labels']):.1f}" for count in sorted(entry["labels"])]
+                    shares = [
+                        f"{100 * count / sum(entry['labels']):.1f}"
+                        for count in sorted(entry["labels"])
+                    ]
                     print(
                         f"| {name} | {', '.join(protocols[store])} | {split} | {entry['count']:,} | "
                         f"{entry['lengths']['mean']:,.1f} | {shares[0]} %, {shares[-1]} % | `{entry['sha256'][:16]}` |"

@@ -14,16 +14,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest
-
-# a ListOps of a few short rows: prepared once, read by every test that trains
-TINY = [
-    "task=listops_short",
-    "task.sizes.train=64",
-    "task.sizes.val=24",
-    "task.sizes.test=21",
-    "task.max_length=30",
-    "debug=tiny",
-]
+from tiny import TINY
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,7 +29,11 @@ def pytest_collection_modifyitems(config, items):
 
         if jax.default_backend() == "cpu":
             for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs an accelerator; JAX_PLATFORMS=cuda,cpu pytest -m gpu"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs an accelerator; JAX_PLATFORMS=cuda,cpu pytest -m gpu"
+                    )
+                )
 
 
 @pytest.fixture(scope="session")

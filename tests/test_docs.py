@@ -12,42 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from doc_commands import ROOT, SMALL, blocks, commands, run, shortened
 
-from lra import bench
+from lra.bench import suites
 from lra.cli import data_prepare, parser
-from lra.config import options
-from lra.records import load_records
-
-ROOT = Path(__file__).parents[1]
-# what makes a documented run one of seconds; it keeps its task, its model and its own words
-SIZES = "task.sizes={train: 64, val: 24, test: 21}"
-SMALL = [SIZES, "task.min_length=21", "task.max_length=30", "debug=tiny"]
-
-
-def blocks(path, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), flags=re.M | re.S)
-
-
-def commands(path):
-    lines = [line.split(" #")[0].strip() for block in blocks(path, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("lra ")]
-
-
-def run(words, cwd, timeout=300, **variables):
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    command = [sys.executable, "-m", "lra.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
-
-
-def shortened(command, data_root):
-    """The words of a documented command, made short by overrides at its end."""
-    words = shlex.split(command)[1:]
-    small = [*(SMALL if "listops" in command else [SIZES, "debug=tiny"]), f"data.root={data_root}"]
-    if words[0] == "train" and "--cfg" not in words:
-        return [*words, *small, "trainer.steps=2", "trainer.distributed_timeout=120"]
-    if words[0] == "data":
-        return [*words, *([] if "--set" in words else ["--set"]), *small]
-    return words
+from lra.config.options import options
+from lra.runs.run_folder import load_records
 
 
 def free_port():
@@ -58,7 +28,9 @@ def free_port():
 
 def run_block(block, data_root, cwd):
     """Runs the lines of a block as a shell would: variables in front, patterns, `&`; returns what each line did."""
-    block = re.sub(r"(127\.0\.0\.1):\d+", rf"\1:{free_port()}", block)  # the page's own may be taken
+    block = re.sub(
+        r"(127\.0\.0\.1):\d+", rf"\1:{free_port()}", block
+    )  # the page's own may be taken
     beside, done = [], []
     with ThreadPoolExecutor() as pool:
         for line in block.splitlines():
@@ -103,7 +75,9 @@ def test_readme_shows_the_commands_the_project_is_about():
 
 
 def test_readme_has_one_command_a_task():
-    rows = re.findall(r"^\| `(\w+)` .*\| `lra ([^`]*)` \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` .*\| `lra ([^`]*)` \|$", (ROOT / "README.md").read_text(), flags=re.M
+    )
     assert sorted(name for name, _ in rows) == options("task")
     for name, command in rows:
         args = parser().parse_args(shlex.split(command))
@@ -111,10 +85,14 @@ def test_readme_has_one_command_a_task():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for page in ("README.md", "docs/synthetic_tasks.md") for c in commands(page)])
+@pytest.mark.parametrize(
+    "command", [c for page in ("README.md", "docs/synthetic_tasks.md") for c in commands(page)]
+)
 def test_documented_command_works(command, data_root, tmp_path):
     if "my_results.csv" in command:
-        (tmp_path / "my_results.csv").write_text("model,task,accuracy,source\nMine,listops,61.5,my thesis\n")
+        (tmp_path / "my_results.csv").write_text(
+            "model,task,accuracy,source\nMine,listops,61.5,my thesis\n"
+        )
     if "results/runs" in command:
         (tmp_path / "results").symlink_to(ROOT / "results")
     done = run(shortened(command, data_root), tmp_path)
@@ -124,7 +102,9 @@ def test_documented_command_works(command, data_root, tmp_path):
 
 def test_first_line_of_the_readme_names_an_experiment_that_exists():
     (line,) = [line for line in blocks("README.md", "bash")[0].splitlines() if "lra train" in line]
-    assert (ROOT / "conf" / "experiment" / (re.search(r"experiment=(\S+)", line)[1] + ".yaml")).exists()
+    assert (
+        ROOT / "conf" / "experiment" / (re.search(r"experiment=(\S+)", line)[1] + ".yaml")
+    ).exists()
 
 
 def test_python_example_of_the_readme_works(data_root, tmp_path):
@@ -155,32 +135,46 @@ def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch)
     assert names["train"][0]["inputs"].shape == (32,)
 
 
-@pytest.mark.parametrize(("suite", "page"), [("data", "data.md"), ("ops", "speed.md"), ("trainer", "speed.md")])
+@pytest.mark.parametrize(
+    ("suite", "page"), [("data", "data.md"), ("ops", "speed.md"), ("trainer", "speed.md")]
+)
 def test_benchmark_table_is_that_of_the_record(suite, page):
     """Rounded as `lra bench` prints it."""
     result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
-    assert bench.render(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
+    assert suites.measurements_table(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
 
 
 @pytest.mark.slow
 def test_model_of_the_walk_through_meets_the_contract(tmp_path):
     """In a copy of the checkout, with the page's own command."""
     for folder in ("conf", "lra", "models", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (code,), (yaml,) = blocks("docs/add_a_model.md", "python"), blocks("docs/add_a_model.md", "yaml")
+    (code,), (yaml,) = (
+        blocks("docs/add_a_model.md", "python"),
+        blocks("docs/add_a_model.md", "yaml"),
+    )
     (tmp_path / "models" / "ema.py").write_text(code)
     (tmp_path / "conf" / "model" / "ema.yaml").write_text(yaml)
-    (command,) = (line for line in "\n".join(blocks("docs/add_a_model.md", "bash")).splitlines() if "pytest" in line)
+    (command,) = (
+        line
+        for line in "\n".join(blocks("docs/add_a_model.md", "bash")).splitlines()
+        if "pytest" in line
+    )
     words = [sys.executable, *command.split()[1:], "-q", "-n", "0"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 15
 
 
 @pytest.mark.parametrize(
-    ("page", "group", "name"), [("add_a_model.md", "model", "ema"), ("add_a_task.md", "task", "parity")]
+    ("page", "group", "name"),
+    [("add_a_model.md", "model", "ema"), ("add_a_task.md", "task", "parity")],
 )
 def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp_path):
     """The two files of the page, put beside the user's shell, train as the page says."""
@@ -189,7 +183,14 @@ def test_walk_through_works_outside_a_checkout(page, group, name, data_root, tmp
     conf = tmp_path / "myconf" / group
     conf.mkdir(parents=True)
     (conf / f"{name}.yaml").write_text(re.sub(r"_target_: \S+\.(\w+\.\w+)", r"_target_: \1", yaml))
-    words = ["train", "--config-dir", "myconf", f"{group}={name}", "debug=tiny", f"data.root={data_root}"]
+    words = [
+        "train",
+        "--config-dir",
+        "myconf",
+        f"{group}={name}",
+        "debug=tiny",
+        f"data.root={data_root}",
+    ]
     if group == "model":
         words += SMALL[:3]
     done = run(words, tmp_path)
@@ -205,7 +206,9 @@ def test_results_are_computed_from_the_records_beside_them(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (ROOT / "results" / "listops_short.md").read_text()
     quoted = re.search(
-        r"<!-- rows of results/listops_short.md -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S
+        r"<!-- rows of results/listops_short.md -->\n(.*?)<!-- end -->",
+        (ROOT / "README.md").read_text(),
+        re.S,
     )[1]
     rows = [" ".join(line.split()) for line in quoted.splitlines() if line.startswith("|")][2:]
     table = {" ".join(line.split()) for line in done.stdout.splitlines()}

@@ -11,7 +11,6 @@ another store and old data is never reused by mistake. Where the source files ar
 A store is built in a temporary folder beside its place and renamed when complete: there is no half store.
 """
 
-import collections
 import hashlib
 import itertools
 import json
@@ -30,7 +29,8 @@ from jaxtyping import Int, Integer
 
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
-from lra.tasks import SPLITS, Example, Progress, Task
+from lra.sources.locate import Progress
+from lra.tasks.base import SPLITS, Example, Task
 
 STORE_VERSION = 2  # raise it when the same task gives other bytes here
 ARRAYS = ("inputs", "lengths", "labels")
@@ -61,19 +61,6 @@ class Store:
     path: Path
     manifest: Mapping[str, Any]
     splits: Mapping[str, Split]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found: `problems` is empty for a sound store.
-
-    `overlaps` counts, for "train/test", the rows of test whose inputs also occur in train; for a task of pairs
-    `documents` counts the rows of test of which one document or both occur in train.
-    """
-
-    problems: tuple[str, ...]
-    overlaps: Mapping[str, int]
-    documents: Mapping[str, int]
 
 
 # --- Names ---------------------------------------------------------------------------------------------------------
@@ -114,7 +101,11 @@ def store_path(task: Task, data_root: str | Path) -> Path:
     try:
         return packed / store_name(task)
     except DataError:
-        made = [path for path in packed.glob(f"{settings_name(task)}-*") if not path.name.endswith(PARTIAL)]
+        made = [
+            path
+            for path in packed.glob(f"{settings_name(task)}-*")
+            if not path.name.endswith(PARTIAL)
+        ]
         if not made:
             raise
         return max(made, key=lambda path: path.stat().st_mtime)
@@ -133,7 +124,9 @@ def settings_name(task: Task) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 # --- Building ------------------------------------------------------------------------------------------------------
@@ -189,7 +182,9 @@ def _build_alone(task: Task, path: Path, partial: Path | None, on_progress: Prog
         for made in (path, partial):
             if made is not None and made.exists():  # built while we waited
                 return made
-        for stale in path.parent.glob(f".{path.name}.building-*"):  # of a killed process: only the lock's holder builds
+        for stale in path.parent.glob(
+            f".{path.name}.building-*"
+        ):  # of a killed process: only the lock's holder builds
             shutil.rmtree(stale, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
         try:
@@ -228,7 +223,11 @@ def _put(building: Path, path: Path) -> None:
     if path.is_symlink():  # to a store that was deleted
         path.unlink()
     content = _content(building)
-    siblings = (other for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*") if not other.is_symlink())
+    siblings = (
+        other
+        for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*")
+        if not other.is_symlink()
+    )
     same = next((other for other in sorted(siblings) if _content(other) == content), None)
     if same is None:
         building.rename(path)
@@ -269,12 +268,18 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
         "vocab": task.vocab,
         "partial": is_partial,
         "splits": {name: entries[name] for name in SPLITS},
-        "reference": task.reference_lines(splits) if len(splits["train"]) and len(splits["test"]) else {},
+        "reference": task.reference_lines(splits)
+        if len(splits["train"]) and len(splits["test"])
+        else {},
         "notes": task.notes(),
         "source_files": task.source_hashes(),
         "fingerprint": task.fingerprint(),
         "key": settings_key(task),
-        "versions": {"store": STORE_VERSION, "reader": task.reader_version, "numpy": np.__version__},
+        "versions": {
+            "store": STORE_VERSION,
+            "reader": task.reader_version,
+            "numpy": np.__version__,
+        },
     }
     with open(folder / "manifest.json", "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
@@ -285,7 +290,12 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
 
 
 def _pack(
-    task: Task, name: str, folder: Path, expected: int | None, allow_partial: bool, on_progress: Progress
+    task: Task,
+    name: str,
+    folder: Path,
+    expected: int | None,
+    allow_partial: bool,
+    on_progress: Progress,
 ) -> dict[str, Any]:
     """Write the three arrays of one split in one pass; returns its entry in the manifest."""
     dtype, row_shape = inputs_dtype(task), inputs_shape(task)
@@ -296,7 +306,9 @@ def _pack(
         _write_header(file, dtype, (0, *row_shape))
         while batch := list(itertools.islice(examples, rows)):
             padded = np.zeros((len(batch), *row_shape), dtype)
-            lengths.extend(fill(row, example, task) for row, example in zip(padded, batch, strict=True))
+            lengths.extend(
+                fill(row, example, task) for row, example in zip(padded, batch, strict=True)
+            )
             file.write(padded.data)
             labels.extend(example.label for example in batch)
             on_progress(name, len(labels), expected)
@@ -304,10 +316,16 @@ def _pack(
         _write_header(file, dtype, (len(labels), *row_shape))
         _sync_file(file)
     pair, targets = (2,) * task.dual, (task.num_targets,) * (task.num_targets > 1)
-    _write_array(folder / f"{name}.lengths.npy", np.array(lengths, "<i4").reshape(len(labels), *pair))
+    _write_array(
+        folder / f"{name}.lengths.npy", np.array(lengths, "<i4").reshape(len(labels), *pair)
+    )
     label_dtype = "<u1" if task.num_classes <= 256 else "<i4"
-    _write_array(folder / f"{name}.labels.npy", np.array(labels, label_dtype).reshape(len(labels), *targets))
-    return _describe(_open_split(folder, name), task.num_classes) | {"bytes": _file_sizes(folder, name)}
+    _write_array(
+        folder / f"{name}.labels.npy", np.array(labels, label_dtype).reshape(len(labels), *targets)
+    )
+    return _describe(_open_split(folder, name), task.num_classes) | {
+        "bytes": _file_sizes(folder, name)
+    }
 
 
 def check_count(task: Task, name: str, found: int, allow_partial: bool = False) -> None:
@@ -318,8 +336,14 @@ def check_count(task: Task, name: str, found: int, allow_partial: bool = False) 
     files = task.source_files()
     folder = f" of {os.path.commonpath([file.parent for file in files])}" if files else ""
     shortage = f"; {task.shortage}" if task.shortage and found < expected else ""
-    remedy = "; data.allow_partial=true (lra data: --allow-partial) takes what is there" if 0 < found < expected else ""
-    raise DataError(f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}{remedy}")
+    remedy = (
+        "; data.allow_partial=true (lra data: --allow-partial) takes what is there"
+        if 0 < found < expected
+        else ""
+    )
+    raise DataError(
+        f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}{remedy}"
+    )
 
 
 def inputs_shape(task: Task) -> tuple[int, ...]:
@@ -336,10 +360,14 @@ def inputs_dtype(task: Task) -> np.dtype:
     """The smallest type that holds the vocabulary; the task's own where inputs are values."""
     if task.vocab is None:
         return task.value_dtype.newbyteorder("<")
-    return np.dtype("<u1" if len(task.vocab) <= 2**8 else "<u2" if len(task.vocab) <= 2**16 else "<i4")
+    return np.dtype(
+        "<u1" if len(task.vocab) <= 2**8 else "<u2" if len(task.vocab) <= 2**16 else "<i4"
+    )
 
 
-def fill(row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task) -> Int[np.ndarray, "*pair"]:
+def fill(
+    row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task
+) -> Int[np.ndarray, "*pair"]:
     """Copy an example into the zeros of `row`, from the left; returns its length, or the two of a pair.
 
     Raises:
@@ -349,8 +377,14 @@ def fill(row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task) ->
     sequences = example.inputs if isinstance(example.inputs, tuple) else (example.inputs,)
     for place, sequence in zip(row if task.dual else [row], sequences, strict=True):
         if len(sequence) > task.seq_len:
-            raise DataError(f"{task.name}: an example has length {len(sequence)}; raise task.seq_len={task.seq_len}")
-        if task.vocab is not None and len(sequence) and not 0 <= sequence.min() <= sequence.max() < len(task.vocab):
+            raise DataError(
+                f"{task.name}: an example has length {len(sequence)}; raise task.seq_len={task.seq_len}"
+            )
+        if (
+            task.vocab is not None
+            and len(sequence)
+            and not 0 <= sequence.min() <= sequence.max() < len(task.vocab)
+        ):
             raise ValueError(f"{task.name}: an id outside the vocabulary of {len(task.vocab)}")
         place[: len(sequence)] = sequence
     if not 0 <= np.min(example.label) <= np.max(example.label) < task.num_classes:
@@ -365,7 +399,11 @@ def fill(row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task) ->
 def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """An .npy header at the start of the file; NumPy pads it so that the number of rows can be filled in afterwards."""
     file.seek(0)
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    description = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
     np.lib.format.write_array_header_1_0(file, description)
 
 
@@ -386,7 +424,9 @@ def _file_sizes(folder: Path, name: str) -> dict[str, int]:
 
 def _open_split(folder: Path, name: str) -> Split:
     inputs_path = folder / f"{name}.inputs.npy"
-    lengths, labels = (np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:])
+    lengths, labels = (
+        np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:]
+    )
     inputs = np.load(
         inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False
     )  # nothing cannot be mapped
@@ -409,13 +449,21 @@ def open_store(path: str | Path) -> Store:
             file = path / f"{entry.get('same_as', name)}.{array}.npy"
             found = file.stat().st_size if file.is_file() else 0
             if found != expected:
-                raise _damaged(path, manifest["task"], f"{file.name} has {found} bytes, expected {expected}")
+                raise _damaged(
+                    path, manifest["task"], f"{file.name} has {found} bytes, expected {expected}"
+                )
     try:
-        splits = {name: _open_split(path, name) for name, entry in manifest["splits"].items() if "same_as" not in entry}
+        splits = {
+            name: _open_split(path, name)
+            for name, entry in manifest["splits"].items()
+            if "same_as" not in entry
+        }
     except ValueError as error:
         raise _damaged(path, manifest["task"], str(error)) from error
     # one object for the two names, so that nothing holds its examples twice
-    splits = {name: splits[entry.get("same_as", name)] for name, entry in manifest["splits"].items()}
+    splits = {
+        name: splits[entry.get("same_as", name)] for name, entry in manifest["splits"].items()
+    }
     return Store(path, manifest, splits)
 
 
@@ -423,12 +471,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} is no packed store (no manifest.json); run `lra data prepare NAME`") from None
+        raise DataError(
+            f"{path} is no packed store (no manifest.json); run `lra data prepare NAME`"
+        ) from None
     except ValueError as error:
         raise _damaged(path, "NAME", f"manifest.json cannot be read: {error}") from error
     if manifest["versions"]["store"] != STORE_VERSION:
         raise _damaged(
-            path, manifest["task"], f"store version {manifest['versions']['store']}, expected {STORE_VERSION}"
+            path,
+            manifest["task"],
+            f"store version {manifest['versions']['store']}, expected {STORE_VERSION}",
         )
     return manifest
 
@@ -448,60 +500,10 @@ def _describe(split: Split, num_classes: int) -> dict[str, Any]:
     return {
         "count": len(split),
         "labels": np.bincount(split.labels.ravel(), minlength=num_classes).tolist(),
-        "lengths": {"min": int(lengths.min()), "mean": round(float(lengths.mean()), 3), "max": int(lengths.max())},
+        "lengths": {
+            "min": int(lengths.min()),
+            "mean": round(float(lengths.mean()), 3),
+            "max": int(lengths.max()),
+        },
         "sha256": digest.hexdigest(),
     }
-
-
-def verify(store: Store) -> Report:
-    """Recompute hashes, counts, label balance and lengths, and look for examples that two splits share."""
-    problems = []
-    distinct = {name: split for name, split in store.splits.items() if "same_as" not in store.manifest["splits"][name]}
-    for name, split in distinct.items():
-        entry = store.manifest["splits"][name]
-        for what, found in _describe(split, store.manifest["num_classes"]).items():
-            if found != entry[what]:
-                problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")
-    overlaps, documents = {}, {}
-    rows = {name: _digests(split.inputs, split.lengths) for name, split in distinct.items()}
-    for one, other in itertools.combinations(rows, 2):
-        known = set(rows[one])
-        overlaps[f"{one}/{other}"] = sum(digest in known for digest in rows[other])
-    if store.manifest["dual"]:
-        sides = {
-            name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
-            for name, split in distinct.items()
-        }
-        for one, other in itertools.combinations(sides, 2):
-            known = {digest for side in sides[one] for digest in side}
-            documents[f"{one}/{other}"] = sum(u in known or v in known for u, v in zip(*sides[other], strict=True))
-    return Report(tuple(problems), overlaps, documents)
-
-
-def changed_sources(task: Task, store: Store) -> list[str]:
-    """Read the sources again, where they still are: names of those that are not what the store was made of.
-
-    Raises:
-        DataError: they can no longer be read.
-    """
-    try:
-        if not task.source_files():
-            return []
-    except DataError:  # gone
-        return []
-    task.allow_partial = store.manifest["partial"]
-    for name in SPLITS:
-        if name not in task.same:
-            collections.deque(task.examples(name), maxlen=0)
-    found, made = (
-        {entry["name"]: entry["sha256"] for entry in entries}
-        for entries in (task.source_hashes(), store.manifest["source_files"])
-    )
-    return sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
-
-
-def _digests(inputs: np.ndarray, lengths: np.ndarray) -> list[bytes]:
-    return [
-        hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16, key=length.tobytes()).digest()
-        for row, length in zip(inputs, lengths, strict=True)
-    ]

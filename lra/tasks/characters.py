@@ -57,7 +57,9 @@ class Characters:
         self.vocab = ("<pad>", "<unk>", "<eos>", *characters, *unused)
         self._shown = ("", "\ufffd", "", *characters, *("" for _ in unused))
         codes = _code_points(characters)
-        self._ids = np.full(int(codes.max()) + 2, UNK, np.uint8)  # by code point; the last for all that are higher
+        self._ids = np.full(
+            int(codes.max()) + 2, UNK, np.uint8
+        )  # by code point; the last for all that are higher
         self._ids[codes] = np.arange(EOS + 1, EOS + 1 + len(codes))
 
     def encode(self, text: bytes, limit: int) -> UInt8[np.ndarray, " L"]:
@@ -84,6 +86,8 @@ def frequencies(inputs: Integer[np.ndarray, "n L"], vocab_size: int) -> Float[np
     for first in range(0, len(inputs), ROWS_PER_COUNT):
         ids = np.asarray(inputs[first : first + ROWS_PER_COUNT], np.int64)
         cells = ids + vocab_size * np.arange(len(ids))[:, None]
-        counts = np.bincount(cells.ravel(), minlength=vocab_size * len(ids)).reshape(len(ids), vocab_size)[:, 1:]
+        counts = np.bincount(cells.ravel(), minlength=vocab_size * len(ids)).reshape(
+            len(ids), vocab_size
+        )[:, 1:]
         shares[first : first + ROWS_PER_COUNT] = counts / counts.sum(axis=1, keepdims=True)
     return shares

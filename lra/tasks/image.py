@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from lra.data.fetch import obtain
-from lra.data.pickles import restricted_pickle
-from lra.data.sources import CIFAR10, Source, locate
-from lra.data.tfrecord import find_tfds, read_tfds
 from lra.errors import DataError
-from lra.tasks import Example, Progress
+from lra.sources.download import obtain
+from lra.sources.locate import CIFAR10, Progress, Source, locate
+from lra.sources.pickles import restricted_pickle
+from lra.sources.tfds_reader import find_tfds, read_tfds
+from lra.tasks.base import Example
 from lra.tasks.pictures import PictureTask, cut, decode_png
 
 SHAPE = (32, 32)
@@ -34,7 +34,11 @@ NUM_CLASSES = 10
 SIZES = {"train": 45_000, "val": 5_000, "test": 10_000}
 FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 PUBLISHER = Source(
-    "CIFAR-10", "cifar-10-batches-py", (*FILES["train"], *FILES["test"]), ("cifar-10-python.tar.gz",), CIFAR10
+    "CIFAR-10",
+    "cifar-10-batches-py",
+    (*FILES["train"], *FILES["test"]),
+    ("cifar-10-python.tar.gz",),
+    CIFAR10,
 )
 
 Pictures = tuple[UInt8[np.ndarray, "n 1024 3"], Int[np.ndarray, " n"]]
@@ -49,7 +53,9 @@ def grey_as_pillow(rgb: UInt8[np.ndarray, "n L 3"]) -> UInt8[np.ndarray, "n L"]:
 def grey_as_tensorflow(rgb: UInt8[np.ndarray, "n L 3"]) -> UInt8[np.ndarray, "n L"]:
     """`tf.image.rgb_to_grayscale`: weights 0.2989, 0.587 and 0.114, of x / 255, then times 255.5, rounded down."""
     red, green, blue = np.moveaxis(rgb.astype(np.uint32), -1, 0)
-    return ((2989 * red + 5870 * green + 1140 * blue) * 511 // 5_100_000).astype(np.uint8)  # 255.5 / 255 = 511 / 510
+    return ((2989 * red + 5870 * green + 1140 * blue) * 511 // 5_100_000).astype(
+        np.uint8
+    )  # 255.5 / 255 = 511 / 510
 
 
 class Cifar10(PictureTask):
@@ -95,7 +101,9 @@ class Cifar10(PictureTask):
         if self.colour:
             return rgb
         convert = grey_as_tensorflow if self.grey == "tensorflow" else grey_as_pillow
-        blocks = [convert(rgb[first : first + 1000]) for first in range(0, len(rgb), 1000)]  # bounds the memory
+        blocks = [
+            convert(rgb[first : first + 1000]) for first in range(0, len(rgb), 1000)
+        ]  # bounds the memory
         return np.concatenate(blocks)
 
     def _read(self, part: str) -> Pictures:
@@ -103,7 +111,9 @@ class Cifar10(PictureTask):
         if kind == "tfds":
             return read_prepared(folder, part)
         parts = [read_batch(folder / name) for name in FILES[part]]
-        return np.concatenate([rgb for rgb, _ in parts]), np.concatenate([labels for _, labels in parts])
+        return np.concatenate([rgb for rgb, _ in parts]), np.concatenate(
+            [labels for _, labels in parts]
+        )
 
     @cached_property
     def _folder(self) -> tuple[str, Path]:
@@ -113,7 +123,9 @@ class Cifar10(PictureTask):
         if found := find_tfds(self.data_root, "cifar10"):
             self.source = "tfds"
             return "tfds", found
-        raise DataError(f"CIFAR-10: neither {PUBLISHER.folder} nor TFDS's cifar10 is under {self.data_root}")
+        raise DataError(
+            f"CIFAR-10: neither {PUBLISHER.folder} nor TFDS's cifar10 is under {self.data_root}"
+        )
 
     def fetch(self, *, download: bool, on_progress: Progress) -> None:
         obtain(PUBLISHER, self.data_root, download=download, on_progress=on_progress)
@@ -127,14 +139,20 @@ class Cifar10(PictureTask):
     def notes(self) -> list[str]:
         if self._folder[0] == "batches":
             return []
-        return ["read from TFDS's cifar10, in its order: train and val differ from the publisher's files'"]
+        return [
+            "read from TFDS's cifar10, in its order: train and val differ from the publisher's files'"
+        ]
 
     def split_sizes(self) -> Mapping[str, int]:
         return SIZES
 
     def fingerprint(self) -> dict[str, Any]:
         seed = self.data_seed if self.shuffle else None
-        return {"colour": self.colour, "grey": None if self.colour else self.grey, "data_seed": seed}
+        return {
+            "colour": self.colour,
+            "grey": None if self.colour else self.grey,
+            "data_seed": seed,
+        }
 
 
 def read_batch(path: Path) -> Pictures:
@@ -146,12 +164,23 @@ def read_batch(path: Path) -> Pictures:
     content = restricted_pickle(path)
     data, labels = content.get(b"data"), content.get(b"labels")
     values = SHAPE[0] * SHAPE[1] * 3
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
-        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise DataError(f"{path}: b'data' is {found}, expected uint8 (rows, {values}); fetch it again")
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.uint8
+        or data.ndim != 2
+        or data.shape[1] != values
+    ):
+        found = (
+            f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        )
+        raise DataError(
+            f"{path}: b'data' is {found}, expected uint8 (rows, {values}); fetch it again"
+        )
     if not isinstance(labels, list) or len(labels) != len(data):
         found = f"{len(labels)} long" if isinstance(labels, list) else f"a {type(labels).__name__}"
-        raise DataError(f"{path}: b'labels' is {found}, expected a list of {len(data)}, one a row; fetch it again")
+        raise DataError(
+            f"{path}: b'labels' is {found}, expected a list of {len(data)}, one a row; fetch it again"
+        )
     for row, label in enumerate(labels):
         check_label(label, f"{path}, row {row}")
     rgb = data.reshape(-1, 3, SHAPE[0] * SHAPE[1]).transpose(0, 2, 1)
@@ -169,10 +198,14 @@ def read_prepared(folder: Path, part: str) -> Pictures:
         where = f"{folder}, {part}, record {record}"
         content = example.get("image")
         if not isinstance(content, bytes):
-            raise DataError(f"{where}: has {', '.join(sorted(example))}, expected image and label; is it cifar10?")
+            raise DataError(
+                f"{where}: has {', '.join(sorted(example))}, expected image and label; is it cifar10?"
+            )
         pictures.append(decode_png(content, SHAPE, "RGB", where).reshape(-1, 3))
         labels.append(check_label(example.get("label"), where))
-    return np.array(pictures, np.uint8).reshape(-1, SHAPE[0] * SHAPE[1], 3), np.array(labels, np.int64)
+    return np.array(pictures, np.uint8).reshape(-1, SHAPE[0] * SHAPE[1], 3), np.array(
+        labels, np.int64
+    )
 
 
 def check_label(label: Any, where: str) -> int:

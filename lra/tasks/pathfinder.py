@@ -3,7 +3,7 @@
 Source: Linsley et al. 2018 (arXiv 1805.08315) and Kim et al. 2020; Pathfinder (32x32) and Path-X (128x128) of the Long
 Range Arena (Tay et al. 2020, arXiv 2011.04006), whose task is the hard level, paths of 14 dashes.
 
-Two sources, one task: pictures generated from a seed (`lra.tasks.snakes`), and the folders of the release,
+Two sources, one task: pictures generated from a seed (`lra.tasks.pathfinder_generator`), and the folders of the release,
 
     pathfinder32/curv_contour_length_14/metadata/<batch>.npy, .../imgs/<batch>/sample_<k>.png
 
@@ -32,18 +32,24 @@ import joblib
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from lra.data.fetch import obtain
-from lra.data.sources import LRA_RELEASE, Source, locate_all
 from lra.errors import ConfigError, DataError, LraError
-from lra.tasks import SPLITS, Example, Progress, check_option
+from lra.sources.download import obtain
+from lra.sources.locate import LRA_RELEASE, Progress, Source, locate_all
+from lra.tasks.base import SPLITS, Example, check_option
+from lra.tasks.pathfinder_generator import draw, generate, settings
 from lra.tasks.pictures import PictureTask, cut, decode_png
-from lra.tasks.snakes import draw, generate, settings
 
 __all__ = ["Pathfinder", "generate"]
 
-LEVELS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
+LEVELS = {
+    "easy": "curv_baseline",
+    "intermediate": "curv_contour_length_9",
+    "hard": "curv_contour_length_14",
+}
 EMPTY = (32, "easy", "imgs/0/sample_172.png")  # a file without a byte in the release
-PICTURES_PER_CHUNK = 500  # generated ones, kept in a file: what an interruption loses, for each process
+PICTURES_PER_CHUNK = (
+    500  # generated ones, kept in a file: what an interruption loses, for each process
+)
 PICTURES_PER_BATCH = 1000  # in a folder of the release
 CALL_BYTES = 2**22  # of pictures that one call reads from the release,
 CALLS = 64  # and so many calls at once: what is in memory
@@ -70,12 +76,18 @@ def read_metadata(path: Path) -> Batch:
         DataError: naming the file and the row.
     """
     content = path.read_bytes()
-    rows = _binary_rows(path, content) if content.startswith(b"\x93NUMPY") else _text_rows(path, content)
+    rows = (
+        _binary_rows(path, content)
+        if content.startswith(b"\x93NUMPY")
+        else _text_rows(path, content)
+    )
     files, labels = [], []
     for number, row in enumerate(rows):
         if len(row) < 4 or row[3] not in ("0", "1"):
             found = f"label {row[3]!r} in column 3" if len(row) > 3 else f"{len(row)} columns"
-            raise DataError(f"{path}, row {number}: {found}, expected folder, file, number, label (0 or 1), ...")
+            raise DataError(
+                f"{path}, row {number}: {found}, expected folder, file, number, label (0 or 1), ..."
+            )
         files.append(f"{row[0]}/{row[1]}")
         labels.append(int(row[3]))
     return Batch(path, files, np.array(labels, np.uint8))
@@ -87,7 +99,9 @@ def refuse_repeats(batches: Sequence[Batch]) -> None:
     for batch in batches:
         for row, file in enumerate(batch.files):
             if file in seen:
-                raise DataError(f"{batch.path}, row {row}: {file} again, after {seen[file]}; unpack the release again")
+                raise DataError(
+                    f"{batch.path}, row {row}: {file} again, after {seen[file]}; unpack the release again"
+                )
             seen[file] = f"{batch.path.name}, row {row}"
 
 
@@ -110,7 +124,9 @@ def _text_rows(path: Path, content: bytes) -> list[list[str]]:
     try:
         return [line.split() for line in content.decode("ascii").splitlines()]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again") from error
+        raise DataError(
+            f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again"
+        ) from error
 
 
 def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
@@ -123,11 +139,15 @@ def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
             f"file, turn it into text with {convert}; else fetch it again"
         ) from error
     if array.ndim != 2 or array.dtype.kind not in "SU":
-        raise DataError(f"{path}: {array.dtype} {array.shape}, expected rows of strings, one a picture")
+        raise DataError(
+            f"{path}: {array.dtype} {array.shape}, expected rows of strings, one a picture"
+        )
     return array.astype("U").tolist()
 
 
-def read_pictures(folder: Path, files: list[str], size: int) -> tuple[UInt8[np.ndarray, "n H W"], str]:
+def read_pictures(
+    folder: Path, files: list[str], size: int
+) -> tuple[UInt8[np.ndarray, "n H W"], str]:
     """Some pictures of the release, and the SHA-256 of their files' bytes one after another.
 
     Raises:
@@ -162,7 +182,9 @@ def in_order(function: Callable[..., Any], calls: Sequence[tuple], at_once: int)
     try:
         with joblib.Parallel(n_jobs=max(1, min(joblib.cpu_count(), len(calls)))) as parallel:
             for first in range(0, len(calls), at_once):
-                yield from parallel(joblib.delayed(function)(*call) for call in calls[first : first + at_once])
+                yield from parallel(
+                    joblib.delayed(function)(*call) for call in calls[first : first + at_once]
+                )
     except TerminatedWorkerError as error:
         raise DataError(
             "a worker process was killed, perhaps for lack of memory; the same command goes on with what is finished"
@@ -230,7 +252,9 @@ class Pathfinder(PictureTask):
         check_option("task.source", source, ("generated", "release"))
         settings(size, level)  # refuses unknown ones
         if sorted(sizes) != sorted(SPLITS) or min(sizes.values()) < 1:
-            raise ConfigError(f"task.sizes={dict(sizes)}: expected 1 or more pictures of {', '.join(SPLITS)}")
+            raise ConfigError(
+                f"task.sizes={dict(sizes)}: expected 1 or more pictures of {', '.join(SPLITS)}"
+            )
         if not 0 <= data_seed < 2**64:
             raise ConfigError(f"task.data_seed={data_seed} is outside 0..2^64-1")
         super().__init__(protocol, data_root, name, (size, size), 1, mean, std)
@@ -241,16 +265,27 @@ class Pathfinder(PictureTask):
 
     def examples(self, split: str) -> Iterator[Example]:
         """All pictures of `split`, in the order of the generator or of the release's files."""
-        for pictures, labels in self._drawn(split) if self.source == "generated" else self._read(split):
-            for picture, label in zip(pictures.reshape(len(pictures), -1), labels.tolist(), strict=True):
+        for pictures, labels in (
+            self._drawn(split) if self.source == "generated" else self._read(split)
+        ):
+            for picture, label in zip(
+                pictures.reshape(len(pictures), -1), labels.tolist(), strict=True
+            ):
                 yield Example(picture, label)
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
 
     def fingerprint(self) -> dict[str, Any]:
-        common = {"source": self.source, "size": self.size, "level": self.level, "sizes": self.sizes}
-        return common | {"data_seed": self.data_seed if self.source == "generated" or self.shuffle else None}
+        common = {
+            "source": self.source,
+            "size": self.size,
+            "level": self.level,
+            "sizes": self.sizes,
+        }
+        return common | {
+            "data_seed": self.data_seed if self.source == "generated" or self.shuffle else None
+        }
 
     # Of the release
 
@@ -289,7 +324,9 @@ class Pathfinder(PictureTask):
         try:
             obtain(self._publisher, self.data_root, download=download, on_progress=on_progress)
         except DataError as error:
-            raise DataError(f"{error}; or task.source=generated draws such pictures instead") from error
+            raise DataError(
+                f"{error}; or task.source=generated draws such pictures instead"
+            ) from error
 
     def source_files(self) -> list[Path]:
         """The metadata files by batch number. What else lies beside them (upstream's `combined.npy`) is left aside."""
@@ -298,7 +335,9 @@ class Pathfinder(PictureTask):
         folder = self._folders[0] / "metadata"
         files = [path for path in folder.glob("*.npy") if path.stem.isdecimal()]
         if not files:
-            raise DataError(f"{folder}: no metadata files 0.npy, 1.npy, ...; unpack the release again")
+            raise DataError(
+                f"{folder}: no metadata files 0.npy, 1.npy, ...; unpack the release again"
+            )
         return sorted(files, key=lambda path: int(path.stem))
 
     def source_signature(self) -> list[Any]:
@@ -311,7 +350,10 @@ class Pathfinder(PictureTask):
 
     def source_hashes(self) -> list[dict[str, str]]:
         """Of each metadata file, and of each split's pictures (the hash of the hashes of runs of their files)."""
-        pictures = [{"name": f"pictures of {split}", "sha256": digest} for split, digest in self._hashes.items()]
+        pictures = [
+            {"name": f"pictures of {split}", "sha256": digest}
+            for split, digest in self._hashes.items()
+        ]
         return super().source_hashes() + pictures
 
     def notes(self) -> list[str]:
@@ -320,9 +362,13 @@ class Pathfinder(PictureTask):
         used, *others = self._folders
         notes = [f"used {used} and left aside another copy, {other}" for other in others]
         if self._has_empty:
-            notes.append(f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one picture less")
+            notes.append(
+                f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one picture less"
+            )
         if self._left_out:
-            notes.append(f"{self._left_out:,} pictures that metadata names are missing or empty: left out")
+            notes.append(
+                f"{self._left_out:,} pictures that metadata names are missing or empty: left out"
+            )
         return notes
 
     @cached_property
@@ -349,7 +395,9 @@ class Pathfinder(PictureTask):
         parts = {}
         for split, numbers in members.items():
             groups = np.split(numbers, np.searchsorted(numbers, bounds[:-1]))
-            parts[split] = [group - first for group, first in zip(groups, [0, *bounds[:-1]], strict=True)]
+            parts[split] = [
+                group - first for group, first in zip(groups, [0, *bounds[:-1]], strict=True)
+            ]
         return batches, parts
 
     def _read(self, split: str) -> Iterator[Pictures]:
@@ -361,9 +409,14 @@ class Pathfinder(PictureTask):
             for batch, rows in zip(batches, parts[split], strict=True)
             for first in range(0, len(rows), step)
         ]
-        calls = [(self._folders[0], [batch.files[row] for row in rows], self.size) for batch, rows in groups]
+        calls = [
+            (self._folders[0], [batch.files[row] for row in rows], self.size)
+            for batch, rows in groups
+        ]
         digest = hashlib.sha256()
-        for (batch, rows), (pictures, sha256) in zip(groups, in_order(read_pictures, calls, CALLS), strict=True):
+        for (batch, rows), (pictures, sha256) in zip(
+            groups, in_order(read_pictures, calls, CALLS), strict=True
+        ):
             digest.update(sha256.encode())
             yield pictures, batch.labels[rows]
         self._hashes[split] = digest.hexdigest()
@@ -381,9 +434,17 @@ class Pathfinder(PictureTask):
         """The pictures of `split`; the last split comes first in the stream, so that the size of train moves no other."""
         begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
         end = begin + self.sizes[split]
-        chunks = [(first, min(first + PICTURES_PER_CHUNK, end)) for first in range(begin, end, PICTURES_PER_CHUNK)]
-        calls = [(self._finished, first, last, self.size, self.level, self.data_seed) for first, last in chunks]
-        for (first, last), path in zip(chunks, in_order(finish_chunk, calls, 2 * joblib.cpu_count()), strict=True):
+        chunks = [
+            (first, min(first + PICTURES_PER_CHUNK, end))
+            for first in range(begin, end, PICTURES_PER_CHUNK)
+        ]
+        calls = [
+            (self._finished, first, last, self.size, self.level, self.data_seed)
+            for first, last in chunks
+        ]
+        for (first, last), path in zip(
+            chunks, in_order(finish_chunk, calls, 2 * joblib.cpu_count()), strict=True
+        ):
             pictures = load_chunk(path, last - first, self.size)
             # None: removed by another process that has all it needs
             yield pictures or draw(first, last, self.size, self.level, self.data_seed)
@@ -411,14 +472,22 @@ class Pathfinder(PictureTask):
             f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} {drawn.paddle_length} "
             f"{drawn.paddle_thickness} {margins} {drawn.contrasts}"
         )
-        pictures = (pair for split in SPLITS for pair in zip(splits[split].inputs, splits[split].labels, strict=True))
+        pictures = (
+            pair
+            for split in SPLITS
+            for pair in zip(splits[split].inputs, splits[split].labels, strict=True)
+        )
         lines: dict[int, list[str]] = {}
         for number, (pixels, label) in enumerate(pictures):
             batch, k = divmod(number, PICTURES_PER_BATCH)
             place = level / "imgs" / str(batch)
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(place / f"sample_{k}.png")
-            lines.setdefault(batch, []).append(f"imgs/{batch} sample_{k}.png {k} {label} {parameters}\n")
+            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(
+                place / f"sample_{k}.png"
+            )
+            lines.setdefault(batch, []).append(
+                f"imgs/{batch} sample_{k}.png {k} {label} {parameters}\n"
+            )
         (level / "metadata").mkdir(exist_ok=True)
         for batch, rows in lines.items():
             (level / "metadata" / f"{batch}.npy").write_text("".join(rows), encoding="ascii")

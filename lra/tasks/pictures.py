@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from lra.errors import ConfigError, DataError
-from lra.tasks import Task, check_option, shuffled
-from lra.tasks.reference import linear_accuracy
+from lra.tasks.base import Task, check_option, shuffled
+from lra.tasks.linear_baseline import linear_accuracy
 
 SHADES = " .:-=+*#%@"
 TEXT_WIDTH = 64
@@ -96,7 +96,9 @@ class PictureTask(Task):
             (mean_pixels(splits[name].inputs, self.num_features), np.asarray(splits[name].labels))
             for name in ("train", "test")
         )
-        return super().reference_lines(splits) | {"mean_pixel": linear_accuracy(train, test, self.num_classes)}
+        return super().reference_lines(splits) | {
+            "mean_pixel": linear_accuracy(train, test, self.num_classes)
+        }
 
 
 def _one_each(key: str, found: Any, num_features: int) -> Float32[np.ndarray, "1 1 F"]:
@@ -106,15 +108,21 @@ def _one_each(key: str, found: Any, num_features: int) -> Float32[np.ndarray, "1
     except (TypeError, ValueError):
         values = np.zeros((1, 1, 0), np.float32)
     if values.shape[2] not in (1, num_features) or not np.isfinite(values).all():
-        raise ConfigError(f"{key}={found}: expected a number{', or three in brackets' * (num_features == 3)}")
+        raise ConfigError(
+            f"{key}={found}: expected a number{', or three in brackets' * (num_features == 3)}"
+        )
     return values
 
 
-def mean_pixels(inputs: UInt8[np.ndarray, "n *pixels"], num_features: int) -> Float[np.ndarray, "n {num_features}"]:
+def mean_pixels(
+    inputs: UInt8[np.ndarray, "n *pixels"], num_features: int
+) -> Float[np.ndarray, "n {num_features}"]:
     """The mean pixel of each picture, feature by feature; reads a memory-mapped array in blocks."""
     rows = max(1, BLOCK_BYTES // max(1, inputs[:1].nbytes))
     blocks = [
-        np.asarray(inputs[first : first + rows]).reshape(-1, inputs[0].size // num_features, num_features).mean(axis=1)
+        np.asarray(inputs[first : first + rows])
+        .reshape(-1, inputs[0].size // num_features, num_features)
+        .mean(axis=1)
         for first in range(0, len(inputs), rows)
     ]
     return np.concatenate(blocks)
@@ -134,7 +142,9 @@ def cut(count: int, sizes: Mapping[str, int], seed: int | None) -> dict[str, Int
     return {name: np.sort(part) for name, part in zip(parts, np.split(order, bounds), strict=True)}
 
 
-def decode_png(content: bytes, shape: tuple[int, int], mode: str, where: str) -> UInt8[np.ndarray, "*picture"]:
+def decode_png(
+    content: bytes, shape: tuple[int, int], mode: str, where: str
+) -> UInt8[np.ndarray, "*picture"]:
     """A PNG's pixels (H, W) in mode "L", (H, W, 3) in mode "RGB", each 8 bits; other modes are converted by Pillow.
 
     Raises:
@@ -150,7 +160,9 @@ def decode_png(content: bytes, shape: tuple[int, int], mode: str, where: str) ->
         picture = Image.open(io.BytesIO(content), formats=("PNG",))
         if picture.size != (width, height) or picture.mode.startswith("I"):
             found = f"a PNG of {picture.width}x{picture.height} in mode {picture.mode}"
-            raise DataError(f"{where}: {found}, expected {width}x{height} and 8 bits; take the files of that size")
+            raise DataError(
+                f"{where}: {found}, expected {width}x{height} and 8 bits; take the files of that size"
+            )
         return np.asarray(picture.convert(mode))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         what = f"{type(error).__name__}: {error}" if content else "the file is empty"

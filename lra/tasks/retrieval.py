@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
-from lra.data.fetch import obtain
-from lra.data.sources import LRA_RELEASE, Source, located
 from lra.errors import ConfigError, DataError
-from lra.tasks import SPLITS, Example, Progress, Task, check_option
+from lra.sources.download import obtain
+from lra.sources.locate import LRA_RELEASE, Progress, Source, located
+from lra.tasks.base import SPLITS, Example, Task, check_option
 from lra.tasks.characters import AAN_CHARACTERS, UNK, Bytes, Characters, frequencies
-from lra.tasks.reference import linear_accuracy
+from lra.tasks.linear_baseline import linear_accuracy
 
 FILES = {split: f"new_aan_pairs.{'eval' if split == 'val' else split}.tsv" for split in SPLITS}
 ARCHIVES = ("tsv_data.tar.gz", LRA_RELEASE.filename)
@@ -65,14 +65,18 @@ def parse_row(line: bytes) -> Pair:
     """
     fields = line.split(b"\t")
     if len(fields) != len(COLUMNS):
-        raise ValueError(f"{len(fields)} columns, expected {len(COLUMNS)} ({', '.join(COLUMNS)}); {REMEDY}")
+        raise ValueError(
+            f"{len(fields)} columns, expected {len(COLUMNS)} ({', '.join(COLUMNS)}); {REMEDY}"
+        )
     label, id1, id2, text1, text2 = fields
     try:
         value = float(label)
     except ValueError:
         value = -1.0
     if value not in (0.0, 1.0):
-        raise ValueError(f"found the label {label[:20].decode(errors='replace')!r}, expected 0.0 or 1.0; {REMEDY}")
+        raise ValueError(
+            f"found the label {label[:20].decode(errors='replace')!r}, expected 0.0 or 1.0; {REMEDY}"
+        )
     for column, text in (("text1", text1), ("text2", text2)):
         if not text:
             raise ValueError(f"{column} is empty; take the file from {LRA_RELEASE.filename}")
@@ -117,7 +121,13 @@ class Retrieval(Task):
     source = "release"
     shortage = f"the file is incomplete, or {REMEDY}"  # what may be the reason where a file has too few rows
 
-    def __init__(self, protocol: Mapping[str, Any], data_root: str | Path, name: str, seq_len: int | None = None):
+    def __init__(
+        self,
+        protocol: Mapping[str, Any],
+        data_root: str | Path,
+        name: str,
+        seq_len: int | None = None,
+    ):
         self.inputs = protocol["inputs"]
         check_option("protocol.inputs", self.inputs, ("lra2020", "s4"))
         self.name, self.data_root = name, Path(data_root)
@@ -161,11 +171,18 @@ class Retrieval(Task):
         """How many rows of test have a document of train, by the ids; in s4 how many characters became unk; what is cut."""
         known = {document for pair in self._ids["train"] for document in pair}
         shared = sum(one in known or other in known for one, other in self._ids["test"])
-        notes = [f"{shared:,} of {len(self._ids['test']):,} rows of test have a document id that train has too"]
+        notes = [
+            f"{shared:,} of {len(self._ids['test']):,} rows of test have a document id that train has too"
+        ]
         if self.inputs == "s4":
             unknown, total = sum(self._unknown.values()), sum(self._total.values())
-            notes.append(f"{unknown:,} of {total:,} ids are <unk>, a character that is not printable ASCII")
-        notes += [f"{place}: no newline at its end, so it may be cut off" for place in self._cut_off.values()]
+            notes.append(
+                f"{unknown:,} of {total:,} ids are <unk>, a character that is not printable ASCII"
+            )
+        notes += [
+            f"{place}: no newline at its end, so it may be cut off"
+            for place in self._cut_off.values()
+        ]
         return notes
 
     def packed(self) -> None:
@@ -199,6 +216,10 @@ class Retrieval(Task):
         size = len(self.vocab)
         features = np.empty((len(inputs), 2 * (size - 1)))
         for first in range(0, len(inputs), ROWS_PER_COUNT):
-            p, q = (frequencies(inputs[first : first + ROWS_PER_COUNT, side], size) for side in (0, 1))
-            features[first : first + ROWS_PER_COUNT] = np.concatenate([np.abs(p - q), p * q], axis=1)
+            p, q = (
+                frequencies(inputs[first : first + ROWS_PER_COUNT, side], size) for side in (0, 1)
+            )
+            features[first : first + ROWS_PER_COUNT] = np.concatenate(
+                [np.abs(p - q), p * q], axis=1
+            )
         return features

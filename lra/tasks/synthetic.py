@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt64
 
 from lra.errors import ConfigError
-from lra.tasks import SPLITS, Example, Task, check_option
+from lra.tasks.base import SPLITS, Example, Task, check_option
 
 Words = UInt64[np.ndarray, "n words"]  # the random words of n rows
 Rows = tuple[Int[np.ndarray, "n L"], Int[np.ndarray, "n *targets"]]  # ids and labels
@@ -47,7 +47,9 @@ class Synthetic(Task):
     inputs = "tokens"
     vocab: tuple[str, ...]
     words_per_row: int
-    first_label: int | None = None  # the id that class 0 has in the rows; None where classes are no tokens
+    first_label: int | None = (
+        None  # the id that class 0 has in the rows; None where classes are no tokens
+    )
 
     def __init__(
         self,
@@ -60,7 +62,9 @@ class Synthetic(Task):
         check_option("protocol.inputs", protocol["inputs"], ("lra2020", "s4"))
         if sorted(sizes) != sorted(SPLITS):
             raise ConfigError(f"task.sizes={dict(sizes)}: expected rows of {', '.join(SPLITS)}")
-        for key, (value, least) in settings.items() | {f"sizes.{split}": (sizes[split], 1) for split in SPLITS}.items():
+        for key, (value, least) in (
+            settings.items() | {f"sizes.{split}": (sizes[split], 1) for split in SPLITS}.items()
+        ):
             if value < least:
                 raise ConfigError(f"task.{key}={value}: expected {least} or more")
         if not 0 <= data_seed < 2**64:
@@ -78,7 +82,9 @@ class Synthetic(Task):
         bits = np.random.Philox(key=np.array([self.data_seed, SPLITS.index(split)], np.uint64))
         for first in range(0, self.sizes[split], ROWS_PER_DRAW):
             count = min(ROWS_PER_DRAW, self.sizes[split] - first)
-            inputs, labels = self.rows(bits.random_raw(count * self.words_per_row).reshape(count, self.words_per_row))
+            inputs, labels = self.rows(
+                bits.random_raw(count * self.words_per_row).reshape(count, self.words_per_row)
+            )
             for row, label in zip(inputs, labels.astype(np.int32), strict=True):
                 yield Example(row, label if self.num_targets > 1 else int(label))
 
@@ -92,7 +98,9 @@ class Synthetic(Task):
         """`majority`, and `most_frequent`: of the tokens that a label can be, the one the row shows most often."""
         lines = super().reference_lines(splits)
         if self.first_label is not None:
-            guesses = most_frequent(np.asarray(splits["test"].inputs), self.first_label, self.num_classes)
+            guesses = most_frequent(
+                np.asarray(splits["test"].inputs), self.first_label, self.num_classes
+            )
             labels = np.asarray(splits["test"].labels).reshape(len(guesses), -1)
             lines["most_frequent"] = float(np.mean(guesses[:, None] == labels))
         return lines
@@ -144,7 +152,9 @@ class Copying(Synthetic):
         labels = choice(words[:, : self.num_targets], self.num_classes)
         ids = np.full((len(words), self.seq_len), self.BLANK, np.int64)
         ids[:, self.body_len :] = self.MARK
-        np.put_along_axis(ids, self.places(words[:, self.num_targets :]), self.first_label + labels, axis=1)
+        np.put_along_axis(
+            ids, self.places(words[:, self.num_targets :]), self.first_label + labels, axis=1
+        )
         return ids, labels
 
 
@@ -198,7 +208,9 @@ class Adding(Synthetic):
     def rows(self, words: Words) -> Rows:
         half = self.seq_len // 2
         digits = choice(words[:, : self.seq_len], 10)
-        marked = np.stack([choice(words[:, -2], half), half + choice(words[:, -1], self.seq_len - half)], axis=1)
+        marked = np.stack(
+            [choice(words[:, -2], half), half + choice(words[:, -1], self.seq_len - half)], axis=1
+        )
         is_marked = np.zeros(digits.shape, np.int64)
         np.put_along_axis(is_marked, marked, 1, axis=1)
         return 1 + digits + 10 * is_marked, (digits * is_marked).sum(axis=1)
@@ -226,7 +238,9 @@ class InductionHeads(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(protocol, name, sizes, data_seed, num_tokens=(num_tokens, 2), length=(length, 3))
+        super().__init__(
+            protocol, name, sizes, data_seed, num_tokens=(num_tokens, 2), length=(length, 3)
+        )
         self.num_classes, self.seq_len, self.words_per_row = num_tokens, length, length + 1
         self.vocab = (PAD, "!", *map(str, range(num_tokens)))
 
@@ -298,7 +312,9 @@ class AssociativeRecall(Synthetic):
     def factors(self, split: Any) -> dict[str, np.ndarray]:
         """Also `distance`, positions from the pair that is asked for to the end."""
         inputs = np.asarray(split.inputs)
-        return super().factors(split) | {"distance": self.seq_len - 1 - np.argmax(inputs == inputs[:, -1:], axis=1)}
+        return super().factors(split) | {
+            "distance": self.seq_len - 1 - np.argmax(inputs == inputs[:, -1:], axis=1)
+        }
 
 
 def choice(words: UInt64[np.ndarray, "*shape"], count: int) -> Int[np.ndarray, "*shape"]:
@@ -311,7 +327,9 @@ def distinct(words: UInt64[np.ndarray, "n items"], count: int) -> Int[np.ndarray
     return np.argsort(words, axis=1, kind="stable")[:, :count]
 
 
-def most_frequent(inputs: Integer[np.ndarray, "n L"], first: int, count: int) -> Int[np.ndarray, " n"]:
+def most_frequent(
+    inputs: Integer[np.ndarray, "n L"], first: int, count: int
+) -> Int[np.ndarray, " n"]:
     """Of ids first..first+count-1 the one that occurs most often in each row, less `first`; the lowest of several."""
     classes = inputs.astype(np.int64) - first
     row, place = np.nonzero((classes >= 0) & (classes < count))

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lra.data.fetch import obtain
-from lra.data.sources import IMDB, Source, locate, located
-from lra.data.tfrecord import find_tfds, read_tfds
 from lra.errors import ConfigError, DataError
-from lra.tasks import Example, Progress, Task, check_option
+from lra.sources.download import obtain
+from lra.sources.locate import IMDB, Progress, Source, locate, located
+from lra.sources.tfds_reader import find_tfds, read_tfds
+from lra.tasks.base import Example, Task, check_option
 from lra.tasks.characters import IMDB_CHARACTERS, IMDB_UNUSED, Bytes, Characters, frequencies
-from lra.tasks.reference import linear_accuracy
+from lra.tasks.linear_baseline import linear_accuracy
 
 PARTS = ("train", "test")
 CLASSES = ("neg", "pos")  # label 0, label 1
@@ -57,7 +57,9 @@ def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     Raises:
         DataError: a .txt file is not named <id>_<rating>.txt, or its rating is not one of the folder's class.
     """
-    names = [name for name in os.listdir(folder) if name.endswith(".txt") and not name.startswith(".")]
+    names = [
+        name for name in os.listdir(folder) if name.endswith(".txt") and not name.startswith(".")
+    ]
     digest, reviews = hashlib.sha256(), []
     for name in sorted(names, key=lambda name: _numbers(folder / name, label)):
         text = (folder / name).read_bytes()
@@ -70,7 +72,9 @@ def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
 def _numbers(path: Path, label: int) -> tuple[int, int]:
     match = FILE_NAME.fullmatch(path.name)
     if match is None:
-        raise DataError(f"{path}: a review's file is named <id>_<rating>.txt; take it out of the folder")
+        raise DataError(
+            f"{path}: a review's file is named <id>_<rating>.txt; take it out of the folder"
+        )
     number, rating = int(match[1]), int(match[2])
     if rating not in RATINGS[label]:
         raise DataError(
@@ -154,7 +158,9 @@ class Text(Task):
         self.seq_len = SEQ_LEN[self.inputs] if seq_len is None else seq_len
         if self.seq_len < 2:
             raise ConfigError(f"seq_len={seq_len} leaves no room for a review; set task.seq_len")
-        self.encoding = Bytes() if self.inputs == "lra2020" else Characters(IMDB_CHARACTERS, IMDB_UNUSED)
+        self.encoding = (
+            Bytes() if self.inputs == "lra2020" else Characters(IMDB_CHARACTERS, IMDB_UNUSED)
+        )
         self.vocab = self.encoding.vocab
         self.same = {"val": "test"} if self.validation == "test" else {}
         self._hashes: dict[str, str] = {}
@@ -211,7 +217,11 @@ class Text(Task):
         if split == "train" or not self._train:
             self._train = self._read("train")
         chosen = held_out(self._train, self.data_seed)
-        return [review for review, is_val in zip(self._train, chosen, strict=True) if is_val == (split == "val")]
+        return [
+            review
+            for review, is_val in zip(self._train, chosen, strict=True)
+            if is_val == (split == "val")
+        ]
 
     def _encode(self, review: Review) -> np.ndarray:
         if not review.text.strip():
@@ -231,7 +241,9 @@ class Text(Task):
 
     def fingerprint(self) -> dict[str, Any]:
         common = {"inputs": self.inputs, "seq_len": self.seq_len, "validation": self.validation}
-        return common | ({"data_seed": self.data_seed, "chosen_by": "text"} if self.validation == "train" else {})
+        return common | (
+            {"data_seed": self.data_seed, "chosen_by": "text"} if self.validation == "train" else {}
+        )
 
     def to_text(self, inputs: Integer[np.ndarray, " L"]) -> str:
         return self.encoding.decode(inputs)
@@ -239,6 +251,9 @@ class Text(Task):
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """`majority`, and a linear model on how often each id occurs: `bag_of_bytes` or `bag_of_characters`."""
         train, test = (
-            (frequencies(splits[part].inputs, len(self.vocab)), np.asarray(splits[part].labels)) for part in PARTS
+            (frequencies(splits[part].inputs, len(self.vocab)), np.asarray(splits[part].labels))
+            for part in PARTS
         )
-        return super().reference_lines(splits) | {self.encoding.bag: linear_accuracy(train, test, self.num_classes)}
+        return super().reference_lines(splits) | {
+            self.encoding.bag: linear_accuracy(train, test, self.num_classes)
+        }

@@ -26,7 +26,10 @@ ACTIVATIONS = {
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dense_recurrence(
-    a: Float[Array, "N N"], bu: Float[Array, "B L N"], activation: str = "none", reverse: bool = False
+    a: Float[Array, "N N"],
+    bu: Float[Array, "B L N"],
+    activation: str = "none",
+    reverse: bool = False,
 ) -> Float[Array, "B L N"]:
     """All states of h_t = f(h_{t-1} A + bu_t) with h_{-1} = 0; with `reverse`, of h_t = f(h_{t+1} A + bu_t) with h_L = 0.
 

@@ -49,7 +49,9 @@ def _read(file: Path, seq_len: int, num_filters: int) -> Arrays | None:
     except Exception:  # damage shows in many ways, and all mean that the filters are to be made
         return None
     fits = (
-        sigma.shape == (num_filters,) and phi.shape == (seq_len, num_filters) and sigma.dtype == phi.dtype == np.float64
+        sigma.shape == (num_filters,)
+        and phi.shape == (seq_len, num_filters)
+        and sigma.dtype == phi.dtype == np.float64
     )
     return (sigma, phi) if fits and digest == _digest(sigma, phi) else None
 
@@ -69,4 +71,6 @@ def _write(file: Path, sigma: np.ndarray, phi: np.ndarray) -> None:
 
 
 def _digest(sigma: np.ndarray, phi: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(sigma).tobytes() + np.ascontiguousarray(phi).tobytes()).hexdigest()
+    return hashlib.sha256(
+        np.ascontiguousarray(sigma).tobytes() + np.ascontiguousarray(phi).tobytes()
+    ).hexdigest()

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float
 from models.ops.filters import filter_recurrence
 
 
-def initial_features(batch_size: int, width: int, kind: str, seq_len: int, num_filters: int) -> Float[Array, "B N D"]:
+def initial_features(
+    batch_size: int, width: int, kind: str, seq_len: int, num_filters: int
+) -> Float[Array, "B N D"]:
     """The state of `next_features` before any input; N is at most K + 24, whatever L."""
     return jnp.zeros((batch_size, len(filter_recurrence(kind, seq_len, num_filters)[1]), width))
 
@@ -28,5 +30,10 @@ def next_features(
     """
     a, b = filter_recurrence(kind, seq_len, num_filters)
     # Errors of the transition add up over L steps, so it may not be rounded to the 10 bits of tf32.
-    moved = jnp.einsum("bnd,nm->bmd", h, jnp.asarray(-a if alternate else a, h.dtype), precision=lax.Precision.HIGHEST)
+    moved = jnp.einsum(
+        "bnd,nm->bmd",
+        h,
+        jnp.asarray(-a if alternate else a, h.dtype),
+        precision=lax.Precision.HIGHEST,
+    )
     return moved + jnp.asarray(np.array(b), h.dtype)[None, :, None] * u_t[:, None, :]

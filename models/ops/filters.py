@@ -28,7 +28,9 @@ _EXTRA_STATES = 24
 _SMALLEST_EIGENVALUE = 1e-30
 
 
-def spectral_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+def spectral_filters(
+    seq_len: int, num_filters: int
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
     """The `num_filters` largest eigenvalues sigma of Z (descending) and their unit eigenvectors phi (columns, phi[0] >
     0).
 
@@ -55,7 +57,9 @@ def uncached_spectral_filters(
     return _hankel_filters(seq_len, num_filters)
 
 
-def alternative_filters(seq_len: int, num_filters: int) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
+def alternative_filters(
+    seq_len: int, num_filters: int
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
     """The same for the matrix of appendix D, whose filters serve eigenvalues in [-1, 1] without a second,
     sign-alternated set.
 
@@ -156,7 +160,9 @@ def _quadrature(seq_len: int) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray
     return gap.ravel(), ((upper - lower)[:, None] * weights[None, :] / 2).ravel()
 
 
-def _eigenpairs(factor: Float[np.ndarray, "L Q"]) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, "L R"]]:
+def _eigenpairs(
+    factor: Float[np.ndarray, "L Q"],
+) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, "L R"]]:
     """Eigenvalues (descending) and eigenvectors (first entry not negative) of factor @ factor.T."""
     vectors, values, _ = np.linalg.svd(factor, full_matrices=False)
     return values**2, vectors * np.where(vectors[:1] < 0, -1.0, 1.0)

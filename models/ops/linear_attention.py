@@ -54,7 +54,11 @@ def _sums_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Arr
 def _sums_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v = saved
     # the paper's equations (13) to (15): y_t reads s <= t, so k_s and v_s are read by t >= s
-    return _sums(dy, v, k, reverse=False), _sums(v, dy, q, reverse=True), _sums(k, q, dy, reverse=True)
+    return (
+        _sums(dy, v, k, reverse=False),
+        _sums(v, dy, q, reverse=True),
+        _sums(k, q, dy, reverse=True),
+    )
 
 
 causal_sums.defvjp(_sums_forward, _sums_backward)

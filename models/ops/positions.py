@@ -16,11 +16,15 @@ def rotate(
     """
     length, half = x.shape[1], x.shape[3] // 2
     if x.shape[3] % 2:
-        raise ValueError(f"rotary positions need an even head width, found {x.shape[3]}; change model.num_heads")
+        raise ValueError(
+            f"rotary positions need an even head width, found {x.shape[3]}; change model.num_heads"
+        )
     # 16 bits cannot tell position 257 from 256
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle = (first + jnp.arange(length)).astype(dtype)[:, None] * frequency[None, :]  # (L, W/2)
     cos, sin = (f(angle)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first_half, second_half = x[..., :half], x[..., half:]
-    return jnp.concatenate([first_half * cos - second_half * sin, first_half * sin + second_half * cos], axis=-1)
+    return jnp.concatenate(
+        [first_half * cos - second_half * sin, first_half * sin + second_half * cos], axis=-1
+    )

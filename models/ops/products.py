@@ -14,6 +14,8 @@ def exactly(x: Float[Array, "*B N"], matrix: Float[Array, "N M"]) -> Float[Array
 
 
 @jax.checkpoint
-def real_product(x: Complex[Array, "*B N"], re: Float[Array, "N M"], im: Float[Array, "N M"]) -> Float[Array, "*B M"]:
+def real_product(
+    x: Complex[Array, "*B N"], re: Float[Array, "N M"], im: Float[Array, "N M"]
+) -> Float[Array, "*B M"]:
     """Re(x (re + i im)); the backward pass takes the parts of x from x, which a recurrence keeps anyway."""
     return exactly(x.real, re) - exactly(x.imag, im)

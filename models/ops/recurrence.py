@@ -36,19 +36,28 @@ def linear_recurrence(
     Source: Orvieto et al. 2023, equation (5).
     """
     if lam.shape[0] != bu.shape[2]:
-        raise ValueError(f"lam has {lam.shape[0]} states and bu has {bu.shape[2]}; both must have model.state_size")
+        raise ValueError(
+            f"lam has {lam.shape[0]} states and bu has {bu.shape[2]}; both must have model.state_size"
+        )
     # By hand, since under strict promotion even `promote_types` refuses.
     double = bu.dtype in (jnp.float64, jnp.complex128)
     if jnp.iscomplexobj(lam) or jnp.iscomplexobj(bu):
         dtype = jnp.complex128 if double else jnp.complex64
         return _states(lam.astype(dtype), bu.astype(dtype), reverse)
-    dtype = jnp.float64 if double else jnp.float32  # 16-bit states would stop decaying after a few hundred steps
+    dtype = (
+        jnp.float64 if double else jnp.float32
+    )  # 16-bit states would stop decaying after a few hundred steps
     return _states(lam.astype(dtype), bu.astype(dtype), reverse).astype(bu.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _states(lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool) -> Inexact[Array, "B L N"]:
-    steps, blocks = partial(states_by_steps, reverse=reverse), partial(states_by_blocks, reverse=reverse)
+def _states(
+    lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool
+) -> Inexact[Array, "B L N"]:
+    steps, blocks = (
+        partial(states_by_steps, reverse=reverse),
+        partial(states_by_blocks, reverse=reverse),
+    )
     return lax.platform_dependent(lam, bu, cpu=steps, default=blocks)
 
 

@@ -80,7 +80,9 @@ def chunk_length(length: int, states: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def varying_recurrence(decay: Float[Array, "L *S"], drive: Float[Array, "L *S"], reverse: bool) -> Float[Array, "L *S"]:
+def varying_recurrence(
+    decay: Float[Array, "L *S"], drive: Float[Array, "L *S"], reverse: bool
+) -> Float[Array, "L *S"]:
     """All states of h_t = decay_t h_{t-1} + drive_t, time in front; with `reverse`, of h_t = decay_t h_{t+1} + drive_t.
 
     The backward pass is the same recurrence in the other direction; autodiff would keep each level of the scan.

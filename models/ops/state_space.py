@@ -54,11 +54,15 @@ def discretize(
     half = 0.5 * z
     re, im = half.real, half.imag
     distance = (1 - re) ** 2 + im**2  # |1 - z/2|^2
-    log_lam_bar = jax.lax.complex(0.5 * jnp.log1p(4 * re / distance), jnp.arctan2(2 * im, 1 - re**2 - im**2))
+    log_lam_bar = jax.lax.complex(
+        0.5 * jnp.log1p(4 * re / distance), jnp.arctan2(2 * im, 1 - re**2 - im**2)
+    )
     return log_lam_bar, step / (1 - half)
 
 
-def log_uniform_steps(key: Array, shape: tuple[int, ...], low: float | int, high: float | int) -> Float[Array, "*S"]:
+def log_uniform_steps(
+    key: Array, shape: tuple[int, ...], low: float | int, high: float | int
+) -> Float[Array, "*S"]:
     """log(Delta), uniform between log(low) and log(high).
 
     Raises:
@@ -83,10 +87,15 @@ def vandermonde_kernel(
     inner_re, inner_im = _powers(log_lam_bar, 1, inner_size)  # (D, N, T)
     outer_re, outer_im = _powers(log_lam_bar, inner_size, outer_size)  # (D, N, Q)
     w_re, w_im = weights.real[..., None], weights.imag[..., None]
-    left_re, left_im = w_re * outer_re[None] - w_im * outer_im[None], w_re * outer_im[None] + w_im * outer_re[None]
+    left_re, left_im = (
+        w_re * outer_re[None] - w_im * outer_im[None],
+        w_re * outer_im[None] + w_im * outer_re[None],
+    )
 
     def product(left, right):
-        return jnp.einsum("kdnq,dnt->kdqt", left, right, precision="highest")  # the sum cancels, tf32 would show
+        return jnp.einsum(
+            "kdnq,dnt->kdqt", left, right, precision="highest"
+        )  # the sum cancels, tf32 would show
 
     kernel = 2 * (product(left_re, inner_re) - product(left_im, inner_im))
     return kernel.reshape(*weights.shape[:2], -1)[..., :length]

@@ -31,8 +31,12 @@ from jaxtyping import Array, Float
 from models.ops.by_example import by_example
 from models.ops.fft_convolution import smooth_size
 
-EXACT = lax.Precision.HIGHEST  # of products that go from step to step: tf32's 10 bits would add up over L of them
-_FEWEST_FREQUENCIES = 32  # in a block: each reads all of m, which outweighs the products where they are fewer
+EXACT = (
+    lax.Precision.HIGHEST
+)  # of products that go from step to step: tf32's 10 bits would add up over L of them
+_FEWEST_FREQUENCIES = (
+    32  # in a block: each reads all of m, which outweighs the products where they are fewer
+)
 
 
 def stu(
@@ -70,14 +74,24 @@ def stu(
             f"the filters have length {phi.shape[0]} and the input {length}; set task.seq_len to {length} or more"
         )
     if isinstance(m_y, str) and m_y != "lag2":
-        raise ValueError(f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)")
+        raise ValueError(
+            f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)"
+        )
     # By hand, here and below: NumPy filters are float64, and under strict promotion even `promote_types` refuses.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
-    basis = _basis(jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype), length, m_u.shape[0], m_minus is not None)
+    basis = _basis(
+        jnp.asarray(phi, dtype),
+        jnp.asarray(sigma, dtype),
+        length,
+        m_u.shape[0],
+        m_minus is not None,
+    )
     matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
-    y = by_example(convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices]))
+    y = by_example(
+        convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices])
+    )
     if isinstance(m_y, str):
         y = lag_two_sum(y)
     elif m_y is not None:
@@ -85,7 +99,9 @@ def stu(
     return y.astype(u.dtype)
 
 
-def _basis(phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool) -> Float[Array, "L J"]:
+def _basis(
+    phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
+) -> Float[Array, "L J"]:
     """The scalar filters in the order m_plus, m_minus, m_u."""
     filters = phi[:length] * (sigma**0.25)[None]
     if alternate:
@@ -98,7 +114,10 @@ def _basis(phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_convolution(
-    u: Float[Array, "B L D_in"], basis: Float[Array, "L J"], m: Float[Array, "J D_in D_out"], products: Any = None
+    u: Float[Array, "B L D_in"],
+    basis: Float[Array, "L J"],
+    m: Float[Array, "J D_in D_out"],
+    products: Any = None,
 ) -> Float[Array, "B L D_out"]:
     """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j], exactly: the transforms are long enough that nothing wraps
     around.
@@ -110,13 +129,21 @@ def causal_convolution(
     return order(u, basis, m, products)
 
 
-def _convolution_forward(u: Array, basis: Array, m: Array, products: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+def _convolution_forward(
+    u: Array, basis: Array, m: Array, products: Any
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return causal_convolution(u, basis, m, products), (u, basis, m)
 
 
-def _convolution_backward(products: Any, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+def _convolution_backward(
+    products: Any, saved: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, Array, Array]:
     u, basis, m = saved
-    order = _each_basis_element_backward if basis_first(*u.shape[:2], *m.shape[::2]) else _each_frequency_backward
+    order = (
+        _each_basis_element_backward
+        if basis_first(*u.shape[:2], *m.shape[::2])
+        else _each_frequency_backward
+    )
     return order(u, basis, m, dy, products)
 
 
@@ -137,7 +164,9 @@ def _multiply(spec: str, left: Array, right: Array, products: Any) -> Array:
     """An einsum whose factors are rounded to `products` and whose sums are not."""
     if products is None or products == left.dtype:
         return jnp.einsum(spec, left, right)
-    return jnp.einsum(spec, left.astype(products), right.astype(products), preferred_element_type=left.dtype)
+    return jnp.einsum(
+        spec, left.astype(products), right.astype(products), preferred_element_type=left.dtype
+    )
 
 
 def _each_basis_element(u: Array, basis: Array, m: Array, products: Any) -> Array:
@@ -170,7 +199,9 @@ def _each_basis_element_backward(
         dfilter = jnp.fft.irfft(jnp.sum(dfeatures_hat * u_hat.conj(), axis=(0, 1)), size)[:length]
         return du_hat + dfeatures_hat * filter_hat.conj(), (dfilter, dm)
 
-    du_hat, (dbasis, dm) = lax.scan(add, jnp.zeros_like(u_hat), (_spectrum(basis[None], size)[0], m))
+    du_hat, (dbasis, dm) = lax.scan(
+        add, jnp.zeros_like(u_hat), (_spectrum(basis[None], size)[0], m)
+    )
     return _signal(du_hat, size, length), dbasis.T, dm
 
 
@@ -188,7 +219,9 @@ def _each_frequency(u: Array, basis: Array, m: Array, products: Any) -> Array:
     return _signal(_over_blocks(block, spectra, outputs, m)[0], size, length)
 
 
-def _each_frequency_backward(u: Array, basis: Array, m: Array, dy: Array, products: Any) -> tuple[Array, Array, Array]:
+def _each_frequency_backward(
+    u: Array, basis: Array, m: Array, dy: Array, products: Any
+) -> tuple[Array, Array, Array]:
     length = u.shape[1]
     size = smooth_size(2 * length - 1)
     m_transposed = jnp.swapaxes(m, 1, 2)
@@ -197,13 +230,17 @@ def _each_frequency_backward(u: Array, basis: Array, m: Array, dy: Array, produc
     def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
         u_part, dy_part, basis_part = (_read(x, at, width) for x in spectra)
         du, dbasis, dm = outputs
-        du_part = _product(dy_part, basis_part * conjugate, m_transposed, products)  # dY G^H: a correlation
+        du_part = _product(
+            dy_part, basis_part * conjugate, m_transposed, products
+        )  # dY G^H: a correlation
         dg = _outer_product(u_part, dy_part, products)  # (f, 2, D_in, D_out)
         dbasis_part = _multiply("frdo,jdo->frj", dg, m, products)[:, :, None]
         # All frequencies but the first and the last stand for their conjugates too.
         index = at + jnp.arange(width)
         weight = jnp.where((index == 0) | (index == size // 2), 1, 2).astype(m.dtype) / size
-        dm = dm + _multiply("frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg, products)
+        dm = dm + _multiply(
+            "frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg, products
+        )
         return [_write(du, du_part, at), _write(dbasis, dbasis_part, at), dm]
 
     spectra = [_spectrum(u, size), _spectrum(dy, size), _spectrum(basis[None], size)]
@@ -220,7 +257,9 @@ def _over_blocks(
     width = max(fitting, _FEWEST_FREQUENCIES)
     whole, rest = divmod(spectra[0].shape[2], width)
     if whole:
-        outputs = lax.fori_loop(0, whole, lambda i, out: block(spectra, out, i * width, width), outputs)
+        outputs = lax.fori_loop(
+            0, whole, lambda i, out: block(spectra, out, i * width, width), outputs
+        )
     return block(spectra, outputs, whole * width, rest) if rest else outputs
 
 
@@ -250,7 +289,10 @@ def _outer_product(u: Array, dy: Array, products: Any) -> Array:
     width, _, batch, d_in = u.shape
     rows = u.reshape(width, 2 * batch, d_in)
     turned = jnp.stack([dy[:, 1], -dy[:, 0]], axis=1)
-    parts = [_multiply("fbd,fbo->fdo", rows, x.reshape(width, 2 * batch, -1), products) for x in (dy, turned)]
+    parts = [
+        _multiply("fbd,fbo->fdo", rows, x.reshape(width, 2 * batch, -1), products)
+        for x in (dy, turned)
+    ]
     return jnp.stack(parts, axis=1)
 
 
@@ -312,7 +354,9 @@ def _feedback_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Ar
 feedback.defvjp(_feedback_forward, _feedback_backward)
 
 
-def feedback_by_steps(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+def feedback_by_steps(
+    x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
+) -> Float[Array, "B L D"]:
     """`feedback` one step after the other."""
     batch, length, width = x.shape
     taps = m_y.shape[0]
@@ -321,14 +365,20 @@ def feedback_by_steps(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) ->
     # Not `lax.scan`, which would turn x and y around to have time in front.
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         past, y = carry  # past: (B, k_y D), the latest output first
-        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + jnp.matmul(past, stacked, precision=EXACT)
+        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + jnp.matmul(
+            past, stacked, precision=EXACT
+        )
         past = jnp.concatenate([y_t, past[:, : (taps - 1) * width]], axis=1)
         return past, lax.dynamic_update_index_in_dim(y, y_t, t, axis=1)
 
-    return lax.fori_loop(0, length, step, (jnp.zeros((batch, taps * width), x.dtype), jnp.zeros_like(x)))[1]
+    return lax.fori_loop(
+        0, length, step, (jnp.zeros((batch, taps * width), x.dtype), jnp.zeros_like(x))
+    )[1]
 
 
-def feedback_by_chunks(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
+def feedback_by_chunks(
+    x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
+) -> Float[Array, "B L D"]:
     """`feedback` in chunks whose pasts are zero at first: pairs of chunks become chunks twice as long, side by side, until
     there are about sqrt(L) of them; what their true pasts add then follows from one chunk to the next.
 
@@ -339,7 +389,9 @@ def feedback_by_chunks(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -
     taps = m_y.shape[0]
     chunk = _chunk_length(length, taps, width)
     chunks = -(-length // chunk)
-    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(batch * chunks, chunk, width)
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(
+        batch * chunks, chunk, width
+    )
     impulse = jnp.zeros((width, chunk, width), x.dtype).at[:, 0].set(jnp.eye(width, dtype=x.dtype))
     rows = jnp.concatenate([x, impulse])
     size = 1
@@ -351,7 +403,10 @@ def feedback_by_chunks(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -
         late = pairs[:, :, 1] + jnp.einsum("rckd,kdte->rcte", ends, w, precision=EXACT)
         rows = jnp.stack([pairs[:, :, 0], late], axis=2).reshape(rows.shape)
         size *= 2
-    alone, w = rows[: batch * chunks].reshape(batch, chunks, chunk, width), _responses(m_y, rows[batch * chunks :])
+    alone, w = (
+        rows[: batch * chunks].reshape(batch, chunks, chunk, width),
+        _responses(m_y, rows[batch * chunks :]),
+    )
 
     latest_first = chunk - 1 - np.arange(taps)
     ends = jnp.swapaxes(alone[:, :, latest_first], 0, 1).reshape(chunks, batch, taps * width)

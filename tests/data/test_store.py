@@ -13,21 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from tiny_listops import SIZES, listops
 
 from lra.data import store as store_module
-from lra.data.store import changed_sources, open_store, prepare, settings_key, store_path, verify
+from lra.data.store import open_store, prepare, settings_key, store_path
+from lra.data.verify import changed_sources, verify
 from lra.errors import DataError
-from lra.tasks import SPLITS, Example, Task
-from lra.tasks.listops import ListOps
-
-PROTOCOL = {"inputs": "s4", "name": "strict"}
-SIZES = {"train": 60, "val": 20, "test": 30}
-LIMITS = {"max_depth": 6, "max_args": 6, "min_length": 21, "max_length": 128}
-
-
-def listops(protocol=PROTOCOL, data_root="unused", **changes):
-    arguments = {"name": "listops_short", "source": "generated", "sizes": SIZES, "data_seed": 0} | LIMITS
-    return ListOps(protocol=protocol, data_root=data_root, **(arguments | changes))
+from lra.tasks.base import SPLITS, Example, Task
 
 
 class Toy(Task):
@@ -63,7 +55,11 @@ def ids(*values, dtype=np.int64):
 def left_in(data_root):
     """What a failed build left, but for the empty lock files."""
     packed = Path(data_root) / "packed"
-    return [path.name for path in packed.iterdir() if path.suffix != ".lock"] if packed.exists() else []
+    return (
+        [path.name for path in packed.iterdir() if path.suffix != ".lock"]
+        if packed.exists()
+        else []
+    )
 
 
 # --- Contents ------------------------------------------------------------------------------------------------------
@@ -94,8 +90,12 @@ def test_rows_of_a_store_can_be_exported_and_read_again(tmp_path):
     released = prepare(listops(data_root=tmp_path, source="release"), tmp_path)
     assert released.path != store.path
     for name in SPLITS:
-        assert released.manifest["splits"][name]["sha256"] == store.manifest["splits"][name]["sha256"]
-    assert [file["name"] for file in released.manifest["source_files"]] == [f"basic_{name}.tsv" for name in SPLITS]
+        assert (
+            released.manifest["splits"][name]["sha256"] == store.manifest["splits"][name]["sha256"]
+        )
+    assert [file["name"] for file in released.manifest["source_files"]] == [
+        f"basic_{name}.tsv" for name in SPLITS
+    ]
     assert all(len(file["sha256"]) == 64 for file in released.manifest["source_files"])
 
 
@@ -107,8 +107,16 @@ def test_manifest_tells_what_is_inside(tmp_path):
     lengths = [len(example.inputs) for example in task.examples("train")]
     assert train["count"] == 60
     assert train["labels"] == [labels.count(label) for label in range(10)]
-    assert train["lengths"] == {"min": min(lengths), "mean": round(sum(lengths) / 60, 3), "max": max(lengths)}
-    assert (manifest["task"], manifest["inputs"], manifest["source"]) == ("listops_short", "s4", "generated")
+    assert train["lengths"] == {
+        "min": min(lengths),
+        "mean": round(sum(lengths) / 60, 3),
+        "max": max(lengths),
+    }
+    assert (manifest["task"], manifest["inputs"], manifest["source"]) == (
+        "listops_short",
+        "s4",
+        "generated",
+    )
     assert tuple(manifest["vocab"]) == task.vocab
     assert manifest["fingerprint"]["max_args"] == 6
     assert manifest["key"].startswith(store_path(task, tmp_path).name.rsplit("-", 1)[1])
@@ -122,16 +130,24 @@ def test_pairs_have_two_rows_and_two_lengths(tmp_path):
     assert split.labels.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (70_000, np.int32)])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (70_000, np.int32)]
+)
 def test_smallest_type_that_holds_the_vocabulary(tmp_path, vocab_size, dtype):
-    split = prepare(Toy({"train": [(ids(vocab_size - 1), 0)]}, vocab_size=vocab_size), tmp_path).splits["train"]
+    split = prepare(
+        Toy({"train": [(ids(vocab_size - 1), 0)]}, vocab_size=vocab_size), tmp_path
+    ).splits["train"]
     assert split.inputs.dtype == dtype
     assert split.inputs.tolist() == [[vocab_size - 1, 0, 0, 0]]
 
 
 def test_values_keep_the_readers_type_and_zeros(tmp_path):
     split = prepare(Toy({"train": [(ids(0, 255, 0, dtype=np.uint8), 1)]}), tmp_path).splits["train"]
-    assert (split.inputs.dtype, split.inputs.tolist(), split.lengths.tolist()) == (np.uint8, [[0, 255, 0, 0]], [3])
+    assert (split.inputs.dtype, split.inputs.tolist(), split.lengths.tolist()) == (
+        np.uint8,
+        [[0, 255, 0, 0]],
+        [3],
+    )
 
 
 def test_positions_of_several_values_have_an_axis_more(tmp_path):
@@ -142,7 +158,10 @@ def test_positions_of_several_values_have_an_axis_more(tmp_path):
 
 
 def test_several_labels_an_example(tmp_path):
-    given = {"train": [(ids(1, 2), ids(0, 2)), (ids(3, 4), ids(2, 2))], "test": [(ids(1), ids(2, 0))]}
+    given = {
+        "train": [(ids(1, 2), ids(0, 2)), (ids(3, 4), ids(2, 2))],
+        "test": [(ids(1), ids(2, 0))],
+    }
     store = prepare(Toy(given, num_targets=2), tmp_path)
     assert store.splits["train"].labels.tolist() == [[0, 2], [2, 2]]
     assert store.manifest["splits"]["train"]["labels"] == [1, 0, 3]
@@ -156,7 +175,10 @@ def test_split_under_a_second_name_is_stored_once(tmp_path):
     store = prepare(Toy(given, same={"val": "test"}), tmp_path)
     assert store.splits["val"] is store.splits["test"]
     assert store.manifest["splits"]["val"]["count"] == 2
-    assert sorted(path.name for path in store.path.glob("*.inputs.npy")) == ["test.inputs.npy", "train.inputs.npy"]
+    assert sorted(path.name for path in store.path.glob("*.inputs.npy")) == [
+        "test.inputs.npy",
+        "train.inputs.npy",
+    ]
     assert verify(store).overlaps == {"train/test": 1}
 
 
@@ -209,7 +231,9 @@ def test_second_call_opens_and_does_not_build(tmp_path, monkeypatch):
     prepare(task, tmp_path, on_progress=lambda *call: calls.append(call))
     assert calls == [("train", 60, 60), ("val", 20, 20), ("test", 30, 30)]
     monkeypatch.setattr(task, "examples", None)
-    monkeypatch.setattr(store_module, "_build_alone", None)  # not even the lock: data_root may be read-only by then
+    monkeypatch.setattr(
+        store_module, "_build_alone", None
+    )  # not even the lock: data_root may be read-only by then
     started = time.perf_counter()
     prepare(task, tmp_path)
     assert time.perf_counter() - started < 0.2
@@ -230,22 +254,31 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_too_few_examples_are_taken_only_when_asked(tmp_path):
     """and such a store is another one, that nobody gets who did not ask."""
-    task = Toy({name: [(ids(1), 0)] for name in SPLITS}, vocab_size=9, sizes={"train": 3, "val": 1, "test": 1})
+    task = Toy(
+        {name: [(ids(1), 0)] for name in SPLITS},
+        vocab_size=9,
+        sizes={"train": 3, "val": 1, "test": 1},
+    )
     with pytest.raises(
-        DataError, match="1 examples in train, expected 3; data.allow_partial=true .* takes what is there"
+        DataError,
+        match="1 examples in train, expected 3; data.allow_partial=true .* takes what is there",
     ):
         prepare(task, tmp_path)
     store = prepare(task, tmp_path, allow_partial=True)
     assert store.manifest["partial"]
     assert store.path.name.endswith("-partial")
     assert prepare(task, tmp_path, allow_partial=True).path == store.path
-    with pytest.raises(DataError, match=r"only a partial store is prepared, .*data\.allow_partial=true"):
+    with pytest.raises(
+        DataError, match=r"only a partial store is prepared, .*data\.allow_partial=true"
+    ):
         prepare(task, tmp_path)
     assert left_in(tmp_path) == [store.path.name]
 
 
 def test_whole_data_is_no_partial_store(tmp_path):
-    task = Toy({name: [(ids(1), 0)] for name in SPLITS}, vocab_size=9, sizes=dict.fromkeys(SPLITS, 1))
+    task = Toy(
+        {name: [(ids(1), 0)] for name in SPLITS}, vocab_size=9, sizes=dict.fromkeys(SPLITS, 1)
+    )
     store = prepare(task, tmp_path, allow_partial=True)
     assert not store.manifest["partial"]
     assert prepare(task, tmp_path).path == store.path
@@ -255,7 +288,11 @@ def test_whole_data_is_no_partial_store(tmp_path):
 def test_none_or_too_many_are_refused_even_then(tmp_path, found):
     given = {"train": [(ids(1), 0)] * found, "val": [(ids(1), 0)], "test": [(ids(1), 0)]}
     with pytest.raises(DataError, match=f"{found} examples in train, expected 3$"):
-        prepare(Toy(given, vocab_size=9, sizes={"train": 3, "val": 1, "test": 1}), tmp_path, allow_partial=True)
+        prepare(
+            Toy(given, vocab_size=9, sizes={"train": 3, "val": 1, "test": 1}),
+            tmp_path,
+            allow_partial=True,
+        )
 
 
 def test_changed_source_is_another_store(tmp_path):
@@ -264,7 +301,10 @@ def test_changed_source_is_another_store(tmp_path):
     task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
     first = prepare(task, tmp_path)
     assert first.manifest["source_files"] == [
-        {"name": "source.txt", "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"}
+        {
+            "name": "source.txt",
+            "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed",
+        }
     ]
     file.write_text("two!")
     assert store_path(task, tmp_path) != first.path
@@ -350,7 +390,9 @@ def test_missing_sources_are_fetched(tmp_path, monkeypatch):
         file.write_text("fetched")
 
     monkeypatch.setattr(task, "fetch", fetch)
-    assert prepare(task, tmp_path, download=True).manifest["source_files"][0]["name"] == "source.txt"
+    assert (
+        prepare(task, tmp_path, download=True).manifest["source_files"][0]["name"] == "source.txt"
+    )
     prepare(task, tmp_path)
     assert asked == [True]
 
@@ -362,7 +404,8 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
 
     monkeypatch.setattr(store_module, place, full)
     with pytest.raises(
-        DataError, match=r"No space left on device .* free\); make room there or set another data\.root"
+        DataError,
+        match=r"No space left on device .* free\); make room there or set another data\.root",
     ):
         prepare(listops(), tmp_path)
     assert left_in(tmp_path) == []
@@ -370,7 +413,9 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
 
 def test_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "packed").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"packed: File exists; mend that or set another data\.root"):
+    with pytest.raises(
+        DataError, match=r"packed: File exists; mend that or set another data\.root"
+    ):
         prepare(listops(), tmp_path)
 
 
@@ -405,7 +450,7 @@ def test_two_processes_at_once_build_once(tmp_path):
         from lra.data.store import prepare
         from lra.tasks.listops import ListOps
         sys.path.insert(0, sys.argv[2])
-        from test_store import listops
+        from tiny_listops import PROTOCOL, SIZES, listops
         root = Path(sys.argv[1])
         (root / sys.argv[3]).touch()
         while not ((root / "a").exists() and (root / "b").exists()):
@@ -415,7 +460,13 @@ def test_two_processes_at_once_build_once(tmp_path):
             time.sleep(0.3)
         print(len(prepare(listops(), root, on_progress=on_progress).splits["test"]))
     """)
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path),
+        str(Path(__file__).parents[1] / "support"),
+    ]
     runs = [subprocess.Popen([*command, mark], stdout=subprocess.PIPE, text=True) for mark in "ab"]
     said = sorted(run.communicate(timeout=60)[0].split("\n") for run in runs)
     assert said == [["30", ""], ["built train", "built val", "built test", "30", ""]]
@@ -429,7 +480,9 @@ def test_truncated_file_is_refused(tmp_path, array):
     path = prepare(listops(), tmp_path).path
     file = path / f"val.{array}.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"val\.{array}\.npy has .*`lra data prepare listops_short`"):
+    with pytest.raises(
+        DataError, match=rf"val\.{array}\.npy has .*`lra data prepare listops_short`"
+    ):
         open_store(path)
 
 
@@ -464,7 +517,9 @@ def test_sound_store_has_no_problems(tmp_path):
     assert report.overlaps == {"train/val": 0, "train/test": 0, "val/test": 0}
 
 
-@pytest.mark.parametrize(("array", "what"), [("inputs", "sha256"), ("lengths", "lengths"), ("labels", "labels")])
+@pytest.mark.parametrize(
+    ("array", "what"), [("inputs", "sha256"), ("lengths", "lengths"), ("labels", "labels")]
+)
 def test_changed_bytes_are_found(tmp_path, array, what):
     path = prepare(listops(), tmp_path).path
     file = path / f"train.{array}.npy"
@@ -477,7 +532,11 @@ def test_changed_bytes_are_found(tmp_path, array, what):
 
 
 def test_shared_examples_are_counted(tmp_path):
-    one, other, longer = (ids(1, 2), 0), (ids(3), 1), (ids(1, 2, 0), 0)  # the last differs by its length alone
+    one, other, longer = (
+        (ids(1, 2), 0),
+        (ids(3), 1),
+        (ids(1, 2, 0), 0),
+    )  # the last differs by its length alone
     given = {"train": [one, other], "val": [longer], "test": [one, one, longer]}
     report = verify(prepare(Toy(given, vocab_size=9), tmp_path))
     assert report.overlaps == {"train/val": 0, "train/test": 2, "val/test": 1}
@@ -486,7 +545,11 @@ def test_shared_examples_are_counted(tmp_path):
 
 def test_shared_documents_of_pairs_are_counted(tmp_path):
     a, b, c, d = (ids(i) for i in (1, 2, 3, 4))
-    given = {"train": [((a, b), 0)], "val": [((c, d), 0)], "test": [((b, c), 1), ((d, d), 1), ((a, b), 0)]}
+    given = {
+        "train": [((a, b), 0)],
+        "val": [((c, d), 0)],
+        "test": [((b, c), 1), ((d, d), 1), ((a, b), 0)],
+    }
     report = verify(prepare(Toy(given, vocab_size=9, dual=True), tmp_path))
     assert report.overlaps == {"train/val": 0, "train/test": 1, "val/test": 0}
     assert report.documents == {"train/val": 0, "train/test": 2, "val/test": 2}

@@ -30,7 +30,7 @@ def test_values_and_gradients_are_those_of_a_cpu(name, precision, tolerance):
 
     results = []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
-        arguments = jax.device_put((case.learned, case.fixed), device)
+        arguments = jax.device_put((case.learned, case.constants), device)
         with jax.default_matmul_precision(precision):
             results.append(jax.device_get(jax.jit(with_gradients)(*arguments)))
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
@@ -42,7 +42,7 @@ def test_path_x_fits_without_rematerialisation():
     case = path_x_case()
 
     def gradients(params):
-        logits, pull = jax.vjp(lambda p: case.ours(p, *case.fixed), params)
+        logits, pull = jax.vjp(lambda p: case.ours(p, *case.constants), params)
         return pull(logits)
 
     compiled = jax.jit(gradients).lower(*case.learned).compile()

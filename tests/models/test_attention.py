@@ -9,11 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    attention_by_loop,
+    check_16_bits,
+    check_against_loop,
+    inputs,
+    mask_of,
+    turned,
+)
 from flax import nnx
-from heads import attention_by_loop, check_16_bits, check_against_loop, inputs, mask_of, turned
 
 import lra
-from lra.config import build_task, model_builder
+from lra.config.build import build_task, model_builder
 from models.attention import Attention, MultiHead
 from models.backbone import Backbone
 from models.ops.positions import rotate
@@ -49,12 +56,26 @@ def test_transformer_has_the_published_number_of_parameters():
 
     def build():
         mixer = partial(
-            Attention, num_heads=8, positions="none", causal=False, max_len=None, qkv_width=None, attention_dropout=0.0
+            Attention,
+            num_heads=8,
+            positions="none",
+            causal=False,
+            max_len=None,
+            qkv_width=None,
+            attention_dropout=0.0,
         )
         around = {"norm": "layer", "norm_position": "pre", "norm_momentum": 0.9, "final_norm": True}
-        branch = {"activation": "none", "glu": "none", "mlp": "gelu", "mlp_ratio": 4, "dropout": 0.0}
+        branch = {
+            "activation": "none",
+            "glu": "none",
+            "mlp": "gelu",
+            "mlp_ratio": 4,
+            "dropout": 0.0,
+        }
         sizes = {"num_classes": 10, "seq_len": 2048, "vocab_size": 18, "depth": 4, "width": 128}
-        return Backbone(mixer, **sizes, **around, **branch, pool="mean", positions="none", rngs=nnx.Rngs(0))
+        return Backbone(
+            mixer, **sizes, **around, **branch, pool="mean", positions="none", rngs=nnx.Rngs(0)
+        )
 
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
     assert count == pytest.approx(797_000, rel=0.02)
@@ -67,7 +88,10 @@ def test_queries_keys_and_values_may_have_a_width_of_their_own(qkv_width):
         return weight, weight
 
     mixer = attention(qkv_width=qkv_width)
-    assert (mixer.qkv.kernel.shape, mixer.output.kernel.shape) == ((8, 3 * qkv_width), (qkv_width, 8))
+    assert (mixer.qkv.kernel.shape, mixer.output.kernel.shape) == (
+        (8, 3 * qkv_width),
+        (qkv_width, 8),
+    )
     check_against_loop(mixer, weigh)
 
 
@@ -108,7 +132,11 @@ def transformer_by_loop(model, ids, lra_paper):
         x[:, 1::2] += np.cos(angle)
 
     def weigh(q, k, t, s):
-        weight = np.exp(q @ k / np.sqrt(len(q))) if lra_paper else np.exp(turned(q, t) @ turned(k, s) / np.sqrt(len(q)))
+        weight = (
+            np.exp(q @ k / np.sqrt(len(q)))
+            if lra_paper
+            else np.exp(turned(q, t) @ turned(k, s) / np.sqrt(len(q)))
+        )
         return weight, weight
 
     for block in model.blocks:
@@ -117,7 +145,9 @@ def transformer_by_loop(model, ids, lra_paper):
         x = x + attention_by_loop(*kernels, normed(x, block.norm), mixer.num_heads, weigh)
         hidden = affine(normed(x, block.mlp_norm), block.mlp.up)
         if lra_paper:
-            hidden = hidden / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+            hidden = (
+                hidden / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+            )
         else:
             value, gate = np.split(hidden, 2, axis=-1)
             hidden = value * gate / (1 + np.exp(-gate))
@@ -131,7 +161,13 @@ def transformer_by_loop(model, ids, lra_paper):
 @pytest.mark.parametrize("name", ["transformer", "transformer_lra"])
 def test_the_whole_model_equals_a_loop(name):
     cfg = lra.compose(
-        [f"model={name}", "task=listops_short", "task.max_length=30", "backbone.depth=2", "backbone.width=12"]
+        [
+            f"model={name}",
+            "task=listops_short",
+            "task.max_length=30",
+            "backbone.depth=2",
+            "backbone.width=12",
+        ]
     )
     task = build_task(cfg)
     model = model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
@@ -151,7 +187,9 @@ def test_both_configurations_have_as_many_parameters_a_layer():
     """12 D^2 and what norms and biases add."""
 
     def block_of(name):
-        cfg = lra.compose([f"model={name}", "task=listops", "backbone.depth=1", "backbone.width=512"])
+        cfg = lra.compose(
+            [f"model={name}", "task=listops", "backbone.depth=1", "backbone.width=512"]
+        )
         build = model_builder(cfg, build_task(cfg))
         block = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=jax.random.key(0)))).blocks[0]
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
@@ -161,7 +199,9 @@ def test_both_configurations_have_as_many_parameters_a_layer():
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models" / "transformer.md"
-COMMANDS = [shlex.split(line)[2:] for line in re.findall(r"^lra train .*$", PAGE.read_text(), flags=re.M)]
+COMMANDS = [
+    shlex.split(line)[2:] for line in re.findall(r"^lra train .*$", PAGE.read_text(), flags=re.M)
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[words[0] for words in COMMANDS])

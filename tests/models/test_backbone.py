@@ -66,7 +66,8 @@ def test_every_norm_gives_logits(option, position):
 
 @pytest.mark.parametrize(
     "option",
-    [{"glu": g} for g in ("full", "half1", "half2", "none")] + [{"mlp": m} for m in ("gelu", "relu", "swiglu")],
+    [{"glu": g} for g in ("full", "half1", "half2", "none")]
+    + [{"mlp": m} for m in ("gelu", "relu", "swiglu")],
 )
 def test_every_branch_changes_the_function(option):
     plain = backbone(glu="none", mlp="none")(IDS, LENGTHS)
@@ -82,7 +83,9 @@ def test_half_gates_are_those_of_s5():
         w, b = (np.asarray(v[...], np.float64) for v in (glu.linear.kernel, glu.linear.bias))
         y = np.asarray(jax.nn.gelu(x), np.float64)
         gate = 1 / (1 + np.exp(-(y @ w + b)))
-        np.testing.assert_allclose(glu(x, jax.nn.gelu), (y if kind == "half1" else np.asarray(x)) * gate, atol=1e-5)
+        np.testing.assert_allclose(
+            glu(x, jax.nn.gelu), (y if kind == "half1" else np.asarray(x)) * gate, atol=1e-5
+        )
 
 
 def test_pools_read_real_positions_only():
@@ -115,7 +118,9 @@ def test_sinusoids_are_vaswanis():
     for t in (0, 1, 49):
         for i in (0, 1, 2):
             angle = t / 10_000 ** (2 * i / 6)
-            np.testing.assert_allclose(table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-12)
+            np.testing.assert_allclose(
+                table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-12
+            )
     with pytest.raises(ValueError, match=r"even backbone\.width"):
         sinusoids(5, 3)
 
@@ -150,8 +155,16 @@ class Ones(Mean):
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_without_a_glu_the_mixers_output_is_dropped_once(activation):
     """Half of it stays, and is doubled; twice would keep a quarter."""
-    rest = {"norm_position": "pre", "norm_momentum": 0.9, "activation": activation, "mlp": "none", "mlp_ratio": 1}
-    block = Block(Ones(8, 1000, None), width=8, norm="none", glu="none", **rest, dropout=0.5, rngs=nnx.Rngs(0))
+    rest = {
+        "norm_position": "pre",
+        "norm_momentum": 0.9,
+        "activation": activation,
+        "mlp": "none",
+        "mlp_ratio": 1,
+    }
+    block = Block(
+        Ones(8, 1000, None), width=8, norm="none", glu="none", **rest, dropout=0.5, rngs=nnx.Rngs(0)
+    )
     x = jnp.zeros((2, 1000, 8))
     y = block(x, jnp.ones((2, 1000), bool), train=True, rngs=nnx.Rngs(dropout=0))
     assert set(np.unique(y)) == {0.0, 2.0}
@@ -179,10 +192,16 @@ def test_the_mlp_head_has_one_hidden_layer_with_relu(num_targets):
 
 def test_pair_goes_through_one_encoder():
     model = backbone(num_pairs=2)
-    pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1)
+    pairs, lengths = (
+        jnp.stack([IDS, IDS[::-1]], axis=1),
+        jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1),
+    )
     logits = model(pairs, lengths)
     assert logits.shape == (3, 5)
-    u, v = (np.asarray(model.features(pairs[:, i], lengths[:, i], train=False, rngs=None), np.float64) for i in (0, 1))
+    u, v = (
+        np.asarray(model.features(pairs[:, i], lengths[:, i], train=False, rngs=None), np.float64)
+        for i in (0, 1)
+    )
     h = np.concatenate([u, v, u - v, u * v], axis=-1) @ np.asarray(model.head.hidden.kernel[...])
     out = np.asarray(jax.nn.gelu(h)) @ np.asarray(model.head.output.kernel[...])
     np.testing.assert_allclose(logits, out, atol=1e-5)
@@ -190,7 +209,10 @@ def test_pair_goes_through_one_encoder():
 
 def test_head_of_a_pair_sees_what_the_option_says():
     """`concat` is the LRA paper's [u, v]: another function and fewer weights."""
-    pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1)
+    pairs, lengths = (
+        jnp.stack([IDS, IDS[::-1]], axis=1),
+        jnp.stack([LENGTHS, LENGTHS[::-1]], axis=1),
+    )
     model = backbone(num_pairs=2, pair_head="concat")
     logits = model(pairs, lengths)
     u, v = (model.features(pairs[:, i], lengths[:, i], train=False, rngs=None) for i in (0, 1))

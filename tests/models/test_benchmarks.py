@@ -19,17 +19,19 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.what)
 def test_published_order_gives_the_same_values_and_gradients(case):
     def with_gradients(function):
-        y, pull = jax.vjp(lambda *x: function(*x, *case.fixed), *case.learned)
+        y, pull = jax.vjp(lambda *x: function(*x, *case.constants), *case.learned)
         return y, pull(jnp.ones_like(y))
 
-    ours, published = (jax.jit(with_gradients, static_argnums=0)(f) for f in (case.ours, case.published))
+    ours, published = (
+        jax.jit(with_gradients, static_argnums=0)(f) for f in (case.ours, case.published)
+    )
     for found, expected in zip(*map(jax.tree.leaves, (ours, published)), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_path_x_case_is_a_whole_classifier():
     case = path_x_case(batch=2, length=32, width=4, depth=2)
-    logits, pull = jax.vjp(lambda *x: case.ours(*x, *case.fixed), *case.learned)
+    logits, pull = jax.vjp(lambda *x: case.ours(*x, *case.constants), *case.learned)
     assert logits.shape == (2, 2)
     grads = jax.tree.leaves(pull(jnp.asarray([[1.0, -1.0], [-1.0, 1.0]]))[0])
     assert all(np.isfinite(g).all() for g in grads)

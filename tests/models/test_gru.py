@@ -5,18 +5,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loops import check_in_float64
+from float64_checks import check_in_float64
 
 from models.gru import GRU
 
-PARAMETERS = ("input_kernel", "input_bias", "recurrent_kernel", "candidate_bias", "output_kernel", "output_bias")
+PARAMETERS = (
+    "input_kernel",
+    "input_bias",
+    "recurrent_kernel",
+    "candidate_bias",
+    "output_kernel",
+    "output_bias",
+)
 
 
 def gru(width=4, state_size=3, bidirectional=False):
-    mixer = GRU(width, 0, state_size=state_size, bidirectional=bidirectional, rngs=nnx.Rngs(params=jax.random.key(0)))
+    mixer = GRU(
+        width,
+        0,
+        state_size=state_size,
+        bidirectional=bidirectional,
+        rngs=nnx.Rngs(params=jax.random.key(0)),
+    )
     for name in PARAMETERS:  # off the start, where the biases are 0
         parameter = getattr(mixer, name)
-        parameter[...] = parameter[...] + 0.3 * jax.random.normal(jax.random.key(len(name)), parameter.shape)
+        parameter[...] = parameter[...] + 0.3 * jax.random.normal(
+            jax.random.key(len(name)), parameter.shape
+        )
     return mixer
 
 
@@ -56,12 +71,16 @@ def by_loop(p, u, lengths):
 def test_values_and_gradients_equal_a_loop(bidirectional):
     lengths = (9, 6)
     real = np.arange(9)[None] < np.array(lengths)[:, None]
-    check_in_float64(gru(bidirectional=bidirectional), inputs(), real, lambda p, u: by_loop(p, u, lengths))
+    check_in_float64(
+        gru(bidirectional=bidirectional), inputs(), real, lambda p, u: by_loop(p, u, lengths)
+    )
 
 
 def test_recurrent_matrices_start_orthogonal_and_differ():
     mixer = GRU(4, 0, state_size=6, bidirectional=True, rngs=nnx.Rngs(params=jax.random.key(0)))
-    squares = [u for k in range(2) for u in np.split(np.asarray(mixer.recurrent_kernel[k]), 3, axis=1)]
+    squares = [
+        u for k in range(2) for u in np.split(np.asarray(mixer.recurrent_kernel[k]), 3, axis=1)
+    ]
     for square in squares:
         np.testing.assert_allclose(square @ square.T, np.eye(6), atol=1e-6)
     assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(squares) for b in squares[:i])
@@ -117,7 +136,12 @@ def test_parameter_count(directions):
     width, size = 5, 7
     mixer = gru(width, size, bidirectional=directions == 2)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
-    assert count == directions * (3 * (width * size + size**2 + size) + size) + directions * size * width + width
+    assert (
+        count
+        == directions * (3 * (width * size + size**2 + size) + size)
+        + directions * size * width
+        + width
+    )
 
 
 def test_bad_values_name_their_key():

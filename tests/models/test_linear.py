@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    check_16_bits,
+    check_against_loop,
+    check_padding_and_future,
+    check_streaming,
+    inputs,
+    turned,
+)
 from flax import nnx
-from heads import check_16_bits, check_against_loop, check_padding_and_future, check_streaming, inputs, turned
 
 from models.attention import Attention
 from models.linear import LinearAttention
@@ -62,7 +69,9 @@ def test_16_bits(causal):
     check_16_bits(linear(causal=causal, positions="rotary"))
     heads = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
     assert {x.dtype for x in linear().features(heads, heads)} == {jnp.dtype("float32")}
-    state, _ = linear(causal=True).step(linear(causal=True).init_state(2), jnp.ones((2, 8), jnp.bfloat16))
+    state, _ = linear(causal=True).step(
+        linear(causal=True).init_state(2), jnp.ones((2, 8), jnp.bfloat16)
+    )
     assert state.values.dtype == state.keys.dtype == jnp.float32
 
 

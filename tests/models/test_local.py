@@ -4,15 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    check_16_bits,
+    check_against_loop,
+    check_padding_and_future,
+    inputs,
+    mask_of,
+    turned,
+)
 from flax import nnx
-from heads import check_16_bits, check_against_loop, check_padding_and_future, inputs, mask_of, turned
 
 from models.attention import Attention
 from models.local import LocalAttention
 
 
 def local(seq_len=11, **options):
-    defaults = {"num_heads": 2, "block_size": 4, "neighbours": 0, "positions": "none", "causal": False}
+    defaults = {
+        "num_heads": 2,
+        "block_size": 4,
+        "neighbours": 0,
+        "positions": "none",
+        "causal": False,
+    }
     return LocalAttention(8, seq_len, **defaults | options, rngs=nnx.Rngs(0))
 
 
@@ -39,7 +52,10 @@ def test_local_attention_equals_a_loop(block_size, neighbours, positions, causal
         weight = np.exp(q @ k / 2)
         return weight, weight
 
-    check_against_loop(local(block_size=block_size, neighbours=neighbours, causal=causal, positions=positions), weigh)
+    check_against_loop(
+        local(block_size=block_size, neighbours=neighbours, causal=causal, positions=positions),
+        weigh,
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -68,7 +84,9 @@ def test_padding_and_the_future_change_nothing(neighbours, causal):
 
 def test_a_block_that_is_all_padding_gives_finite_gradients():
     mask = mask_of((11, 2), 11)
-    grad = jax.grad(lambda x: jnp.square(local()(x, mask)).sum())(jnp.asarray(inputs(), jnp.float32))
+    grad = jax.grad(lambda x: jnp.square(local()(x, mask)).sum())(
+        jnp.asarray(inputs(), jnp.float32)
+    )
     assert np.isfinite(grad).all()
 
 
@@ -84,7 +102,11 @@ def test_memory_grows_with_the_block_and_not_with_the_length():
     mask = jnp.ones((1, length), bool)
     step = jax.jit(jax.grad(lambda x: (mixer(x, mask) ** 2).sum()))
     weights = length * 64 * 2 * 4  # L C of both heads
-    assert step.lower(x).compile().memory_analysis().temp_size_in_bytes < 8 * weights < length**2 * 4 / 4
+    assert (
+        step.lower(x).compile().memory_analysis().temp_size_in_bytes
+        < 8 * weights
+        < length**2 * 4 / 4
+    )
 
 
 @pytest.mark.parametrize(

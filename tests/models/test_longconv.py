@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loops import check_in_float64
+from float64_checks import check_in_float64
 
 from models.longconv import LongConv
 
@@ -80,7 +80,9 @@ def test_values_and_gradients_equal_a_loop(options):
     start = kernel_by_loop(np.asarray(mixer.w[...]), options)
     np.testing.assert_allclose(mixer.z[...], np.linalg.norm(start, axis=-1), rtol=1e-6)
     z = np.asarray(mixer.z[...], np.float64)
-    mixer.w[...] = mixer.w[...] + 0.5 * jax.random.normal(jax.random.key(1), mixer.w.shape)  # Z stays the start's
+    mixer.w[...] = mixer.w[...] + 0.5 * jax.random.normal(
+        jax.random.key(1), mixer.w.shape
+    )  # Z stays the start's
     real = np.arange(13)[None] < np.array([[13], [9]])
     check_in_float64(mixer, inputs(length=13), real, lambda p, u: by_loop(p, u, real, z, options))
 
@@ -99,7 +101,9 @@ def test_values_and_gradients_equal_a_loop(options):
 )
 def test_as_many_scales_as_reach_the_input(length, kernel_dim, init_scale, scales):
     """1 + ceil(log2(L / d)) - init_scale, as the published code counts them on LRA."""
-    shape = nnx.eval_shape(lambda: longconv(2, length, kernel_dim=kernel_dim, init_scale=init_scale))
+    shape = nnx.eval_shape(
+        lambda: longconv(2, length, kernel_dim=kernel_dim, init_scale=init_scale)
+    )
     assert shape.w.shape == (scales, 1, 2, kernel_dim)
     total = kernel_dim * 2 ** (init_scale + scales - 1)
     assert length <= total < 2 * length or scales == 1
@@ -116,12 +120,16 @@ def test_kernels_start_with_norm_one_and_halve_from_scale_to_scale():
     mixer = longconv(width=64, length=64, kernel_dim=8, interpolation="nearest")
     kernel = np.asarray(mixer.kernels(64)[0])
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=-1), 1, rtol=1e-6)
-    spread = np.array([np.sqrt((kernel[:, a:b] ** 2).mean()) for a, b in ((0, 8), (8, 16), (16, 32), (32, 64))])
+    spread = np.array(
+        [np.sqrt((kernel[:, a:b] ** 2).mean()) for a, b in ((0, 8), (8, 16), (16, 32), (32, 64))]
+    )
     np.testing.assert_allclose(spread[1:] / spread[:-1], 0.5, atol=0.06)
 
 
 def test_rates_differ_between_channels():
-    mixer = longconv(width=3, length=16, kernel_dim=4, decay_min=1, decay_max=3, interpolation="nearest")
+    mixer = longconv(
+        width=3, length=16, kernel_dim=4, decay_min=1, decay_max=3, interpolation="nearest"
+    )
     mixer.w[...] = jnp.ones_like(mixer.w[...])
     kernel = np.asarray(mixer.unscaled_kernel()[0])
     np.testing.assert_allclose(kernel[:, -1], [1, 1 / 4, 1 / 9], rtol=1e-6)

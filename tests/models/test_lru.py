@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loops import check_in_float64
+from float64_checks import check_in_float64
 
 import lra
-from lra.config import build_task, model_builder
-from lra.optim import assign
+from lra.config.build import build_task, model_builder
+from lra.training.optimizer import assign_groups
 from models.lru import LRU
 
 PAGE = Path(__file__).parents[2] / "docs" / "models" / "lru.md"
@@ -145,8 +145,12 @@ def test_all_parametrizations_start_at_the_same_eigenvalues():
 
 def test_without_a_ring_eigenvalues_fill_the_disk_as_a_glorot_matrix_does():
     """Both laws have the mean of |lam|^2 at 1/2 and a quarter of all states within half the radius."""
-    drawn = np.concatenate([lru(s, state_size=300, r_min=0, r_max=1).eigenvalues() for s in range(5)])
-    dense = np.concatenate([np.linalg.eigvals(lru(s, **DENSE, state_size=300).a[...]) for s in range(5)])
+    drawn = np.concatenate(
+        [lru(s, state_size=300, r_min=0, r_max=1).eigenvalues() for s in range(5)]
+    )
+    dense = np.concatenate(
+        [np.linalg.eigvals(lru(s, **DENSE, state_size=300).a[...]) for s in range(5)]
+    )
     for lam in (drawn, dense):
         assert np.mean(np.abs(lam) ** 2) == pytest.approx(0.5, abs=0.02)
         assert np.mean(np.abs(lam) < 0.5) == pytest.approx(0.25, abs=0.03)
@@ -166,7 +170,9 @@ def test_the_page_has_all_rungs():
     ]
 
 
-@pytest.mark.parametrize(("rung", "variant"), [*zip(RUNGS, ("relu", "tanh", *list(VARIANTS)[2:6]), strict=False)])
+@pytest.mark.parametrize(
+    ("rung", "variant"), [*zip(RUNGS, ("relu", "tanh", *list(VARIANTS)[2:6]), strict=False)]
+)
 def test_a_rung_of_the_page_is_the_variant_held_to_a_loop(rung, variant):
     model = lra.compose(RUNGS[rung]).model
     wanted = OPTIONS | VARIANTS[variant]
@@ -178,10 +184,18 @@ def test_a_rung_of_the_page_is_the_variant_held_to_a_loop(rung, variant):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_rung_composes_and_trains_every_parameter(rung):
-    small = ["task=listops_short", "task.max_length=30", "backbone.depth=1", "backbone.width=16", "model.state_size=8"]
+    small = [
+        "task=listops_short",
+        "task.max_length=30",
+        "backbone.depth=1",
+        "backbone.width=16",
+        "model.state_size=8",
+    ]
     cfg = lra.compose([word for word in RUNGS[rung] if not word.startswith("task=")] + small)
     task = build_task(cfg)
-    graph, params, rest = nnx.split(model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0))), nnx.Param, ...)
+    graph, params, rest = nnx.split(
+        model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0))), nnx.Param, ...
+    )
     ids = jax.random.randint(jax.random.key(1), (3, task.seq_len), 1, len(task.vocab))
 
     @jax.jit
@@ -197,18 +211,24 @@ def test_a_rung_composes_and_trains_every_parameter(rung):
         assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)
     recurrent = {
         name.split("/")[-1]
-        for group in assign(cfg.optim, params)[0]
+        for group in assign_groups(cfg.optim, params)[0]
         if group.name == "recurrent"
         for name in group.paths
     }
-    mixer = {path[0] for path, _ in nnx.to_flat_state(nnx.state(nnx.merge(graph, params, rest).blocks[0].mixer))}
+    mixer = {
+        path[0]
+        for path, _ in nnx.to_flat_state(nnx.state(nnx.merge(graph, params, rest).blocks[0].mixer))
+    }
     assert recurrent == mixer - {"c", "c_re", "c_im", "d"}  # the paper: A, B and gamma
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parametrization": "polar"}, r"model\.parametrization=polar is unknown; choose one of dense"),
+        (
+            {"parametrization": "polar"},
+            r"model\.parametrization=polar is unknown; choose one of dense",
+        ),
         ({"phase": "square"}, r"model\.phase=square is unknown"),
         (DENSE | {"activation": "gelu"}, r"model\.activation=gelu is unknown"),
         ({"activation": "tanh"}, r"model\.activation=tanh is for model\.parametrization=dense"),

@@ -10,7 +10,14 @@ from models.backbone import Backbone
 from models.mamba import Mamba
 from models.ops import selective_scan as op
 
-OPTIONS = {"state_size": 3, "expand": 2, "conv_size": 4, "dt_rank": None, "dt_min": 0.001, "dt_max": 0.1}
+OPTIONS = {
+    "state_size": 3,
+    "expand": 2,
+    "conv_size": 4,
+    "dt_rank": None,
+    "dt_min": 0.001,
+    "dt_max": 0.1,
+}
 WIDTH = 5
 
 
@@ -54,7 +61,9 @@ def mamba_by_loop(p, u):
     return jnp.moveaxis(jax.lax.scan(step, start, jnp.moveaxis(u, 1, 0))[1], 0, 1)
 
 
-@pytest.mark.parametrize(("length", "options"), [(1, {}), (37, {}), (20, {"conv_size": 1, "dt_rank": 2, "expand": 1})])
+@pytest.mark.parametrize(
+    ("length", "options"), [(1, {}), (37, {}), (20, {"conv_size": 1, "dt_rank": 2, "expand": 1})]
+)
 def test_block_equals_a_loop_in_values_and_gradients(length, options):
     with jax.enable_x64(True):
         graph, params = split(mamba(**options), "float64")
@@ -77,7 +86,9 @@ def test_block_equals_a_loop_in_values_and_gradients(length, options):
         for path, expected in jax.tree_util.tree_leaves_with_path(expected_grads):
             found = dict(jax.tree_util.tree_leaves_with_path(grads))[path]
             assert np.abs(expected).max() > 0 or length == 1, jax.tree_util.keystr(path)
-            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11, err_msg=jax.tree_util.keystr(path))
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-9, atol=1e-11, err_msg=jax.tree_util.keystr(path)
+            )
 
 
 def test_scan_over_chunks_takes_the_state_along():
@@ -106,7 +117,9 @@ def test_both_forms_of_the_recurrence_equal_a_loop(by, reverse):
         h = decay[t] * h + drive[t]
         states.append(h)
     found = by(jnp.asarray(decay, jnp.float32), jnp.asarray(drive, jnp.float32), reverse)
-    np.testing.assert_allclose(found, np.stack(states)[:: -1 if reverse else 1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found, np.stack(states)[:: -1 if reverse else 1], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -126,8 +139,14 @@ def test_gradient_of_the_recurrence_is_that_of_autodiff(reverse):
 def largest(jaxpr):
     """Numbers in the largest array that a program makes, in its loops too."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
-    inner = [sub for eqn in jaxpr.eqns for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)]
-    return max(sizes + [largest(getattr(sub, "jaxpr", sub)) for sub in inner if is_program(sub)], default=0)
+    inner = [
+        sub
+        for eqn in jaxpr.eqns
+        for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)
+    ]
+    return max(
+        sizes + [largest(getattr(sub, "jaxpr", sub)) for sub in inner if is_program(sub)], default=0
+    )
 
 
 def is_program(x):
@@ -138,13 +157,17 @@ def test_neither_pass_holds_the_states_of_the_whole_sequence():
     batch, length, channels, n = 2, 4096, 8, 16
     shapes = [(batch, length, channels)] * 2 + [(channels, n)] + [(batch, length, n)] * 2
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    program = jax.make_jaxpr(jax.grad(lambda *a: op.selective_scan(*a).sum(), argnums=(0, 1, 2, 3, 4)))(*args)
+    program = jax.make_jaxpr(
+        jax.grad(lambda *a: op.selective_scan(*a).sum(), argnums=(0, 1, 2, 3, 4))
+    )(*args)
     states = batch * length * channels * n
     chunk = batch * op.chunk_length(length, batch * channels * n) * channels * n
     assert chunk <= largest(program.jaxpr) < states / 4
 
 
-@pytest.mark.parametrize(("length", "states", "size"), [(1, 10, 1), (100, 10, 64), (9999, 10, 256), (9999, 2**30, 16)])
+@pytest.mark.parametrize(
+    ("length", "states", "size"), [(1, 10, 1), (100, 10, 64), (9999, 10, 256), (9999, 2**30, 16)]
+)
 def test_chunks_fit_the_room(length, states, size):
     assert op.chunk_length(length, states) == size
 
@@ -176,7 +199,9 @@ def test_bfloat16_inputs_give_bfloat16_outputs_near_float32():
 
 def test_starts_as_the_paper_says():
     mixer = mamba(width=200, state_size=4)
-    np.testing.assert_allclose(mixer.a(jnp.float32), np.tile([-1.0, -2, -3, -4], (400, 1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        mixer.a(jnp.float32), np.tile([-1.0, -2, -3, -4], (400, 1)), rtol=1e-6
+    )
     dt = np.log1p(np.exp(mixer.dt_bias[...]))
     assert 0.001 <= dt.min() < 0.0012
     assert 0.085 < dt.max() <= 0.1001
@@ -187,8 +212,21 @@ def test_starts_as_the_paper_says():
 
 def test_mamba_130m_has_its_published_size():
     """The released mamba-130m (24 layers of 768, the paper's smallest) has 129,135,360 parameters; its head is the embedding."""
-    around = {"norm": "rms", "norm_position": "pre", "norm_momentum": 0.9, "final_norm": True, "activation": "none"}
-    around |= {"glu": "none", "mlp": "none", "mlp_ratio": 4, "dropout": 0.0, "pool": "mean", "positions": "none"}
+    around = {
+        "norm": "rms",
+        "norm_position": "pre",
+        "norm_momentum": 0.9,
+        "final_norm": True,
+        "activation": "none",
+    }
+    around |= {
+        "glu": "none",
+        "mlp": "none",
+        "mlp_ratio": 4,
+        "dropout": 0.0,
+        "pool": "mean",
+        "positions": "none",
+    }
 
     def build():
         def mixer(**sizes):
@@ -198,7 +236,9 @@ def test_mamba_130m_has_its_published_size():
         return Backbone(mixer, **sizes, **around, rngs=nnx.Rngs(params=jax.random.key(0)))
 
     shapes = nnx.state(nnx.eval_shape(build), nnx.Param)
-    count = sum(x.size for x in jax.tree.leaves(shapes)) - sum(x.size for x in jax.tree.leaves(shapes["head"]))
+    count = sum(x.size for x in jax.tree.leaves(shapes)) - sum(
+        x.size for x in jax.tree.leaves(shapes["head"])
+    )
     assert count == 129_135_360
 
 

@@ -55,7 +55,9 @@ def average_by_loop(p, x):
             # the state before this step is what a scan from the end reads: it leaves out the present
             before = (1 - alpha[direction] * delta[direction]) * h
             h = before + alpha[direction] * p["beta"][direction] * row[:, None]
-            out.append(((h if direction == 0 else before) * p["eta"][direction]).sum(1) / jnp.sqrt(n))
+            out.append(
+                ((h if direction == 0 else before) * p["eta"][direction]).sum(1) / jnp.sqrt(n)
+            )
         return jnp.stack(out)
 
     y = one_way(0, x)
@@ -126,13 +128,16 @@ def test_block_equals_a_loop_in_values_and_gradients(attention, bidirectional, c
             return (y * weights).sum(), y
 
         (grads, y), (expected_grads, expected) = (
-            jax.grad(f, argnums=(0, 1, 2), has_aux=True)(params, x, residual) for f in (jax.jit(fast), slow)
+            jax.grad(f, argnums=(0, 1, 2), has_aux=True)(params, x, residual)
+            for f in (jax.jit(fast), slow)
         )
         np.testing.assert_allclose(y * mask[..., None], expected, rtol=1e-9, atol=1e-11)
         found = dict(jax.tree_util.tree_leaves_with_path(grads))
         for path, expected in jax.tree_util.tree_leaves_with_path(expected_grads):
             assert np.abs(expected).max() > 0, jax.tree_util.keystr(path)
-            np.testing.assert_allclose(found[path], expected, rtol=1e-8, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+            np.testing.assert_allclose(
+                found[path], expected, rtol=1e-8, atol=1e-10, err_msg=jax.tree_util.keystr(path)
+            )
 
 
 def test_gradients_are_finite_where_a_chunk_is_all_padding():
@@ -242,17 +247,28 @@ def test_kernel_is_the_sum_of_powers(length):
 def test_laplace_meets_squared_relu_in_value_and_slope():
     at = jnp.sqrt(0.5)
     assert float(laplace(at)) == pytest.approx(0.5, abs=1e-6)
-    assert float(jax.grad(laplace)(at)) == pytest.approx(float(jax.grad(lambda x: x**2)(at)), abs=1e-6)
+    assert float(jax.grad(laplace)(at)) == pytest.approx(
+        float(jax.grad(lambda x: x**2)(at)), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 4), (3, 1), (3, 5), (6, 2)])
 def test_toeplitz_matrix(rows, columns):
     diagonals = np.arange(rows + columns - 1.0)
     expected = [[diagonals[rows - 1 + j - i] for j in range(columns)] for i in range(rows)]
-    np.testing.assert_array_equal(toeplitz(jnp.asarray(diagonals, jnp.float32), rows, columns), expected)
+    np.testing.assert_array_equal(
+        toeplitz(jnp.asarray(diagonals, jnp.float32), rows, columns), expected
+    )
 
 
-AROUND = {"norm_momentum": 0.9, "activation": "none", "glu": "none", "mlp": "none", "mlp_ratio": 2, "dropout": 0.0}
+AROUND = {
+    "norm_momentum": 0.9,
+    "activation": "none",
+    "glu": "none",
+    "mlp": "none",
+    "mlp_ratio": 2,
+    "dropout": 0.0,
+}
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
@@ -260,7 +276,14 @@ def test_block_mixes_with_the_stream_and_not_with_its_normalised_copy(norm_posit
     """Equation (14): Y = phi H + (1 - phi) X, where H alone sees the norm of a pre-norm block."""
     graph, params = moved(mega())
     mixer = nnx.merge(graph, params)
-    block = Block(mixer, width=WIDTH, norm="layer", norm_position=norm_position, **AROUND, rngs=nnx.Rngs(params=0))
+    block = Block(
+        mixer,
+        width=WIDTH,
+        norm="layer",
+        norm_position=norm_position,
+        **AROUND,
+        rngs=nnx.Rngs(params=0),
+    )
     x, mask = inputs()
     x = 3 * x + 1
     normed = block.norm(x, mask, train=False)
@@ -276,13 +299,22 @@ def test_block_mixes_with_the_stream_and_not_with_its_normalised_copy(norm_posit
 @pytest.mark.parametrize("option", [{"activation": "gelu"}, {"glu": "full"}])
 def test_a_second_gate_around_the_block_is_refused(option):
     with pytest.raises(ValueError, match=r"backbone\.activation=.*backbone\.glu="):
-        Block(mega(), width=WIDTH, norm="none", norm_position="pre", **AROUND | option, rngs=nnx.Rngs(params=0))
+        Block(
+            mega(),
+            width=WIDTH,
+            norm="none",
+            norm_position="pre",
+            **AROUND | option,
+            rngs=nnx.Rngs(params=0),
+        )
 
 
 def test_dropout_acts_in_training_alone():
     graph, params = moved(mega(dropout=0.5))
     mixer, (x, mask) = nnx.merge(graph, params), inputs()
-    first, again, other = (mixer(x, mask, train=True, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        mixer(x, mask, train=True, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
     still = nnx.merge(moved(mega())[0], params)
@@ -292,9 +324,15 @@ def test_dropout_acts_in_training_alone():
 def published_size(depth, d, v, z, n, chunk, classes, two_layer_head):
     """Parameters of facebookresearch/mega's model with batch norm on values, tensor by tensor."""
     average = 4 * (2 * d * n) + d
-    attention = (d * v + v) + (d * (2 * d + z + v) + 2 * d + z + v) + (v * d + d) + 4 * z + 2 * chunk - 1
+    attention = (
+        (d * v + v) + (d * (2 * d + z + v) + 2 * d + z + v) + (v * d + d) + 4 * z + 2 * chunk - 1
+    )
     feed_forward = (d * v + v) + (v * d + d)
-    head = (d * 2 * d + 2 * d) + (2 * d * classes + classes) if two_layer_head else d * classes + classes
+    head = (
+        (d * 2 * d + 2 * d) + (2 * d * classes + classes)
+        if two_layer_head
+        else d * classes + classes
+    )
     return depth * (average + attention + feed_forward + 2 * 2 * d) + 2 * d + 2 * d + head
 
 
@@ -305,21 +343,37 @@ def published_size(depth, d, v, z, n, chunk, classes, two_layer_head):
 def test_size_is_the_published_codes(depth, d, z, chunk, seq_len):
     """Image and Path-X of Long Range Arena; the large one for raw speech, which the paper counts as 476K."""
     options = OPTIONS | {"state_size": 16, "attention_size": z, "chunk_size": chunk}
-    around = AROUND | {"norm": "batch", "norm_position": "pre", "final_norm": True, "mlp": "silu", "pool": "mean"}
+    around = AROUND | {
+        "norm": "batch",
+        "norm_position": "pre",
+        "final_norm": True,
+        "mlp": "silu",
+        "pool": "mean",
+    }
 
     def build():
         def mixer(**sizes):
             return Mega(**sizes, **options)
 
-        sizes = {"num_classes": 10, "seq_len": seq_len, "vocab_size": None, "depth": depth, "width": d}
-        return Backbone(mixer, **sizes, **around, positions="none", rngs=nnx.Rngs(params=jax.random.key(0)))
+        sizes = {
+            "num_classes": 10,
+            "seq_len": seq_len,
+            "vocab_size": None,
+            "depth": depth,
+            "width": d,
+        }
+        return Backbone(
+            mixer, **sizes, **around, positions="none", rngs=nnx.Rngs(params=jax.random.key(0))
+        )
 
     count = sum(x.size for x in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
     assert count == published_size(depth, d, 2 * d, z, 16, chunk, 10, two_layer_head=False)
 
 
 def test_large_speech_model_has_its_published_size():
-    assert published_size(6, 72, 144, 36, 16, 1000, 10, two_layer_head=True) == pytest.approx(476_000, rel=0.002)
+    assert published_size(6, 72, 144, 36, 16, 1000, 10, two_layer_head=True) == pytest.approx(
+        476_000, rel=0.002
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ def rngs():
 
 
 def lru(width=3, state_size=4, **options):
-    defaults = {"r_min": 0.5, "r_max": 0.9, "max_phase": 6.28, "gamma_norm": True, "bidirectional": False}
+    defaults = {
+        "r_min": 0.5,
+        "r_max": 0.9,
+        "max_phase": 6.28,
+        "gamma_norm": True,
+        "bidirectional": False,
+    }
     defaults |= {"parametrization": "stable_exp", "phase": "log", "activation": "none"}
     return LRU(width, 0, state_size=state_size, **defaults | options, rngs=rngs())
 
@@ -119,9 +125,13 @@ def test_attention_equals_a_loop(causal):
 
 def test_rotation_keeps_length_and_makes_products_depend_on_distance():
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(np.broadcast_to(rng.normal(size=8), (1, 20, 1, 8)), jnp.float32) for _ in "qk")
+    q, k = (
+        jnp.asarray(np.broadcast_to(rng.normal(size=8), (1, 20, 1, 8)), jnp.float32) for _ in "qk"
+    )
     turned_q, turned_k = rotate(q)[0, :, 0], rotate(k)[0, :, 0]
-    np.testing.assert_allclose(np.linalg.norm(turned_q, axis=-1), np.linalg.norm(q[0, 0, 0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(turned_q, axis=-1), np.linalg.norm(q[0, 0, 0]), rtol=1e-5
+    )
     np.testing.assert_allclose(turned_q[3] @ turned_k[1], turned_q[12] @ turned_k[10], rtol=1e-4)
     assert abs(float(turned_q[3] @ turned_k[1] - turned_q[3] @ turned_k[2])) > 1e-2
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from heads import (
+from attention_checks import (
     check_16_bits,
     check_against_loop,
     check_padding_and_future,
@@ -14,6 +13,7 @@ from heads import (
     mask_of,
     turned,
 )
+from flax import nnx
 
 from models.attention import Attention
 from models.ops import linear_attention
@@ -24,7 +24,13 @@ KINDS = [{}, {"kernel": "relu"}, LIKE_LRA]
 
 
 def performer(seed=0, **options):
-    defaults = {"num_heads": 2, "num_features": 10, "kernel": "softmax", "positions": "none", "causal": False}
+    defaults = {
+        "num_heads": 2,
+        "num_features": 10,
+        "kernel": "softmax",
+        "positions": "none",
+        "causal": False,
+    }
     return Performer(8, 11, **defaults | options, rngs=nnx.Rngs(seed))
 
 
@@ -60,7 +66,14 @@ def test_many_features_are_softmax_attention(causal, positions):
     """With the same projections; the error falls as 1 / sqrt(M), by 8 here, once M tells the kernel's tails."""
     options = {"positions": positions, "causal": causal}
     softmax = Attention(
-        8, 11, num_heads=2, max_len=None, qkv_width=None, attention_dropout=0.0, **options, rngs=nnx.Rngs(0)
+        8,
+        11,
+        num_heads=2,
+        max_len=None,
+        qkv_width=None,
+        attention_dropout=0.0,
+        **options,
+        rngs=nnx.Rngs(0),
     )
     x, mask = jnp.asarray(0.5 * inputs(), jnp.float32), mask_of((11, 6), 11)
 
@@ -114,14 +127,26 @@ def test_memory_over_all_positions_does_not_grow_with_the_features():
     """Forward and backward of 256 features a head; once, all queries' features alone would be 67 MB."""
     graph, params, rest = nnx.split(
         Performer(
-            64, 0, num_heads=4, num_features=256, kernel="softmax", positions="none", causal=False, rngs=nnx.Rngs(0)
+            64,
+            0,
+            num_heads=4,
+            num_features=256,
+            kernel="softmax",
+            positions="none",
+            causal=False,
+            rngs=nnx.Rngs(0),
         ),
         nnx.Param,
         ...,
     )
     x, mask = jax.ShapeDtypeStruct((4, 4096, 64), jnp.float32), jnp.ones((4, 4096), bool)
-    step = jax.jit(jax.grad(lambda params, x: jnp.square(nnx.merge(graph, params, rest)(x, mask)).sum()))
-    assert step.lower(params, x).compile().memory_analysis().temp_size_in_bytes < 4 * 4096 * 4 * 256 * 4
+    step = jax.jit(
+        jax.grad(lambda params, x: jnp.square(nnx.merge(graph, params, rest)(x, mask)).sum())
+    )
+    assert (
+        step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        < 4 * 4096 * 4 * 256 * 4
+    )
 
 
 def test_streaming_is_refused_where_the_model_looks_ahead():

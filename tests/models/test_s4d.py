@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loops import check_in_float64
+from float64_checks import check_in_float64
 
 from models.backbone import Backbone
 from models.ops.state_space import hippo_normal
@@ -70,7 +70,9 @@ def test_values_and_gradients_equal_a_loop(options):
     mixer = s4d(**options)
     for name in PARAMETERS:  # off the start, where b_im is 0 and all channels are alike
         parameter = getattr(mixer, name)
-        parameter[...] = parameter[...] + 0.1 * jax.random.normal(jax.random.key(len(name)), parameter.shape)
+        parameter[...] = parameter[...] + 0.1 * jax.random.normal(
+            jax.random.key(len(name)), parameter.shape
+        )
     real = np.arange(9)[None] < np.array([[9], [6]])
     settings = {"rule": mixer.discretization, "both": mixer.bidirectional}
     check_in_float64(mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings))
@@ -83,13 +85,17 @@ def test_the_three_starts():
         assert mixer.a_imag.shape == (4, 8)
         np.testing.assert_allclose(-np.exp(mixer.log_a_real[...]), -0.5, rtol=1e-6)
     np.testing.assert_allclose(lin.a_imag[0], [np.pi * n for n in range(8)], rtol=1e-6)
-    np.testing.assert_allclose(inv.a_imag[0], [16 / np.pi * (16 / (2 * n + 1) - 1) for n in range(8)], rtol=1e-6)
+    np.testing.assert_allclose(
+        inv.a_imag[0], [16 / np.pi * (16 / (2 * n + 1) - 1) for n in range(8)], rtol=1e-6
+    )
     np.testing.assert_allclose(legs.a_imag[3], -hippo_normal(16)[0].imag[:8], rtol=1e-6)
     np.testing.assert_array_equal(lin.b_re[...], 1)
     # with the phases that C makes random, the pairs add up to HiPPO's own B
     vectors, root = hippo_normal(16)[1], np.sqrt(2 * np.arange(16) + 1)
     phases = np.exp(1j * np.angle(vectors.conj().T @ root))
-    np.testing.assert_allclose(2 * (vectors[:, :8] @ (legs.b_re[0] * phases[:8])).real, root, rtol=1e-5)
+    np.testing.assert_allclose(
+        2 * (vectors[:, :8] @ (legs.b_re[0] * phases[:8])).real, root, rtol=1e-5
+    )
     assert np.exp(lin.log_step[...]).min() >= 0.001
     assert np.exp(lin.log_step[...]).max() <= 0.1
 
@@ -120,7 +126,9 @@ def test_bidirectional_starts_at_the_last_real_position():
     np.testing.assert_allclose(y[:, :7], mixer(u.at[0, 7:].add(1.0), mask)[:, :7], atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "legs", "discretization": "bilinear", "num_ssms": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "legs", "discretization": "bilinear", "num_ssms": 2}]
+)
 def test_streaming_equals_the_convolution(options):
     mixer, u = s4d(**options), inputs(length=300)
     state = mixer.init_state(2)
@@ -150,7 +158,9 @@ def test_size_of_the_published_speech_model():
 
     def build():
         return Backbone(
-            lambda **shape: S4D(**OPTIONS | {"state_size": 64, "num_ssms": 2, "bidirectional": True}, **shape),
+            lambda **shape: S4D(
+                **OPTIONS | {"state_size": 64, "num_ssms": 2, "bidirectional": True}, **shape
+            ),
             num_classes=35,
             seq_len=64,
             vocab_size=None,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loops import check_in_float64
+from float64_checks import check_in_float64
 from scipy.linalg import block_diag, expm
 
 from models.backbone import Backbone
@@ -40,7 +40,9 @@ def inputs(batch=2, length=17, width=3):
 def test_values_match_the_published_code(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     with jax.enable_x64(True):
-        lam_bar, b_bar, c, u = (jnp.asarray(golden[key]) for key in ("Lambda_bar", "B_bar", "C", "u"))
+        lam_bar, b_bar, c, u = (
+            jnp.asarray(golden[key]) for key in ("Lambda_bar", "B_bar", "C", "u")
+        )
         y = apply_ssm(
             lam_bar,
             b_bar.T,
@@ -156,7 +158,9 @@ def test_parameters_start_with_the_published_variances():
         assert np.mean(np.abs(c) ** 2) == pytest.approx(variance, rel=0.05)
     assert np.exp(mixer.log_step[...]).min() >= 0.001
     assert np.exp(mixer.log_step[...]).max() <= 0.1
-    np.testing.assert_allclose(mixer.lam_im[...], np.tile(hippo_normal(16)[0].imag[:8], 4), rtol=1e-6)
+    np.testing.assert_allclose(
+        mixer.lam_im[...], np.tile(hippo_normal(16)[0].imag[:8], 4), rtol=1e-6
+    )
 
 
 def test_causal_ignores_the_future_and_examples_do_not_meet():
@@ -201,7 +205,9 @@ def test_bfloat16_input_keeps_float32_states():
 def test_size_of_the_published_speech_model():
     """280K parameters: 6 layers of width 96, N 128, on 35 classes (bin/run_experiments/run_speech35.sh)."""
     count = num_parameters(
-        lambda **shape: S5(**OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}, **shape)
+        lambda **shape: S5(
+            **OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}, **shape
+        )
     )
     assert count == pytest.approx(280_000, rel=0.02)
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import lra
-from lra.config import build_task, model_builder
+from lra.config.build import build_task, model_builder
 from models.ops.filters import spectral_filters
 from models.ops.stu import stu
 from models.stu import STU
@@ -23,7 +23,10 @@ PAPER = {"k_u": 3, "k_y": None, "init_m_u": "zeros"}
 MODELS = {
     "stu": (STU, PAPER),
     "ar_stu": (STU, PAPER | {"k_y": 4, "k_u": 2}),
-    "stu_official": (STU, PAPER | {"k_y": 2, "negative_filters": False, "init_m_u": "truncated_normal"}),
+    "stu_official": (
+        STU,
+        PAPER | {"k_y": 2, "negative_filters": False, "init_m_u": "truncated_normal"},
+    ),
     "stu_alternative": (STU, PAPER | {"filters": "alternative", "negative_filters": False}),
     "stu_bidirectional": (STU, PAPER | {"bidirectional": True}),
     "ar_stu_bidirectional": (STU, PAPER | {"k_y": 2, "bidirectional": True}),
@@ -43,7 +46,9 @@ def mixer(name, width=WIDTH, seq_len=LENGTH, **options):
     made = make(width, seq_len, **COMMON | own | options, rngs=nnx.Rngs(params=jax.random.key(0)))
     rng = np.random.default_rng(0)
     graph, params, rest = nnx.split(made, nnx.Param, ...)
-    params = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype) / (3 * width), params)
+    params = jax.tree.map(
+        lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype) / (3 * width), params
+    )
     return nnx.merge(graph, params, rest)
 
 
@@ -125,7 +130,9 @@ def test_values_and_gradients_equal_a_loop(name):
         direction = rng.normal(size=leaf.shape)
 
         def moved(step, index=index, direction=direction):
-            shifted = tree.unflatten([x + step * direction if i == index else x for i, x in enumerate(leaves)])
+            shifted = tree.unflatten(
+                [x + step * direction if i == index else x for i, x in enumerate(leaves)]
+            )
             return np.sum((by_loop(name, *shifted, lengths) * cotangent)[real])
 
         slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
@@ -140,7 +147,9 @@ def test_official_model_equals_published_code(name):
     made = mixer("stu_official", width, length, num_filters=num, k_u=k_u, k_y=k_y)
     # Filters that are eigenvectors to the same matrix may have the other sign; there they are in ascending order.
     sign = np.sign((data["phi"][:, ::-1] * np.asarray(made.phi[...])).sum(0))
-    made.m_plus[...] = jnp.asarray(sign[:, None, None] * data["m_phi"].reshape(num, width, width)[::-1], jnp.float32)
+    made.m_plus[...] = jnp.asarray(
+        sign[:, None, None] * data["m_phi"].reshape(num, width, width)[::-1], jnp.float32
+    )
     made.m_u[...] = jnp.asarray(data["m_u"].transpose(2, 1, 0), jnp.float32)
     made.m_y[...] = jnp.asarray(data["m_y"].transpose(1, 2, 0), jnp.float32)
     u, mask = jnp.asarray(data["u"], jnp.float32), jnp.ones((batch, length), bool)
@@ -162,7 +171,9 @@ def test_matrices_start_as_in_the_paper_and_as_in_its_code():
 
 
 def test_tensorised_matrices_start_as_in_flash_stu():
-    made = TensorizedSTU(300, 100, **COMMON | {"num_filters": 24}, rngs=nnx.Rngs(params=jax.random.key(0)))
+    made = TensorizedSTU(
+        300, 100, **COMMON | {"num_filters": 24}, rngs=nnx.Rngs(params=jax.random.key(0))
+    )
     assert np.asarray(made.m_in[...]).std() == pytest.approx((2 / 600) ** 0.5, rel=0.02)
     assert np.asarray(made.m_filters[...]).std() == pytest.approx((2 / 324) ** 0.5, rel=0.03)
 
@@ -182,7 +193,9 @@ def test_streaming_equals_parallel(name, double, tolerance):
         def step(state, u_t):
             return nnx.merge(graph, variables).step(state, u_t)
 
-        streamed = jax.jit(lambda s, u: jax.lax.scan(step, s, u)[1])(made.init_state(2), jnp.swapaxes(u, 0, 1))
+        streamed = jax.jit(lambda s, u: jax.lax.scan(step, s, u)[1])(
+            made.init_state(2), jnp.swapaxes(u, 0, 1)
+        )
         streamed, parallel = jax.device_get((jnp.swapaxes(streamed, 0, 1), parallel))
     assert streamed.dtype == parallel.dtype == (np.float64 if double else np.float32)
     assert np.abs(streamed - parallel).max() < tolerance * np.abs(parallel).max()
@@ -191,7 +204,10 @@ def test_streaming_equals_parallel(name, double, tolerance):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_state_is_no_larger_for_long_sequences(name):
     def size(seq_len):
-        return sum(x.size for x in jax.tree.leaves(mixer(name, seq_len=seq_len, num_filters=24).init_state(2)))
+        return sum(
+            x.size
+            for x in jax.tree.leaves(mixer(name, seq_len=seq_len, num_filters=24).init_state(2))
+        )
 
     assert size(300) <= size(2048) <= 2 * WIDTH * (2 * (24 + 24) + 2 + 2 + 2)
 
@@ -204,9 +220,13 @@ def test_step_keeps_float32_states_and_the_dtype_of_its_input(name):
     with jax.numpy_dtype_promotion("strict"):
         new, y = made.step(state, u_t)
     assert y.dtype == jnp.bfloat16
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new))
-    np.testing.assert_allclose(np.asarray(y, np.float32), made.step(state, u_t.astype(jnp.float32))[1], atol=0.02)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), made.step(state, u_t.astype(jnp.float32))[1], atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -248,14 +268,18 @@ def test_bad_options_name_their_key(name, options, key):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_inputs_longer_than_the_filters_are_refused(name):
-    with pytest.raises(ValueError, match=rf"length {LENGTH} and the input {LENGTH + 1}.*task\.seq_len"):
+    with pytest.raises(
+        ValueError, match=rf"length {LENGTH} and the input {LENGTH + 1}.*task\.seq_len"
+    ):
         mixer(name)(jnp.zeros((1, LENGTH + 1, WIDTH)), jnp.ones((1, LENGTH + 1), bool))
 
 
 def test_official_model_has_the_parameters_of_the_published_code():
     """Its shapes at its size: embedding, six times [batch norm, m_y, m_u, m_phi, linear to 2 D], head."""
     cfg = lra.compose(["task=scifar", "model=stu_official", "backbone.width=256"])
-    made = nnx.eval_shape(lambda: model_builder(cfg, build_task(cfg))(rngs=nnx.Rngs(params=jax.random.key(0))))
+    made = nnx.eval_shape(
+        lambda: model_builder(cfg, build_task(cfg))(rngs=nnx.Rngs(params=jax.random.key(0)))
+    )
     d, k = 256, 24
     layer = 2 * d + d * 2 * d + d * d * 3 + k * d * d + (d * 2 * d + 2 * d)
     count = sum(x.size for x in jax.tree.leaves(nnx.state(made, nnx.Param)))
@@ -304,15 +328,27 @@ def test_theorem_3_1_on_the_papers_system():
     for num in (5, 10, 15, 20, 25):
         sigma, phi = spectral_filters(length, num)
         weighted = phi * sigma**0.25
-        both = np.concatenate([weighted, weighted * (-1.0) ** np.arange(length)[:, None]], axis=1)  # (L, 2K)
+        both = np.concatenate(
+            [weighted, weighted * (-1.0) ** np.arange(length)[:, None]], axis=1
+        )  # (L, 2K)
         spectra = (
-            np.fft.rfft(u, 2 * length, axis=1)[:, :, None] * np.fft.rfft(both, 2 * length, axis=0)[None, :, :, None]
+            np.fft.rfft(u, 2 * length, axis=1)[:, :, None]
+            * np.fft.rfft(both, 2 * length, axis=0)[None, :, :, None]
         )
-        filtered = np.fft.irfft(spectra, 2 * length, axis=1)[:, : length - 2].reshape(9, length - 2, -1)
+        filtered = np.fft.irfft(spectra, 2 * length, axis=1)[:, : length - 2].reshape(
+            9, length - 2, -1
+        )
         columns = [np.pad(u[:, : length - i], ((0, 0), (i, 0), (0, 0))) for i in range(3)]
         columns.append(np.pad(filtered, ((0, 0), (2, 0), (0, 0))))
-        x = np.concatenate(columns, axis=-1).reshape(9, length // 2, 2, -1).cumsum(axis=1).reshape(9, length, -1)
-        found = np.linalg.lstsq(x[:8].reshape(8 * length, -1), y[:8].reshape(8 * length, 3), rcond=1e-15)[0]
+        x = (
+            np.concatenate(columns, axis=-1)
+            .reshape(9, length // 2, 2, -1)
+            .cumsum(axis=1)
+            .reshape(9, length, -1)
+        )
+        found = np.linalg.lstsq(
+            x[:8].reshape(8 * length, -1), y[:8].reshape(8 * length, 3), rcond=1e-15
+        )[0]
         error[num] = np.sum((x[8] @ found - y[8]) ** 2) / energy
 
         m_u, m_plus, m_minus = np.split(found.reshape(-1, 3, 3), [3, 3 + num])

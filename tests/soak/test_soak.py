@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from tiny import TINY
 
-from lra import records
+from lra.runs import records
 
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).parents[2]
@@ -42,16 +42,21 @@ def test_a_hundred_runs_in_one_process_grow_neither_in_memory_nor_in_files(data_
     measured = [json.loads(line) for line in done.stderr.splitlines()]
     memory, files, threads = zip(*measured, strict=True)
     growth = max(memory[90:]) / memory[9] - 1
-    print(f"\nafter 10 runs {memory[9] / 2**20:.0f} MiB, {files[9]} files, {threads[9]} threads; ", end="")
-    print(f"after 100 {memory[-1] / 2**20:.0f} MiB, {files[-1]}, {threads[-1]}; growth {100 * growth:.1f} %")
-    assert len(measured) == len(records.load_records([tmp_path])) == 100
+    print(
+        f"\nafter 10 runs {memory[9] / 2**20:.0f} MiB, {files[9]} files, {threads[9]} threads; ",
+        end="",
+    )
+    print(
+        f"after 100 {memory[-1] / 2**20:.0f} MiB, {files[-1]}, {threads[-1]}; growth {100 * growth:.1f} %"
+    )
+    assert len(measured) == len(run_folder.load_records([tmp_path])) == 100
     assert growth <= 0.05
     assert files[-1] <= files[9]
 
 
 WRITE_MANY = """
 import sys
-from lra.records import RunFolder
+from lra.runs.records import RunFolder
 root, worker = sys.argv[1], int(sys.argv[2])
 for index in range(20):
     with RunFolder(f"{root}/{worker}-{index}") as folder:
@@ -68,13 +73,17 @@ def test_fifty_processes_write_through_the_record_layer_and_lose_nothing(tmp_pat
     writers = [subprocess.Popen([*command, str(worker)], env=environment) for worker in range(50)]
     while any(writer.poll() is None for writer in writers):
         assert (
-            len(records.load_records([tmp_path])) <= 1000
+            len(run_folder.load_records([tmp_path])) <= 1000
         )  # every record seen on the way is whole, or stderr would tell
     assert [writer.returncode for writer in writers] == [0] * 50
-    found = records.load_records([tmp_path])
-    assert {(r["config"]["worker"], r["seed"]) for r in found} == {(w, i) for w in range(50) for i in range(20)}
+    found = run_folder.load_records([tmp_path])
+    assert {(r["config"]["worker"], r["seed"]) for r in found} == {
+        (w, i) for w in range(50) for i in range(20)
+    }
     assert len(found) == 1000
     assert {(r["status"], r["step"]) for r in found} == {("finished", 19)}
-    assert all([row["step"] for row in records.read_metrics(r["path"])] == list(range(20)) for r in found)
+    assert all(
+        [row["step"] for row in records.read_metrics(r["path"])] == list(range(20)) for r in found
+    )
     assert capsys.readouterr().err == ""
     print(f"{len(found)} records, {sum(len(records.read_metrics(r['path'])) for r in found)} lines")

@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_pictures import cifar, write_batch
 
-from lra.data.store import prepare, settings_key, verify
-from lra.data.tfrecord import masked_crc32c
+from lra.data.store import prepare, settings_key
+from lra.data.verify import verify
 from lra.errors import ConfigError, DataError
-from lra.tasks import SPLITS, pictures, shuffled
+from lra.sources.tfds_reader import masked_crc32c
+from lra.tasks import pictures
+from lra.tasks.base import SPLITS, shuffled
 from lra.tasks.image import Cifar10, grey_as_pillow, grey_as_tensorflow
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,9 @@ PROTOCOLS = {
 
 def make_task(config="image", protocol="strict", data_root="unused", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")} | changes
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    } | changes
     return Cifar10(protocol=PROTOCOLS[protocol], data_root=data_root, **arguments)
 
 
@@ -47,7 +51,9 @@ def written(tmp_path):
 
 def read(task, split):
     examples = list(task.examples(split))
-    return np.stack([example.inputs for example in examples]), np.array([example.label for example in examples])
+    return np.stack([example.inputs for example in examples]), np.array(
+        [example.label for example in examples]
+    )
 
 
 # --- Grey ----------------------------------------------------------------------------------------------------------
@@ -55,9 +61,12 @@ def read(task, split):
 
 def random_colours():
     corners = np.array(
-        [[r, g, b] for r in (0, 1, 254, 255) for g in (0, 1, 254, 255) for b in (0, 1, 254, 255)], np.uint8
+        [[r, g, b] for r in (0, 1, 254, 255) for g in (0, 1, 254, 255) for b in (0, 1, 254, 255)],
+        np.uint8,
     )
-    return np.concatenate([corners, np.random.default_rng(0).integers(0, 256, (100_000, 3), np.uint8)])
+    return np.concatenate(
+        [corners, np.random.default_rng(0).integers(0, 256, (100_000, 3), np.uint8)]
+    )
 
 
 def test_grey_equals_pillow():
@@ -70,7 +79,9 @@ def test_grey_equals_tensorflows_formula():
     """Scaled to 1, weighted, scaled by 255.5, rounded down; no value lies within float64's error of a whole number."""
     colours = random_colours()
     weighted = colours / 255 @ np.array([0.2989, 0.5870, 0.1140])
-    np.testing.assert_array_equal(grey_as_tensorflow(colours[None])[0], np.floor(weighted * 255.5).astype(np.uint8))
+    np.testing.assert_array_equal(
+        grey_as_tensorflow(colours[None])[0], np.floor(weighted * 255.5).astype(np.uint8)
+    )
 
 
 def test_the_two_greys_differ_by_one_in_a_quarter_of_all_colours():
@@ -83,7 +94,9 @@ def test_the_two_greys_differ_by_one_in_a_quarter_of_all_colours():
 # --- Splits --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("protocol", "convert"), [("lra2020", grey_as_tensorflow), ("strict", grey_as_pillow)])
+@pytest.mark.parametrize(
+    ("protocol", "convert"), [("lra2020", grey_as_tensorflow), ("strict", grey_as_pillow)]
+)
 def test_test_split_is_the_test_file_in_the_protocols_grey(tmp_path, written, protocol, convert):
     inputs, labels = read(make_task("image", protocol, tmp_path), "test")
     rgb, expected = written["test"]
@@ -114,7 +127,9 @@ def test_other_protocols_validate_on_a_seeded_tenth_in_the_order_of_the_files(tm
         inputs, found = read(make_task("scifar", "strict", tmp_path, data_seed=7), split)
         np.testing.assert_array_equal(inputs, rgb[rows])
         np.testing.assert_array_equal(found, labels[rows])
-    assert not np.array_equal(read(make_task("scifar", "strict", tmp_path, data_seed=8), "val")[0], inputs)
+    assert not np.array_equal(
+        read(make_task("scifar", "strict", tmp_path, data_seed=8), "val")[0], inputs
+    )
 
 
 def test_published_counts_come_out_of_the_published_files():
@@ -161,14 +176,20 @@ def test_grey_is_ids_under_lra2020_and_standardised_values_else():
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_colours_are_standardised_one_by_one(protocol):
     task = make_task("scifar", protocol)
-    assert (task.num_tokens, task.num_features, task.seq_len, task.picture_shape) == (None, 3, 1024, (32, 32))
+    assert (task.num_tokens, task.num_features, task.seq_len, task.picture_shape) == (
+        None,
+        3,
+        1024,
+        (32, 32),
+    )
     decoded = task.decode(jnp.array([[[0, 128, 255]]], jnp.uint8))
     expected = (np.array([0, 128, 255]) / 255 - [0.4914, 0.4822, 0.4465]) / [0.247, 0.243, 0.261]
     np.testing.assert_allclose(decoded[0, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"std": 0}, {"std": [1, 2, 0]}, {"mean": [1, 2]}, {"mean": []}, {"mean": float("nan")}]
+    "changes",
+    [{"std": 0}, {"std": [1, 2, 0]}, {"mean": [1, 2]}, {"mean": []}, {"mean": float("nan")}],
 )
 def test_mean_and_std_that_cannot_be_used_are_refused(changes):
     with pytest.raises(ConfigError, match=rf"task\.{next(iter(changes))}="):
@@ -177,7 +198,9 @@ def test_mean_and_std_that_cannot_be_used_are_refused(changes):
 
 def test_a_word_for_a_mean_is_refused():
     """As `task.mean=grey` on the command line, where no annotation is checked."""
-    with pytest.raises(ConfigError, match=r"task\.mean=grey: expected a number, or three in brackets"):
+    with pytest.raises(
+        ConfigError, match=r"task\.mean=grey: expected a number, or three in brackets"
+    ):
         pictures._one_each("task.mean", "grey", 3)
 
 
@@ -203,10 +226,14 @@ def test_reference_lines_by_hand():
     rng = np.random.default_rng(0)
 
     def split(labels):
-        inputs = (rng.integers(0, 40, (len(labels), 1024)) + 200 * np.array(labels)[:, None]).astype(np.uint8)
+        inputs = (
+            rng.integers(0, 40, (len(labels), 1024)) + 200 * np.array(labels)[:, None]
+        ).astype(np.uint8)
         return SimpleNamespace(inputs=inputs, labels=np.array(labels, np.uint8))
 
-    lines = make_task().reference_lines({"train": split([0, 0, 0, 1, 1] * 20), "test": split([0, 1, 1, 1])})
+    lines = make_task().reference_lines(
+        {"train": split([0, 0, 0, 1, 1] * 20), "test": split([0, 1, 1, 1])}
+    )
     assert lines == {"majority": 0.25, "mean_pixel": 1.0}
 
 
@@ -222,7 +249,9 @@ def test_mean_pixels_do_not_depend_on_the_blocks(monkeypatch):
     inputs = np.random.default_rng(0).integers(0, 256, (7, 12, 3), np.uint8)
     monkeypatch.setattr(pictures, "BLOCK_BYTES", 2 * 36)
     np.testing.assert_allclose(pictures.mean_pixels(inputs, 3), inputs.mean(axis=1))
-    np.testing.assert_allclose(pictures.mean_pixels(inputs[:, :, 0], 1), inputs[:, :, :1].mean(axis=1))
+    np.testing.assert_allclose(
+        pictures.mean_pixels(inputs[:, :, 0], 1), inputs[:, :, :1].mean(axis=1)
+    )
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
@@ -293,12 +322,16 @@ def write_tfds(root, examples):
                 example = tf_example_pb2.Example()
                 for key, value in record.items():
                     feature = example.features.feature[key]
-                    (feature.bytes_list if isinstance(value, bytes) else feature.int64_list).value.append(value)
+                    (
+                        feature.bytes_list if isinstance(value, bytes) else feature.int64_list
+                    ).value.append(value)
                 content = example.SerializeToString()
                 length = struct.pack("<Q", len(content))
                 for part in (length, content):
                     file.write(part + struct.pack("<I", masked_crc32c(part)))
-    splits = [{"name": split, "shardLengths": [str(len(records))]} for split, records in examples.items()]
+    splits = [
+        {"name": split, "shardLengths": [str(len(records))]} for split, records in examples.items()
+    ]
     (folder / "dataset_info.json").write_text(
         json.dumps({"name": "cifar10", "fileFormat": "tfrecord", "splits": splits})
     )
@@ -318,7 +351,9 @@ def test_folder_of_tfds_gives_the_same_pictures(tmp_path):
     written = cifar(tmp_path / "batches")
     write_tfds(tmp_path / "prepared", as_records(written))
     for config in ("image", "scifar"):
-        ours, theirs = (make_task(config, "strict", tmp_path / place) for place in ("batches", "prepared"))
+        ours, theirs = (
+            make_task(config, "strict", tmp_path / place) for place in ("batches", "prepared")
+        )
         for split in SPLITS:
             for found, expected in zip(read(theirs, split), read(ours, split), strict=True):
                 np.testing.assert_array_equal(found, expected)
@@ -330,7 +365,9 @@ def test_folder_of_tfds_gives_the_same_pictures(tmp_path):
 
 def test_publishers_files_come_before_tfds(tmp_path, written):
     write_tfds(tmp_path, as_records(cifar(tmp_path / "elsewhere", seed=1)))
-    np.testing.assert_array_equal(read(make_task("scifar", data_root=tmp_path), "test")[0], written["test"][0])
+    np.testing.assert_array_equal(
+        read(make_task("scifar", data_root=tmp_path), "test")[0], written["test"][0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +375,10 @@ def test_publishers_files_come_before_tfds(tmp_path, written):
     [
         ({"label": 10}, "record 1: label 10, expected 0..9"),
         ({"image": b"GIF89a"}, "record 1: not a readable PNG"),
-        ({"image": png(np.zeros((28, 28), np.uint8))}, "record 1: a PNG of 28x28 in mode L, expected 32x32"),
+        (
+            {"image": png(np.zeros((28, 28), np.uint8))},
+            "record 1: a PNG of 28x28 in mode L, expected 32x32",
+        ),
     ],
 )
 def test_spoilt_record_is_refused(tmp_path, changes, message):

@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 
 from lra.data.store import prepare, store_name
 from lra.errors import ConfigError, DataError, LraError
-from lra.tasks import SPLITS, listops
-from lra.tasks.listops import CLOSE, FIRST_OPERATOR, TOKENS, Grammar, ListOps, Rows, draw_chunk, evaluate, generate
+from lra.tasks import listops, listops_generator
+from lra.tasks.base import SPLITS
+from lra.tasks.listops import CLOSE, FIRST_OPERATOR, ListOps
+from lra.tasks.listops_generator import TOKENS, Grammar, Rows, draw_chunk, evaluate, generate
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -25,7 +27,9 @@ SIZES = {"train": 60, "val": 20, "test": 30}
 
 def make_task(inputs="s4", data_root="unused", config="listops_short", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")}
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    }
     arguments |= {"sizes": SIZES} | changes
     return ListOps(protocol={"inputs": inputs, "name": "strict"}, data_root=data_root, **arguments)
 
@@ -44,11 +48,17 @@ def equal(one: Rows, other: Rows) -> bool:
 
 @pytest.mark.parametrize("file", ["listops_original.tsv", "listops_release_rows.tsv"])
 def test_published_rows_are_answered_and_written_as_published(file):
-    rows = [line.split("\t") for line in (GOLDEN / file).read_text().splitlines() if not line.startswith("Source")]
-    pairs = [sorted(row, key=len) for row in rows]  # the two publishers order the columns differently
+    rows = [
+        line.split("\t")
+        for line in (GOLDEN / file).read_text().splitlines()
+        if not line.startswith("Source")
+    ]
+    pairs = [
+        sorted(row, key=len) for row in rows
+    ]  # the two publishers order the columns differently
     assert len(pairs) in (500, 5)
     for answer, source in pairs:
-        tokens = listops.parse_text(source)
+        tokens = listops_generator.parse_text(source)
         assert evaluate(tokens) == int(answer), source
         assert listops.to_release_text(tokens) == source
 
@@ -64,13 +74,13 @@ def test_published_rows_are_answered_and_written_as_published(file):
     ],
 )
 def test_answers_by_hand(text, answer):
-    assert evaluate(listops.parse_text(text)) == answer
+    assert evaluate(listops_generator.parse_text(text)) == answer
 
 
 @pytest.mark.parametrize("text", ["", "1 2", "[MAX 1 2", "[MAX ]", "1 ]", "[MAX 1 ] ]"])
 def test_rows_that_are_no_expression_are_refused(text):
     with pytest.raises(ValueError, match="bracket"):
-        evaluate(listops.parse_text(text))
+        evaluate(listops_generator.parse_text(text))
 
 
 # --- Generator -----------------------------------------------------------------------------------------------------
@@ -96,7 +106,11 @@ def rows_by_loop(seed, chunk, grammar, draws):
     def tokens(tree):
         if "args" not in tree:
             return [tree["token"]]
-        return [tree["token"], *(token for child in tree["children"] for token in tokens(child)), CLOSE]
+        return [
+            tree["token"],
+            *(token for child in tree["children"] for token in tokens(child)),
+            CLOSE,
+        ]
 
     trees = [tree for tree in (node(word, 1) for word in words(draws)) if "args" in tree]
     lengths = [1] * len(trees)
@@ -110,12 +124,18 @@ def rows_by_loop(seed, chunk, grammar, draws):
         for i, parent in parents:
             parent["children"] = [node(next(fresh), depth) for _ in range(parent["args"])]
             frontier += [(i, child) for child in parent["children"] if "args" in child]
-    return [tokens(trees[i]) for i in range(len(trees)) if grammar.min_length <= lengths[i] <= grammar.max_length]
+    return [
+        tokens(trees[i])
+        for i in range(len(trees))
+        if grammar.min_length <= lengths[i] <= grammar.max_length
+    ]
 
 
-@pytest.mark.parametrize("grammar", [FULL, SHORT, Grammar(2, 1, 3, 1, 99), Grammar(4, 2, 16, 10, 40)])
+@pytest.mark.parametrize(
+    "grammar", [FULL, SHORT, Grammar(2, 1, 3, 1, 99), Grammar(4, 2, 16, 10, 40)]
+)
 def test_generator_equals_the_loop(grammar, monkeypatch):
-    monkeypatch.setattr(listops, "DRAWS_PER_CHUNK", 501)
+    monkeypatch.setattr(listops_generator, "DRAWS_PER_CHUNK", 501)
     rows = draw_chunk(7, 3, grammar)
     expected = rows_by_loop(7, 3, grammar, 501)
     assert len(rows) == len(expected) > 0
@@ -132,7 +152,7 @@ def depth_of(tokens):
 
 
 def test_rows_keep_to_the_limits():
-    rows = listops.join([draw_chunk(1, chunk, SHORT) for chunk in range(4)])
+    rows = listops_generator.join([draw_chunk(1, chunk, SHORT) for chunk in range(4)])
     lengths, depths = np.diff(rows.offsets), [depth_of(rows[i]) for i in range(len(rows))]
     assert (lengths.min(), lengths.max(), max(depths)) == (21, 128, 6)
 
@@ -142,16 +162,18 @@ def test_statistics_are_those_of_the_release_grammar():
 
     Tolerances are four standard errors of this sample of 196,608 draws, about 16,200 rows.
     """
-    rows = listops.join([draw_chunk(11, chunk, FULL) for chunk in range(24)])
+    rows = listops_generator.join([draw_chunk(11, chunk, FULL) for chunk in range(24)])
     lengths = np.diff(rows.offsets)
-    assert len(rows) / (24 * listops.DRAWS_PER_CHUNK) == pytest.approx(0.0825, abs=0.0025)
+    assert len(rows) / (24 * listops_generator.DRAWS_PER_CHUNK) == pytest.approx(0.0825, abs=0.0025)
     assert lengths.mean() == pytest.approx(1036, abs=13)
     assert np.median(lengths) == pytest.approx(954, abs=20)
     assert np.percentile(lengths, 95) == pytest.approx(1799, abs=20)
     shares = np.bincount(rows.labels) / len(rows)
     assert shares[[0, 9]] == pytest.approx(0.17, abs=0.012)
     assert 0.06 < shares[1:9].min() < shares[1:9].max() < 0.10
-    split = SimpleNamespace(inputs=rows.tokens[rows.offsets[:-1], None] + np.uint8(3), labels=rows.labels)
+    split = SimpleNamespace(
+        inputs=rows.tokens[rows.offsets[:-1], None] + np.uint8(3), labels=rows.labels
+    )
     lines = make_task().reference_lines({"train": split, "test": split})
     assert lines["majority"] == pytest.approx(0.169, abs=0.012)
     assert lines["root_operator"] == pytest.approx(0.362, abs=0.015)
@@ -167,7 +189,12 @@ def test_rows_are_the_same_on_every_machine():
 
 def test_seeds_differ_and_splits_are_disjoint():
     assert not equal(generate(SIZES, seed=1, **SHORT._asdict())["train"], short_rows()["train"])
-    small = {"max_depth": 3, "max_args": 3, "min_length": 4, "max_length": 8}  # many duplicates are drawn
+    small = {
+        "max_depth": 3,
+        "max_args": 3,
+        "min_length": 4,
+        "max_length": 8,
+    }  # many duplicates are drawn
     splits = generate({"train": 700, "val": 200, "test": 200}, seed=0, **small)
     seen = [rows[i].tobytes() for rows in splits.values() for i in range(len(rows))]
     assert len(set(seen)) == len(seen) == 1100
@@ -191,14 +218,16 @@ def test_size_of_train_moves_no_other_split():
     ],
 )
 def test_limits_nobody_can_meet_are_refused(changes, key, monkeypatch):
-    monkeypatch.setattr(listops, "BARREN_CHUNKS", 2)
+    monkeypatch.setattr(listops_generator, "BARREN_CHUNKS", 2)
     with pytest.raises(ConfigError, match=key):
         short_rows(**changes)
 
 
 def test_too_few_distinct_rows_are_refused(monkeypatch):
-    monkeypatch.setattr(listops, "BARREN_CHUNKS", 4)
-    with pytest.raises(ConfigError, match=r"only 400 of 500 distinct rows.*task\.sizes"):  # 4 operators, 2 digits
+    monkeypatch.setattr(listops_generator, "BARREN_CHUNKS", 4)
+    with pytest.raises(
+        ConfigError, match=r"only 400 of 500 distinct rows.*task\.sizes"
+    ):  # 4 operators, 2 digits
         generate({"train": 500}, seed=0, max_depth=2, max_args=2, min_length=4, max_length=4)
 
 
@@ -227,7 +256,7 @@ def test_vocabulary_and_length_are_the_protocols(inputs, config, vocabulary, seq
 
 
 def test_s4_ends_with_one_eos_and_lra2020_does_not():
-    tokens = listops.parse_text("[MAX 0 9 ]")
+    tokens = listops_generator.parse_text("[MAX 0 9 ]")
     assert listops.encode(tokens, "s4").tolist() == [13, 3, 12, 17, 2]
     assert listops.encode(tokens, "lra2020").tolist() == [11, 1, 10, 15]
     assert make_task("s4").to_text(listops.encode(tokens, "s4")) == "[MAX 0 9 ] <eos>"
@@ -255,16 +284,28 @@ def test_examples_decode_to_their_answers(inputs):
         assert len(examples) == SIZES[split] == task.split_sizes()[split]
         for ids, label in examples:
             text = task.to_text(ids).removesuffix(" <eos>")
-            assert evaluate(listops.parse_text(text)) == label
+            assert evaluate(listops_generator.parse_text(text)) == label
 
 
 @pytest.mark.parametrize("inputs", ["s4", "lra2020"])
 def test_reference_lines_by_hand(inputs):
-    rows = ["[MAX 1 2 ]", "[MAX 1 2 ]", "[MAX 0 9 ]", "[MIN 0 3 ]", "[MIN 0 0 ]", "[SM 9 3 ]", "[MED 9 9 ]"]
-    tokens = [listops.parse_text(row) for row in rows]
+    rows = [
+        "[MAX 1 2 ]",
+        "[MAX 1 2 ]",
+        "[MAX 0 9 ]",
+        "[MIN 0 3 ]",
+        "[MIN 0 0 ]",
+        "[SM 9 3 ]",
+        "[MED 9 9 ]",
+    ]
+    tokens = [listops_generator.parse_text(row) for row in rows]
     ids = np.stack([np.pad(listops.encode(row, inputs), (0, 3)) for row in tokens])
-    train = SimpleNamespace(inputs=ids, labels=np.array([evaluate(row) for row in tokens], np.uint8))
-    test = SimpleNamespace(inputs=ids[[0, 2, 3, 5]], labels=train.labels[[0, 2, 3, 5]])  # answers 2, 9, 0, 2
+    train = SimpleNamespace(
+        inputs=ids, labels=np.array([evaluate(row) for row in tokens], np.uint8)
+    )
+    test = SimpleNamespace(
+        inputs=ids[[0, 2, 3, 5]], labels=train.labels[[0, 2, 3, 5]]
+    )  # answers 2, 9, 0, 2
     lines = make_task(inputs).reference_lines({"train": train, "test": test})
     assert lines == {"majority": 0.5, "root_operator": 0.75}
 
@@ -272,8 +313,12 @@ def test_reference_lines_by_hand(inputs):
 @pytest.mark.parametrize("config", ["listops", "listops_short"])
 def test_yaml_has_every_argument_and_a_budget(config):
     keys = set(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = set(inspect.signature(ListOps.__init__).parameters) - {"self", "protocol", "data_root"}
-    assert keys == arguments | {"_target_", "budget"}
+    arguments = set(inspect.signature(ListOps.__init__).parameters) - {
+        "self",
+        "protocol",
+        "data_root",
+    }
+    assert keys == arguments | {"_target_", "hparams"}
 
 
 # --- The release ---------------------------------------------------------------------------------------------------
@@ -293,7 +338,10 @@ def test_exported_rows_are_read_back(release, inputs):
     generated, released = make_task(inputs), make_task(inputs, data_root, source="release")
     for split in SPLITS:
         pairs = zip(generated.examples(split), released.examples(split), strict=True)
-        assert all(np.array_equal(one.inputs, other.inputs) and one.label == other.label for one, other in pairs)
+        assert all(
+            np.array_equal(one.inputs, other.inputs) and one.label == other.label
+            for one, other in pairs
+        )
 
 
 def test_export_overwrites_nothing(tmp_path):
@@ -317,7 +365,9 @@ def test_archive_of_listops_alone_is_taken(tmp_path):
 @pytest.mark.parametrize("nesting", [".", "listops-1000", "lra_release/listops-1000"])
 def test_release_is_found_in_any_nesting(tmp_path, nesting):
     listops.export_tsv(short_rows(), tmp_path / nesting)
-    assert len(list(make_task(data_root=tmp_path, source="release").examples("test"))) == SIZES["test"]
+    assert (
+        len(list(make_task(data_root=tmp_path, source="release").examples("test"))) == SIZES["test"]
+    )
 
 
 def test_inner_copy_of_a_nested_release_comes_first(tmp_path):
@@ -332,7 +382,9 @@ def test_inner_copy_of_a_nested_release_comes_first(tmp_path):
 
 def test_missing_release_says_what_where_and_how(tmp_path):
     task = make_task(data_root=tmp_path, source="release")
-    with pytest.raises(DataError, match=r"listops-1000 with basic_train\.tsv.*task\.source=generated") as caught:
+    with pytest.raises(
+        DataError, match=r"listops-1000 with basic_train\.tsv.*task\.source=generated"
+    ) as caught:
         prepare(task, tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -344,12 +396,30 @@ def with_line(lines, row, text):
 SPOILT = {
     "no header": (lambda lines: lines[1:], "row 0: the header is"),
     "no file content": (lambda lines: [], "row 0: the header is ''"),
-    "cut inside a row": (lambda lines: [*lines[:20], lines[20][:40]], "row 20: found the answer ''"),
-    "unknown token": (lambda lines: with_line(lines, 3, "( ( ( [MUL 1 ) 2 ) ] )\t2"), "row 3: unknown token '\\[MUL'"),
-    "no brackets": (lambda lines: with_line(lines, 4, "( ( ( MAX 1 ) 2 ) )\t2"), "row 4: no closing bracket"),
-    "wrong answer": (lambda lines: with_line(lines, 5, "[MAX 1 2 ]\t1"), "row 5: .* 1, but the row evaluates to 2"),
-    "no digit": (lambda lines: with_line(lines, 6, "[MAX 1 2 ]\t10"), "row 6: found the answer '10'"),
-    "open bracket": (lambda lines: with_line(lines, 7, "[MAX 1 [MIN 2 3 ]\t1"), "row 7: 1 brackets left open"),
+    "cut inside a row": (
+        lambda lines: [*lines[:20], lines[20][:40]],
+        "row 20: found the answer ''",
+    ),
+    "unknown token": (
+        lambda lines: with_line(lines, 3, "( ( ( [MUL 1 ) 2 ) ] )\t2"),
+        "row 3: unknown token '\\[MUL'",
+    ),
+    "no brackets": (
+        lambda lines: with_line(lines, 4, "( ( ( MAX 1 ) 2 ) )\t2"),
+        "row 4: no closing bracket",
+    ),
+    "wrong answer": (
+        lambda lines: with_line(lines, 5, "[MAX 1 2 ]\t1"),
+        "row 5: .* 1, but the row evaluates to 2",
+    ),
+    "no digit": (
+        lambda lines: with_line(lines, 6, "[MAX 1 2 ]\t10"),
+        "row 6: found the answer '10'",
+    ),
+    "open bracket": (
+        lambda lines: with_line(lines, 7, "[MAX 1 [MIN 2 3 ]\t1"),
+        "row 7: 1 brackets left open",
+    ),
     "blank row": (lambda lines: with_line(lines, 8, ""), "row 8: found the answer ''"),
     "not text": (lambda lines: with_line(lines, 9, "[MAX 1 \u00e9 ]\t1"), "row 9: unknown token"),
     "too long": (
@@ -364,7 +434,9 @@ def test_spoilt_file_is_refused_with_its_row(release, fault):
     data_root, folder = release
     spoil, message = SPOILT[fault]
     file = folder / "basic_test.tsv"
-    file.write_text("".join(line + "\n" for line in spoil(file.read_text().splitlines())), encoding="utf-8")
+    file.write_text(
+        "".join(line + "\n" for line in spoil(file.read_text().splitlines())), encoding="utf-8"
+    )
     with pytest.raises(DataError, match=message) as caught:
         list(make_task(data_root=data_root, source="release").examples("test"))
     assert "basic_test.tsv" in str(caught.value)

@@ -15,21 +15,39 @@ import tiny_pictures
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lra.data.store import Split, prepare, settings_key, verify
+from lra.data.store import Split, prepare, settings_key
+from lra.data.verify import verify
 from lra.errors import ConfigError, DataError, LraError
-from lra.tasks import SPLITS, pathfinder, shuffled
-from lra.tasks.pathfinder import Batch, Pathfinder, in_order, load_chunk, read_metadata, refuse_repeats
-from lra.tasks.snakes import draw
+from lra.tasks import pathfinder
+from lra.tasks.base import SPLITS, shuffled
+from lra.tasks.pathfinder import (
+    Batch,
+    Pathfinder,
+    in_order,
+    load_chunk,
+    read_metadata,
+    refuse_repeats,
+)
+from lra.tasks.pathfinder_generator import draw
 
 ROOT = Path(__file__).parents[2]
-PROTOCOLS = {"lra2020": {"inputs": "lra2020", "shuffle": False}, "strict": {"inputs": "s4", "shuffle": True}}
+PROTOCOLS = {
+    "lra2020": {"inputs": "lra2020", "shuffle": False},
+    "strict": {"inputs": "s4", "shuffle": True},
+}
 SIZES = {"train": 44, "val": 8, "test": 8}
 
 
 def make_task(config="pathfinder", protocol="strict", data_root="unused", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")}
-    return Pathfinder(protocol=PROTOCOLS[protocol], data_root=data_root, **(arguments | {"sizes": SIZES} | changes))
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    }
+    return Pathfinder(
+        protocol=PROTOCOLS[protocol],
+        data_root=data_root,
+        **(arguments | {"sizes": SIZES} | changes),
+    )
 
 
 def release_task(data_root, protocol="lra2020", **changes):
@@ -39,7 +57,9 @@ def release_task(data_root, protocol="lra2020", **changes):
 def read(task, split):
     examples = list(task.examples(split))
     pixels = np.array([example.inputs for example in examples])
-    return pixels.reshape(-1, *task.picture_shape), np.array([example.label for example in examples])
+    return pixels.reshape(-1, *task.picture_shape), np.array(
+        [example.label for example in examples]
+    )
 
 
 @pytest.fixture
@@ -71,7 +91,9 @@ def test_lra2020_cuts_the_release_in_the_order_of_its_files(tmp_path, release):
         np.testing.assert_array_equal(classes, labels[part])
 
 
-def test_other_protocols_cut_a_seeded_permutation_and_keep_the_order_of_the_files(tmp_path, release):
+def test_other_protocols_cut_a_seeded_permutation_and_keep_the_order_of_the_files(
+    tmp_path, release
+):
     pictures, labels = release
     order = shuffled(60, 5)
     parts = {"train": order[:44], "val": order[44:52], "test": order[52:]}
@@ -102,7 +124,9 @@ def test_pictures_do_not_depend_on_how_the_reading_is_divided(tmp_path, release,
     expected = read(release_task(tmp_path, "strict"), "train")
     monkeypatch.setattr(pathfinder, "CALL_BYTES", 2 * 1024)
     monkeypatch.setattr(pathfinder, "CALLS", 3)
-    for found, wanted in zip(read(release_task(tmp_path, "strict"), "train"), expected, strict=True):
+    for found, wanted in zip(
+        read(release_task(tmp_path, "strict"), "train"), expected, strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -117,7 +141,9 @@ def test_no_more_results_wait_than_asked_for(threads):
 def test_other_processes_read_the_same_and_tell_what_is_wrong(tmp_path):
     pictures, _ = tiny_pictures.pathfinder(tmp_path, count=20, per_batch=10)
     sizes = {"train": 16, "val": 2, "test": 2}
-    np.testing.assert_array_equal(read(release_task(tmp_path, sizes=sizes), "train")[0], pictures[:16])
+    np.testing.assert_array_equal(
+        read(release_task(tmp_path, sizes=sizes), "train")[0], pictures[:16]
+    )
     (level_folder(tmp_path) / "imgs" / "1" / "sample_3.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"imgs/1/sample_3\.png: not a readable PNG"):
         list(release_task(tmp_path, sizes=sizes).examples("train"))
@@ -155,7 +181,9 @@ def test_missing_release_says_what_to_get_or_to_generate(tmp_path):
 def test_metadata_beside_the_batches_is_left_aside(tmp_path, release):
     metadata = level_folder(tmp_path) / "metadata"
     shutil.copy(metadata / "0.npy", metadata / "combined.npy")
-    assert [path.name for path in release_task(tmp_path).source_files()] == [f"{i}.npy" for i in range(12)]
+    assert [path.name for path in release_task(tmp_path).source_files()] == [
+        f"{i}.npy" for i in range(12)
+    ]
 
 
 def test_folder_without_metadata_is_refused(tmp_path, release):
@@ -168,7 +196,9 @@ def test_folder_without_metadata_is_refused(tmp_path, release):
 ROWS = [["imgs/3", "sample_0.png", "0", "1", "1.8"], ["imgs/3", "sample_1.png", "1", "0", "1.8"]]
 
 
-@pytest.mark.parametrize("array", [None, np.array(ROWS), np.array(ROWS, "S"), np.asfortranarray(np.array(ROWS))])
+@pytest.mark.parametrize(
+    "array", [None, np.array(ROWS), np.array(ROWS, "S"), np.asfortranarray(np.array(ROWS))]
+)
 def test_metadata_is_text_or_a_binary_array_of_strings(tmp_path, array):
     path = tmp_path / "3.npy"
     if array is None:
@@ -191,7 +221,9 @@ def test_pickled_metadata_is_not_loaded_and_the_way_out_works(tmp_path, monkeypa
     with pytest.raises(DataError, match=r"numpy\.savetxt") as caught:
         read_metadata(Path("0.npy"))
     assert not Path("it-has-run").exists()
-    np.save("0.npy", np.array([["imgs/0", "sample_0.png", 0, 1, 1.8]], dtype=object), allow_pickle=True)
+    np.save(
+        "0.npy", np.array([["imgs/0", "sample_0.png", 0, 1, 1.8]], dtype=object), allow_pickle=True
+    )
     remedy = re.search(r"numpy\.savetxt\(.*?'%s'\)", str(caught.value))[0]
     eval(remedy, {"numpy": np, "PATH": "0.npy"})
     assert read_metadata(Path("0.npy")).files == ["imgs/0/sample_0.png"]
@@ -201,16 +233,25 @@ def test_a_picture_named_twice_is_refused_with_its_row(tmp_path, release):
     metadata = level_folder(tmp_path) / "metadata"
     lines = (metadata / "3.npy").read_text().splitlines(keepends=True)
     (metadata / "3.npy").write_text("".join([*lines, lines[1]]))
-    with pytest.raises(DataError, match=r"3\.npy, row 5: imgs/3/sample_1\.png again, after 3\.npy, row 1"):
+    with pytest.raises(
+        DataError, match=r"3\.npy, row 5: imgs/3/sample_1\.png again, after 3\.npy, row 1"
+    ):
         list(release_task(tmp_path, sizes=SIZES | {"train": 45}).examples("test"))
     (metadata / "3.npy").write_text("".join(lines))
     (metadata / "7.npy").write_text("".join(lines))
-    with pytest.raises(DataError, match=r"7\.npy, row 0: imgs/3/sample_0\.png again, after 3\.npy, row 0"):
+    with pytest.raises(
+        DataError, match=r"7\.npy, row 0: imgs/3/sample_0\.png again, after 3\.npy, row 0"
+    ):
         list(release_task(tmp_path).examples("test"))
 
 
 def test_equal_names_in_two_folders_are_two_pictures():
-    refuse_repeats([Batch(Path(f"{i}.npy"), [f"imgs/{i}/sample_0.png"], np.zeros(1, np.uint8)) for i in range(2)])
+    refuse_repeats(
+        [
+            Batch(Path(f"{i}.npy"), [f"imgs/{i}/sample_0.png"], np.zeros(1, np.uint8))
+            for i in range(2)
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,14 +321,18 @@ def test_spoilt_picture_is_refused_with_its_name(tmp_path, release, how, message
 
 
 def test_the_empty_file_of_the_easy_level_is_left_out_and_told(tmp_path, threads):
-    pictures, labels = tiny_pictures.pathfinder(tmp_path, level="easy", count=200, per_batch=180, empty=True)
+    pictures, labels = tiny_pictures.pathfinder(
+        tmp_path, level="easy", count=200, per_batch=180, empty=True
+    )
     sizes = {"train": 160, "val": 20, "test": 20}
     task = release_task(tmp_path, level="easy", sizes=sizes)
     assert task.split_sizes() == {"train": 159, "val": 20, "test": 20}
     store = prepare(task, tmp_path)  # refuses other counts
     kept = np.delete(np.arange(200), 172)
     for split, part in (("train", kept[:159]), ("val", kept[159:179]), ("test", kept[179:])):
-        np.testing.assert_array_equal(store.splits[split].inputs, pictures[part].reshape(len(part), -1))
+        np.testing.assert_array_equal(
+            store.splits[split].inputs, pictures[part].reshape(len(part), -1)
+        )
         np.testing.assert_array_equal(store.splits[split].labels, labels[part])
     assert "sample_172.png is empty" in store.manifest["notes"][0]
 
@@ -324,11 +369,15 @@ def test_splits_are_cut_from_the_pictures_that_are_there(tmp_path, release, prot
         prepare(release_task(tmp_path, protocol), tmp_path)
     store = prepare(release_task(tmp_path, protocol), tmp_path, allow_partial=True)
     assert store.manifest["partial"]
-    assert store.manifest["notes"] == ["7 pictures that metadata names are missing or empty: left out"]
+    assert store.manifest["notes"] == [
+        "7 pictures that metadata names are missing or empty: left out"
+    ]
     order = np.arange(53) if protocol == "lra2020" else shuffled(53, 0)
     for split, part in (("train", order[:39]), ("val", order[39:46]), ("test", order[46:])):
         rows = kept[np.sort(part)]
-        np.testing.assert_array_equal(store.splits[split].inputs, pictures[rows].reshape(len(rows), -1))
+        np.testing.assert_array_equal(
+            store.splits[split].inputs, pictures[rows].reshape(len(rows), -1)
+        )
         np.testing.assert_array_equal(store.splits[split].labels, labels[rows])
 
 
@@ -345,7 +394,9 @@ def test_pictures_that_arrive_later_make_another_store(tmp_path, release):
 def test_pictures_are_looked_for_by_folder_and_only_where_asked(tmp_path, release, monkeypatch):
     listed = []
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(Path(folder)) or scandir(folder))
+    monkeypatch.setattr(
+        os, "scandir", lambda folder: listed.append(Path(folder)) or scandir(folder)
+    )
     for allow_partial, expected in ((False, []), (True, [str(i) for i in range(12)])):
         listed.clear()
         task = release_task(tmp_path)
@@ -372,7 +423,10 @@ def test_store_of_the_release_knows_its_files(tmp_path, release):
     store = prepare(release_task(tmp_path, "strict"), tmp_path)
     assert verify(store).problems == ()
     hashes = {entry["name"]: entry["sha256"] for entry in store.manifest["source_files"]}
-    assert list(hashes) == [*(f"{i}.npy" for i in range(12)), *(f"pictures of {split}" for split in SPLITS)]
+    assert list(hashes) == [
+        *(f"{i}.npy" for i in range(12)),
+        *(f"pictures of {split}" for split in SPLITS),
+    ]
     assert store.manifest["source"] == "release"
     file = level_folder(tmp_path) / "imgs" / "0" / "sample_0.png"
     Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
@@ -380,7 +434,9 @@ def test_store_of_the_release_knows_its_files(tmp_path, release):
     for split in SPLITS:
         list(task.examples(split))
     again = {entry["name"]: entry["sha256"] for entry in task.source_hashes()}
-    assert sum(again[name] != hashes[name] for name in hashes) == 1  # of the split which has that picture
+    assert (
+        sum(again[name] != hashes[name] for name in hashes) == 1
+    )  # of the split which has that picture
 
 
 # --- Generated -----------------------------------------------------------------------------------------------------
@@ -485,7 +541,11 @@ def test_exported_pictures_are_read_back(tmp_path, threads, monkeypatch):
     splits = {}
     for split in SPLITS:
         pictures, labels = read(generated, split)
-        splits[split] = Split(pictures.reshape(-1, 1024), np.full(len(labels), 1024, np.int32), labels.astype(np.uint8))
+        splits[split] = Split(
+            pictures.reshape(-1, 1024),
+            np.full(len(labels), 1024, np.int32),
+            labels.astype(np.uint8),
+        )
     assert generated.export(splits, tmp_path / "out") == tmp_path / "out"
     released = release_task(tmp_path / "out")
     for split in SPLITS:
@@ -502,7 +562,9 @@ def test_export_writes_nothing_beside_other_files(tmp_path, there):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
     split = Split(np.zeros((1, 1024), np.uint8), np.full(1, 1024, np.int32), np.zeros(1, np.uint8))
-    with pytest.raises(LraError, match=r"curv_contour_length_14 is not empty; choose an empty folder"):
+    with pytest.raises(
+        LraError, match=r"curv_contour_length_14 is not empty; choose an empty folder"
+    ):
         make_task().export(dict.fromkeys(SPLITS, split), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_bytes() == b"mine"
@@ -510,7 +572,10 @@ def test_export_writes_nothing_beside_other_files(tmp_path, there):
 
 def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
     for size in (32, 64, 128, 256):
-        assert make_task(size=size)._publisher.archives == (f"pathfinder{size}.tar.gz", "lra_release.gz")
+        assert make_task(size=size)._publisher.archives == (
+            f"pathfinder{size}.tar.gz",
+            "lra_release.gz",
+        )
     tiny_pictures.pathfinder(tmp_path / "made")
     with tarfile.open(tmp_path / "pathfinder32.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "made" / "pathfinder32", "pathfinder32")
@@ -525,20 +590,37 @@ def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
 def test_pixels_are_ids_under_lra2020_and_between_0_and_1_else():
     stored = jnp.array([[0, 51, 255]], jnp.uint8)
     ids, values = make_task("pathfinder", "lra2020"), make_task()
-    assert (ids.num_tokens, values.num_tokens, values.vocab, values.num_features) == (256, None, None, 1)
+    assert (ids.num_tokens, values.num_tokens, values.vocab, values.num_features) == (
+        256,
+        None,
+        None,
+        1,
+    )
     assert ids.decode(stored).tolist() == [[0, 51, 255]]
     np.testing.assert_allclose(values.decode(stored), [[[0.0], [0.2], [1.0]]], rtol=1e-6)
-    np.testing.assert_allclose(make_task(mean=127.5, std=127.5).decode(stored), [[[-1.0], [-0.6], [1.0]]], rtol=1e-6)
+    np.testing.assert_allclose(
+        make_task(mean=127.5, std=127.5).decode(stored), [[[-1.0], [-0.6], [1.0]]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "size", "length"),
-    [("pathfinder", 32, 1024), ("pathfinder64", 64, 4096), ("pathx", 128, 16384), ("path256", 256, 65536)],
+    [
+        ("pathfinder", 32, 1024),
+        ("pathfinder64", 64, 4096),
+        ("pathx", 128, 16384),
+        ("path256", 256, 65536),
+    ],
 )
 def test_published_sizes_of_each_task(config, size, length):
     sizes = {"train": 160_000, "val": 20_000, "test": 20_000}
     task = make_task(config, sizes=sizes)
-    assert (task.name, task.picture_shape, task.seq_len, task.level) == (config, (size, size), length, "hard")
+    assert (task.name, task.picture_shape, task.seq_len, task.level) == (
+        config,
+        (size, size),
+        length,
+        "hard",
+    )
     assert task.split_sizes() == sizes
 
 
@@ -555,8 +637,13 @@ def test_reference_lines_by_hand():
     inputs = np.zeros((60, 1024), np.uint8)
     inputs[labels == 1, :300] = 200
     split = SimpleNamespace(inputs=inputs, labels=labels)
-    test = SimpleNamespace(inputs=inputs[:4], labels=np.array([0, 1, 0, 0]))  # the last picture is bright
-    assert make_task().reference_lines({"train": split, "test": test}) == {"majority": 0.75, "mean_pixel": 0.75}
+    test = SimpleNamespace(
+        inputs=inputs[:4], labels=np.array([0, 1, 0, 0])
+    )  # the last picture is bright
+    assert make_task().reference_lines({"train": split, "test": test}) == {
+        "majority": 0.75,
+        "mean_pixel": 0.75,
+    }
 
 
 @pytest.mark.parametrize(
@@ -578,6 +665,8 @@ def test_values_that_cannot_be_used_are_refused(changes, message):
 
 
 def test_killed_worker_is_one_line(monkeypatch):
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)  # with one, the work would be done, and end, in here
+    monkeypatch.setattr(
+        joblib, "cpu_count", lambda: 2
+    )  # with one, the work would be done, and end, in here
     with pytest.raises(DataError, match="a worker process was killed"):
         list(in_order(os._exit, [(9,), (9,)], 4))

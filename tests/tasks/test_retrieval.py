@@ -20,8 +20,12 @@ ROOT = Path(__file__).parents[2]
 
 def make_task(data_root="unused", inputs="s4", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / "retrieval.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")} | changes
-    return Retrieval(protocol={"inputs": inputs, "validation": "train"}, data_root=data_root, **arguments)
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    } | changes
+    return Retrieval(
+        protocol={"inputs": inputs, "validation": "train"}, data_root=data_root, **arguments
+    )
 
 
 @pytest.fixture
@@ -54,7 +58,9 @@ def test_rows_are_read_in_the_order_of_the_file(aan, inputs):
     for split, name in (("train", "train"), ("val", "eval"), ("test", "test")):
         lines = (folder / f"new_aan_pairs.{name}.tsv").read_text().splitlines()
         expected = [(line.split("\t")[3:], int(line[0])) for line in lines]
-        found = [([task.to_text(ids) for ids in inputs], label) for inputs, label in task.examples(split)]
+        found = [
+            ([task.to_text(ids) for ids in inputs], label) for inputs, label in task.examples(split)
+        ]
         assert len(found) == tiny_texts.PAIRS[name]
         assert found == expected
 
@@ -80,7 +86,11 @@ def test_store_holds_the_pairs(aan, inputs):
     with pytest.raises(DataError, match="24 examples in train.*expected 147,086"):
         prepare(make_task(data_root, inputs), data_root)
     store = prepare(make_task(data_root, inputs), data_root, allow_partial=True)
-    assert {name: len(split) for name, split in store.splits.items()} == {"train": 24, "val": 8, "test": 8}
+    assert {name: len(split) for name, split in store.splits.items()} == {
+        "train": 24,
+        "val": 8,
+        "test": 8,
+    }
     assert store.splits["test"].inputs.shape == (8, 2, 4000)
     assert store.manifest["source"] == "release"
     bag = "bag_of_bytes" if inputs == "lra2020" else "bag_of_characters"
@@ -96,7 +106,13 @@ def test_changed_file_and_other_settings_make_another_store(aan):
     name = store_name(make_task(data_root))
     assert store_name(make_task(data_root)) == name
     assert (
-        len({store_name(make_task(data_root, **other)) for other in ({"seq_len": 9}, {"inputs": "lra2020"})} - {name})
+        len(
+            {
+                store_name(make_task(data_root, **other))
+                for other in ({"seq_len": 9}, {"inputs": "lra2020"})
+            }
+            - {name}
+        )
         == 2
     )
     with open(folder / "new_aan_pairs.test.tsv", "a") as file:
@@ -118,16 +134,29 @@ def write(folder, part, *lines):
 @pytest.mark.parametrize("inputs", ["s4", "lra2020"])
 def test_notes_count_shared_documents_and_unknown_characters(aan, inputs):
     data_root, folder = aan
-    write(folder, "train", ("1.0", "A", "B", "caf\u00e9", "x"), ("0.0", "C", "D", "y", "\u201cz\u201d"))
+    write(
+        folder,
+        "train",
+        ("1.0", "A", "B", "caf\u00e9", "x"),
+        ("0.0", "C", "D", "y", "\u201cz\u201d"),
+    )
     write(folder, "eval", ("1.0", "X", "Y", "x", "y"))
-    write(folder, "test", ("1.0", "D", "A", "x", "y"), ("0", "E", "B", "x", "y"), ("0", "E", "F", "x", "y"))
+    write(
+        folder,
+        "test",
+        ("1.0", "D", "A", "x", "y"),
+        ("0", "E", "B", "x", "y"),
+        ("0", "E", "F", "x", "y"),
+    )
     task = make_task(data_root, inputs)
     for split in ("train", "val", "test", "test"):  # read again, counted once
         list(task.examples(split))
     shared, *unknown = task.notes()
     assert shared.startswith("2 of 3 rows of test")
     if inputs == "s4":
-        assert unknown[0].startswith("3 of 29 ids")  # 17 characters and the end tokens of 12 documents
+        assert unknown[0].startswith(
+            "3 of 29 ids"
+        )  # 17 characters and the end tokens of 12 documents
     else:
         assert unknown == []
 
@@ -138,7 +167,9 @@ def test_a_file_without_a_newline_at_its_end_is_noted(aan):
     file.write_bytes(file.read_bytes()[:-5])
     task = make_task(data_root)
     for split in ("train", "val", "test", "val"):
-        assert len(list(task.examples(split))) == tiny_texts.PAIRS["eval" if split == "val" else split]
+        assert (
+            len(list(task.examples(split))) == tiny_texts.PAIRS["eval" if split == "val" else split]
+        )
     (note,) = [note for note in task.notes() if "newline" in note]
     assert note == f"{file}, row 8: no newline at its end, so it may be cut off"
     file.write_bytes(file.read_bytes().rpartition(b"\t")[0])  # cut off in the first text
@@ -190,7 +221,9 @@ def test_malformed_row_is_refused(line, message):
         parse_row(line)
 
 
-@pytest.mark.parametrize("text", [b'"', b'""', b'"a', b'a"', b'"a" and "b"', b'"a "" b" "', b'say ""x""'])
+@pytest.mark.parametrize(
+    "text", [b'"', b'""', b'"a', b'a"', b'"a" and "b"', b'"a "" b" "', b'say ""x""']
+)
 def test_quote_is_an_ordinary_character(text):
     assert parse_row(b"0.0\ta\tb\t" + text + b"\tother").texts == (text, b"other")
 
@@ -200,13 +233,22 @@ def test_copy_by_a_csv_reader_is_refused_and_named(aan):
     data_root, folder = aan
     file = folder / "new_aan_pairs.test.tsv"
     write(
-        folder, "test", ("1.0", "A", "B", '"open', "x"), ("0.0", "C", "D", "y", 'close" z'), ("0.0", "E", "F", "y", "z")
+        folder,
+        "test",
+        ("1.0", "A", "B", '"open', "x"),
+        ("0.0", "C", "D", "y", 'close" z'),
+        ("0.0", "E", "F", "y", "z"),
     )
     assert len(list(make_task(data_root).examples("test"))) == 3
-    frame = pd.read_csv(file, sep="\t", header=None, names=["label", "id1", "id2", "text1", "text2"])
+    frame = pd.read_csv(
+        file, sep="\t", header=None, names=["label", "id1", "id2", "text1", "text2"]
+    )
     assert len(frame) == 2
     frame.to_csv(file, sep="\t", header=False, index=False)
-    with pytest.raises(DataError, match=r"test\.tsv, row 2: 6 columns.*CSV reader with default quoting.*lra_release"):
+    with pytest.raises(
+        DataError,
+        match=r"test\.tsv, row 2: 6 columns.*CSV reader with default quoting.*lra_release",
+    ):
         list(make_task(data_root).examples("test"))
 
 
@@ -215,7 +257,9 @@ def test_bytes_that_are_no_text_are_refused_with_their_row(aan):
     with open(folder / "new_aan_pairs.test.tsv", "ab") as file:
         file.write(b"1.0\ta\tb\tfine\tcaf\xe9 au lait\n")
     for inputs in ("s4", "lra2020"):
-        with pytest.raises(DataError, match=r"test\.tsv, row 9: byte 0xe9 at 3 of a text is not UTF-8"):
+        with pytest.raises(
+            DataError, match=r"test\.tsv, row 9: byte 0xe9 at 3 of a text is not UTF-8"
+        ):
             list(make_task(data_root, inputs).examples("test"))
 
 
@@ -224,7 +268,9 @@ def test_line_ends_of_windows_are_taken(aan):
     file = folder / "new_aan_pairs.test.tsv"
     before = [example.inputs[1].tolist() for example in make_task(data_root).examples("test")]
     file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert [example.inputs[1].tolist() for example in make_task(data_root).examples("test")] == before
+    assert [
+        example.inputs[1].tolist() for example in make_task(data_root).examples("test")
+    ] == before
 
 
 def test_missing_pairs_say_what_and_where(aan):
@@ -238,7 +284,8 @@ def test_missing_pairs_say_what_and_where(aan):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"), [({"inputs": "s5"}, "protocol.inputs=s5"), ({"seq_len": 1}, r"task\.seq_len")]
+    ("changes", "key"),
+    [({"inputs": "s5"}, "protocol.inputs=s5"), ({"seq_len": 1}, r"task\.seq_len")],
 )
 def test_values_nobody_can_use_are_refused(changes, key):
     with pytest.raises(ConfigError, match=key):

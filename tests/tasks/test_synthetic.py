@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import lra.tasks.synthetic as synthetic
 from lra.data.store import prepare
 from lra.errors import ConfigError
-from lra.tasks import SPLITS
+from lra.tasks.base import SPLITS
 from lra.tasks.synthetic import most_frequent
 
 ROOT = Path(__file__).parents[2]
@@ -36,14 +36,20 @@ SIZES = {"train": 50, "val": 20, "test": 30}
 
 def make(name, inputs="s4", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")}
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    }
     arguments |= {"sizes": SIZES} | changes
-    return CLASSES[name](protocol={"inputs": inputs, "name": "strict"}, data_root="unused", **arguments)
+    return CLASSES[name](
+        protocol={"inputs": inputs, "name": "strict"}, data_root="unused", **arguments
+    )
 
 
 def arrays(task, split="train"):
     examples = list(task.examples(split))
-    return np.stack([example.inputs for example in examples]), np.array([example.label for example in examples])
+    return np.stack([example.inputs for example in examples]), np.array(
+        [example.label for example in examples]
+    )
 
 
 def many(name, **changes):
@@ -67,7 +73,9 @@ def answer_selective_copy(words, copy_len, blank_len, **_):
 
 def answer_adding(words, **_):
     assert len(words) == 9
-    (one,), (other,) = ([word for word in part if word.endswith("*")] for part in (words[:4], words[4:]))
+    (one,), (other,) = (
+        [word for word in part if word.endswith("*")] for part in (words[:4], words[4:])
+    )
     assert all(len(word.rstrip("*")) == 1 for word in words)
     return int(one[0]) + int(other[0])
 
@@ -127,7 +135,9 @@ def check_uniform(values, count):
     """Each of 0..count-1 within five standard errors of its share."""
     shares = np.bincount(np.ravel(values), minlength=count) / np.size(values)
     assert len(shares) == count
-    assert shares == pytest.approx(1 / count, abs=5 * np.sqrt((1 - 1 / count) / count / np.size(values)))
+    assert shares == pytest.approx(
+        1 / count, abs=5 * np.sqrt((1 - 1 / count) / count / np.size(values))
+    )
 
 
 @pytest.mark.parametrize("name", ["copy", "selective_copy"])
@@ -194,7 +204,10 @@ def test_rows_are_the_same_on_every_machine(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_rows_depend_on_seed_split_and_number_alone(name, monkeypatch):
     def rows(split, **changes):
-        return [hashlib.sha256(row.tobytes()).digest() for row in arrays(make(name, **changes), split)[0]]
+        return [
+            hashlib.sha256(row.tobytes()).digest()
+            for row in arrays(make(name, **changes), split)[0]
+        ]
 
     more = {"sizes": {"train": 70, "val": 20, "test": 40}}
     assert rows("test", **more)[:30] == rows("test")
@@ -210,9 +223,14 @@ def test_rows_depend_on_seed_split_and_number_alone(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_both_protocols_share_one_store(name, tmp_path):
-    stores = {prepare(make(name, inputs, **SMALL[name]), tmp_path).path for inputs in ("s4", "lra2020")}
+    stores = {
+        prepare(make(name, inputs, **SMALL[name]), tmp_path).path for inputs in ("s4", "lra2020")
+    }
     assert len(stores) == 1
-    assert make(name, **SMALL[name] | {"data_seed": 5}).fingerprint() != make(name, **SMALL[name]).fingerprint()
+    assert (
+        make(name, **SMALL[name] | {"data_seed": 5}).fingerprint()
+        != make(name, **SMALL[name]).fingerprint()
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -229,7 +247,9 @@ def test_packed_rows_are_the_examples(name, tmp_path):
 
 
 def test_most_frequent_by_hand():
-    ids = np.array([[6, 6, 6, 5, 2], [2, 4, 4, 3, 1], [4, 3, 3, 4, 1]], np.uint8)  # 3, 4 and 5 are labels
+    ids = np.array(
+        [[6, 6, 6, 5, 2], [2, 4, 4, 3, 1], [4, 3, 3, 4, 1]], np.uint8
+    )  # 3, 4 and 5 are labels
     assert most_frequent(ids, 3, 3).tolist() == [2, 1, 0]
 
 
@@ -271,7 +291,11 @@ def test_adding_has_no_line_but_the_majority():
         ("induction_heads", {"num_tokens": 1}, "task.num_tokens=1"),
         ("associative_recall", {"num_pairs": 0}, "task.num_pairs=0"),
         ("associative_recall", {"num_values": 1}, "task.num_values=1"),
-        ("associative_recall", {"num_keys": 3, "num_pairs": 4}, "task.num_keys=3 is too few .* task.num_pairs=4"),
+        (
+            "associative_recall",
+            {"num_keys": 3, "num_pairs": 4},
+            "task.num_keys=3 is too few .* task.num_pairs=4",
+        ),
     ],
 )
 def test_argument_nobody_can_meet_is_refused(name, changes, message):
@@ -314,5 +338,9 @@ def test_common_arguments_are_checked(name, changes, message):
 @pytest.mark.parametrize("name", CLASSES)
 def test_yaml_has_every_argument_and_a_budget(name):
     keys = set(OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml"))
-    arguments = set(inspect.signature(CLASSES[name].__init__).parameters) - {"self", "protocol", "data_root"}
-    assert keys == arguments | {"_target_", "budget"}
+    arguments = set(inspect.signature(CLASSES[name].__init__).parameters) - {
+        "self",
+        "protocol",
+        "data_root",
+    }
+    assert keys == arguments | {"_target_", "hparams"}

@@ -12,8 +12,8 @@ import tiny_texts
 from omegaconf import OmegaConf
 
 from lra.data.store import prepare, store_name
-from lra.data.tfrecord import masked_crc32c
 from lra.errors import ConfigError, DataError
+from lra.sources.tfds_reader import masked_crc32c
 from lra.tasks.characters import IMDB_CHARACTERS, IMDB_UNUSED, Bytes, Characters, frequencies
 from lra.tasks.text import Review, Text, held_out
 
@@ -23,8 +23,12 @@ BYTES, CHARACTERS = Bytes(), Characters(IMDB_CHARACTERS, IMDB_UNUSED)
 
 def make_task(data_root="unused", inputs="s4", validation="train", **changes):
     arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / "text.yaml"))
-    arguments = {key: value for key, value in arguments.items() if key not in ("_target_", "budget")} | changes
-    return Text(protocol={"inputs": inputs, "validation": validation}, data_root=data_root, **arguments)
+    arguments = {
+        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
+    } | changes
+    return Text(
+        protocol={"inputs": inputs, "validation": validation}, data_root=data_root, **arguments
+    )
 
 
 @pytest.fixture
@@ -36,7 +40,9 @@ def imdb(tmp_path):
 # --- Encodings -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("inputs", "vocabulary", "seq_len"), [("s4", 135, 4096), ("lra2020", 257, 4000)])
+@pytest.mark.parametrize(
+    ("inputs", "vocabulary", "seq_len"), [("s4", 135, 4096), ("lra2020", 257, 4000)]
+)
 def test_vocabulary_and_length_are_the_protocols(inputs, vocabulary, seq_len):
     task = make_task(inputs=inputs)
     assert len(set(task.vocab)) == len(task.vocab) == task.num_tokens == vocabulary
@@ -52,7 +58,14 @@ def test_characters_are_sorted_and_follow_the_special_tokens():
 def test_ids_by_hand():
     text = "\ta\u00e9\u4e2d\x85".encode()
     place = CHARACTERS.vocab.index
-    assert CHARACTERS.encode(text, 9).tolist() == [3, place("a"), place("\u00e9"), 1, place("\x85"), 2]
+    assert CHARACTERS.encode(text, 9).tolist() == [
+        3,
+        place("a"),
+        place("\u00e9"),
+        1,
+        place("\x85"),
+        2,
+    ]
     assert BYTES.encode(text, 9).tolist() == [
         10,
         98,
@@ -78,7 +91,11 @@ def test_long_text_is_cut_at_its_end():
 
 def random_text(rng):
     """Characters of the vocabulary, its neighbours, and what takes three and four bytes."""
-    codes = [rng.integers(0, 300, 20), rng.integers(8200, 8240, 5), rng.integers(0xE000, 0x11_0000, 5)]
+    codes = [
+        rng.integers(0, 300, 20),
+        rng.integers(8200, 8240, 5),
+        rng.integers(0xE000, 0x11_0000, 5),
+    ]
     return "".join(map(chr, rng.permutation(np.concatenate(codes))[: rng.integers(0, 31)]))
 
 
@@ -89,7 +106,9 @@ def test_encodings_equal_the_loop(seed):
     known = {token: i for i, token in enumerate(CHARACTERS.vocab) if len(token) == 1}
     ids = CHARACTERS.encode(text.encode(), limit)
     assert ids.tolist() == [known.get(character, 1) for character in text[: limit - 1]] + [2]
-    assert CHARACTERS.decode(ids) == "".join(c if c in known else "\ufffd" for c in text[: limit - 1])
+    assert CHARACTERS.decode(ids) == "".join(
+        c if c in known else "\ufffd" for c in text[: limit - 1]
+    )
     ids = BYTES.encode(text.encode(), limit)
     assert ids.tolist() == [byte + 1 for byte in text.encode()[:limit]]
     assert BYTES.decode(ids) == text.encode()[:limit].decode(errors="replace")
@@ -100,7 +119,9 @@ def test_stored_review_reads_as_it_was(imdb, inputs):
     task = make_task(imdb[0], inputs, validation="test")
     ids, _ = next(iter(task.examples("train")))
     expected = tiny_texts.review(0, 0)
-    assert task.to_text(ids) == (expected if inputs == "lra2020" else expected.replace("\u4e2d", "\ufffd"))
+    assert task.to_text(ids) == (
+        expected if inputs == "lra2020" else expected.replace("\u4e2d", "\ufffd")
+    )
     assert task.to_text(np.pad(ids, (0, 5))) == task.to_text(ids)
 
 
@@ -115,7 +136,9 @@ def test_order_is_by_class_then_by_number(imdb):
     task = make_task(imdb[0], "lra2020", "test")
     train = [(tiny_texts.review(label, number), label) for label in (0, 1) for number in range(24)]
     assert texts_of(task, "train") == train
-    assert texts_of(task, "test") == [(tiny_texts.review(c, 100 + i), c) for c in (0, 1) for i in range(10)]
+    assert texts_of(task, "test") == [
+        (tiny_texts.review(c, 100 + i), c) for c in (0, 1) for i in range(10)
+    ]
     assert task.same == {"val": "test"}
     assert texts_of(task, "val") == texts_of(task, "test")
 
@@ -126,10 +149,15 @@ def test_validation_is_a_tenth_of_each_class_of_train(imdb):
     train, val = texts_of(carved, "train"), texts_of(carved, "val")
     assert carved.same == {}
     assert [label for _, label in val] == [0, 0, 1, 1]  # of 24 each
-    assert [row for row in whole if row not in val] == train  # nothing lost, nothing twice, in the order of the files
+    assert [
+        row for row in whole if row not in val
+    ] == train  # nothing lost, nothing twice, in the order of the files
     assert [row for row in whole if row in val] == val
     assert texts_of(carved, "test") == texts_of(make_task(imdb[0], "lra2020", "test"), "test")
-    assert any(texts_of(make_task(imdb[0], "lra2020", data_seed=seed), "val") != val for seed in range(1, 4))
+    assert any(
+        texts_of(make_task(imdb[0], "lra2020", data_seed=seed), "val") != val
+        for seed in range(1, 4)
+    )
     assert texts_of(make_task(imdb[0], "lra2020"), "val") == val
 
 
@@ -159,7 +187,10 @@ def test_equal_texts_are_on_one_side(seed):
     rows += [(i, i % 2) for i in range(0, 200, 3)] + [(i, 1 - i % 2) for i in range(0, 200, 5)]
     reviews = [Review("", f"review {i}".encode(), label) for i, label in rows]
     chosen = held_out(reviews, seed)
-    val, train = ({review.text for review, c in zip(reviews, chosen, strict=True) if c == side} for side in (1, 0))
+    val, train = (
+        {review.text for review, c in zip(reviews, chosen, strict=True) if c == side}
+        for side in (1, 0)
+    )
     assert not val & train
     for label in (0, 1):
         of_class = np.array([review.label == label for review in reviews])
@@ -167,11 +198,17 @@ def test_equal_texts_are_on_one_side(seed):
 
 
 def test_smallest_data_has_validation_too():
-    assert held_out([Review("", str(i).encode(), label) for i, label in enumerate((0, 1, 0, 1, 1))], seed=0).sum() == 2
+    assert (
+        held_out(
+            [Review("", str(i).encode(), label) for i, label in enumerate((0, 1, 0, 1, 1))], seed=0
+        ).sum()
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
-    ("validation", "sizes"), [("train", (22_500, 2_500, 25_000)), ("test", (25_000, 25_000, 25_000))]
+    ("validation", "sizes"),
+    [("train", (22_500, 2_500, 25_000)), ("test", (25_000, 25_000, 25_000))],
 )
 def test_published_counts_are_demanded(imdb, validation, sizes):
     task = make_task(imdb[0], validation=validation)
@@ -227,7 +264,9 @@ def test_added_review_and_other_settings_make_another_store(imdb):
     name = store_name(make_task(data_root))
     assert store_name(make_task(data_root)) == name
     others = [{"data_seed": 1}, {"seq_len": 100}, {"validation": "test"}, {"inputs": "lra2020"}]
-    assert len({store_name(make_task(data_root, **other)) for other in others} - {name}) == len(others)
+    assert len({store_name(make_task(data_root, **other)) for other in others} - {name}) == len(
+        others
+    )
     (folder / "train" / "pos" / "99_8.txt").write_text("fine")
     assert store_name(make_task(data_root)) != name
 
@@ -290,7 +329,9 @@ def test_tfds_folder_is_read_in_its_order(tmp_path, validation):
     assert texts_of(task, "test") == [(text.decode(), label) for text, label in TFDS["test"]]
     manifest = prepare(task, tmp_path, allow_partial=True).manifest
     assert manifest["source"] == "tfds"
-    assert "imdb_reviews-train.tfrecord-00000-of-00001" in [entry["name"] for entry in manifest["source_files"]]
+    assert "imdb_reviews-train.tfrecord-00000-of-00001" in [
+        entry["name"] for entry in manifest["source_files"]
+    ]
 
 
 def test_publishers_folder_comes_before_tfds(imdb):
@@ -370,5 +411,8 @@ def test_frequencies_equal_the_loop(monkeypatch):
     inputs = rng.integers(1, 6, (8, 12)).astype(np.uint8)
     lengths = rng.integers(1, 13, 8)
     inputs[np.arange(12) >= lengths[:, None]] = 0
-    expected = [[(row[:n] == i).sum() / n for i in range(1, 7)] for row, n in zip(inputs, lengths, strict=True)]
+    expected = [
+        [(row[:n] == i).sum() / n for i in range(1, 7)]
+        for row, n in zip(inputs, lengths, strict=True)
+    ]
     np.testing.assert_allclose(frequencies(inputs, 7), expected, rtol=1e-15)

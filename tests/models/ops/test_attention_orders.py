@@ -16,7 +16,8 @@ from models.ops.by_example import own_examples
 
 def inputs(batch=2, length=37, heads=3, width=4, dtype=jnp.float32):
     return (
-        jax.random.normal(key, (batch, length, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 4)
+        jax.random.normal(key, (batch, length, heads, width), dtype)
+        for key in jax.random.split(jax.random.key(0), 4)
     )
 
 
@@ -41,7 +42,10 @@ def test_blocks_equal_the_whole_matrix(rows, causal):
         cotangent = jnp.where(mask[:, :, None, None], cotangent, 0)
         fast, slow = (
             jax.jit(lambda *x, f=f: (f(*x), jax.vjp(f, *x)[1](cotangent)))(q, k, v)
-            for f in (lambda *x: by_blocks(*x, mask, causal, rows), lambda *x: whole(*x, mask, causal))
+            for f in (
+                lambda *x: by_blocks(*x, mask, causal, rows),
+                lambda *x: whole(*x, mask, causal),
+            )
         )
     assert fast[0].dtype == jnp.float64
     np.testing.assert_allclose(fast[0], slow[0], atol=1e-13)
@@ -56,7 +60,9 @@ def test_the_chosen_order_equals_the_whole_matrix(few, causal, monkeypatch):
     assert block_rows(2 * 3 * 37) == (8 if few else 2**20)
     q, k, v, _ = inputs()
     mask = mask_of((37, 20), 37)
-    np.testing.assert_allclose(attention(q, k, v, mask, causal=causal), whole(q, k, v, mask, causal), atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask, causal=causal), whole(q, k, v, mask, causal), atol=2e-6
+    )
     loops = str(jax.make_jaxpr(lambda q: attention(q, k, v, mask, causal=causal))(q)).count("scan[")
     assert loops == few
 
@@ -67,15 +73,23 @@ def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
     shape = jax.ShapeDtypeStruct((1, 4096, 4, 16), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, 4096), bool)
     step = jax.jit(
-        jax.grad(lambda q, k, v, mask: (attention(q, k, v, mask, causal=causal) ** 2).sum(), argnums=(0, 1, 2))
+        jax.grad(
+            lambda q, k, v, mask: (attention(q, k, v, mask, causal=causal) ** 2).sum(),
+            argnums=(0, 1, 2),
+        )
     )
-    assert step.lower(shape, shape, shape, mask).compile().memory_analysis().temp_size_in_bytes < 4 * 4096**2 * 4 / 8
+    assert (
+        step.lower(shape, shape, shape, mask).compile().memory_analysis().temp_size_in_bytes
+        < 4 * 4096**2 * 4 / 8
+    )
 
 
 def test_a_sequence_that_is_all_padding_gives_finite_gradients():
     q, k, v, _ = inputs()
     mask = mask_of((37, 0), 37)
-    for grad in jax.grad(lambda *x: (by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(q, k, v):
+    for grad in jax.grad(lambda *x: (by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(
+        q, k, v
+    ):
         assert np.isfinite(grad).all()
 
 
@@ -99,15 +113,21 @@ def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
 
     y = sums(0, q, jnp.zeros_like(k))[..., 0]
     np.testing.assert_allclose(np.mean(y), 1.0, atol=0.02)
-    np.testing.assert_allclose(y[0] * 64 * 0.75, np.round(y[0] * 64 * 0.75), atol=1e-3)  # a whole number of keys each
+    np.testing.assert_allclose(
+        y[0] * 64 * 0.75, np.round(y[0] * 64 * 0.75), atol=1e-3
+    )  # a whole number of keys each
     assert len(np.unique(np.round(y[0] * 48))) > 5  # another draw for each query
     np.testing.assert_allclose(np.var(y[0]), 0.25 / 0.75 / 64, rtol=0.3)
     np.testing.assert_array_equal(sums(0, q, k), sums(0, q, k))
     assert np.abs(sums(0, q, k) - sums(1, q, k)).max() > 0.1
     # the backward pass leaves out the same weights: the slope of a sum of the values is linear in them
-    slope = jax.grad(lambda v: by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum())(v)
+    slope = jax.grad(
+        lambda v: by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
+    )(v)
     np.testing.assert_allclose(
-        (slope * v).sum(), by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(), rtol=1e-4
+        (slope * v).sum(),
+        by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(),
+        rtol=1e-4,
     )
 
 
@@ -158,7 +178,9 @@ def test_flash_attention_gets_padding_as_lengths(causal, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     q, k, v, _ = inputs()
     mask = mask_of((37, 20), 37)
-    np.testing.assert_allclose(attention(q, k, v, mask, causal=causal), whole(q, k, v, mask, causal), atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask, causal=causal), whole(q, k, v, mask, causal), atol=2e-6
+    )
     assert asked == ["cudnn"]
 
 
@@ -181,7 +203,9 @@ def test_flash_attention_is_near_the_whole_matrix(causal):
     slow = both(lambda *x: whole(*x, mask, causal), wide)
     for ours, expected in zip((fast[0], *fast[1]), (slow[0], *slow[1]), strict=True):
         # 8 bits, lost more than once on the way
-        np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=0.02 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), expected, rtol=0, atol=0.02 * np.abs(expected).max()
+        )
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 20])
@@ -208,8 +232,12 @@ def test_more_devices_make_no_smaller_blocks(monkeypatch, model):
         q, k, v, _ = inputs(batch=4, length=16)
         run = lambda: attention(q, k, v, mask_of((16,) * 4, 16), causal=False)  # noqa: E731
     else:
-        monkeypatch.setattr(linear, "block_rows", lambda length, numbers: taken.append(numbers) or 8)
-        mixer = linear.LinearAttention(12, 16, num_heads=3, positions="none", causal=False, rngs=nnx.Rngs(0))
+        monkeypatch.setattr(
+            linear, "block_rows", lambda length, numbers: taken.append(numbers) or 8
+        )
+        mixer = linear.LinearAttention(
+            12, 16, num_heads=3, positions="none", causal=False, rngs=nnx.Rngs(0)
+        )
         run = lambda: mixer(jnp.zeros((4, 16, 12)), mask_of((16,) * 4, 16))  # noqa: E731
     jax.eval_shape(run)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):

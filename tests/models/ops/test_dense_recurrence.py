@@ -26,7 +26,8 @@ def test_states_and_gradients_equal_a_loop(length, activation, reverse):
         a, bu = jnp.asarray(rng.normal(size=(4, 4))), jnp.asarray(rng.normal(size=(3, length, 4)))
         cotangent = jnp.asarray(rng.normal(size=bu.shape))
         (fast, pull), (slow, pull_slow) = (
-            jax.vjp(lambda a, bu, f=f: f(a, bu, activation, reverse), a, bu) for f in (dense_recurrence, by_loop)
+            jax.vjp(lambda a, bu, f=f: f(a, bu, activation, reverse), a, bu)
+            for f in (dense_recurrence, by_loop)
         )
         np.testing.assert_allclose(fast, slow, atol=1e-12)
         for ours, expected in zip(pull(cotangent), pull_slow(cotangent), strict=True):
@@ -36,6 +37,12 @@ def test_states_and_gradients_equal_a_loop(length, activation, reverse):
 def test_the_backward_pass_keeps_states_alone():
     """Forward and backward hold a few copies of the states, and no N x N matrix for each step."""
     batch, length, size = 2, 512, 64
-    shapes = jax.ShapeDtypeStruct((size, size), jnp.float32), jax.ShapeDtypeStruct((batch, length, size), jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((size, size), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length, size), jnp.float32),
+    )
     step = jax.jit(jax.grad(lambda a, bu: (dense_recurrence(a, bu) ** 2).sum(), argnums=(0, 1)))
-    assert step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 6 * batch * length * size * 4
+    assert (
+        step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        < 6 * batch * length * size * 4
+    )

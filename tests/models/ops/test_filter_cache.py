@@ -37,7 +37,9 @@ def test_second_process_finds_what_the_first_made(cache):
 
     def run():
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        ).stdout
 
     first = run()
     (file,) = cache.iterdir()
@@ -112,7 +114,17 @@ def pickled(file):
         np.savez(stream, sigma=np.array([None]), phi=np.array([None]), digest="")
 
 
-DAMAGES = (cut, emptied, text, flipped, another_length, without_digest, other_content, one_array, pickled)
+DAMAGES = (
+    cut,
+    emptied,
+    text,
+    flipped,
+    another_length,
+    without_digest,
+    other_content,
+    one_array,
+    pickled,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)

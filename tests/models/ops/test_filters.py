@@ -31,7 +31,8 @@ def alternative_hankel(seq_len):
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "num", "sigma_error", "phi_error"), [(32, 16, 1e-9, 1e-9), (64, 24, 1e-6, 1e-6), (128, 24, 1e-8, 2e-8)]
+    ("seq_len", "num", "sigma_error", "phi_error"),
+    [(32, 16, 1e-9, 1e-9), (64, 24, 1e-6, 1e-6), (128, 24, 1e-8, 2e-8)],
 )
 def test_filters_equal_exact_arithmetic(seq_len, num, sigma_error, phi_error):
     sigma, phi = spectral_filters(seq_len, 24)
@@ -40,7 +41,9 @@ def test_filters_equal_exact_arithmetic(seq_len, num, sigma_error, phi_error):
     assert distance.max() < phi_error
 
 
-@pytest.mark.parametrize(("filters", "matrix"), [(spectral_filters, hankel), (alternative_filters, alternative_hankel)])
+@pytest.mark.parametrize(
+    ("filters", "matrix"), [(spectral_filters, hankel), (alternative_filters, alternative_hankel)]
+)
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 8, 24, 65, 300])
 def test_filters_are_the_largest_eigenpairs(filters, matrix, seq_len):
     num = min(seq_len, 24)
@@ -73,12 +76,17 @@ def test_alternative_eigenvalues_have_high_relative_precision():
     # The Rayleigh quotient of an accurate vector is accurate in relative terms where `eigvalsh` is not.
     sigma, phi = alternative_filters(40, 24)
     z = [
-        [Fraction(8 * (1 + (-1) ** (i + j)), (i + j + 3) * (i + j - 1) * (i + j + 1)) for j in range(1, 41)]
+        [
+            Fraction(8 * (1 + (-1) ** (i + j)), (i + j + 3) * (i + j - 1) * (i + j + 1))
+            for j in range(1, 41)
+        ]
         for i in range(1, 41)
     ]
     for k in (0, 11, 15):
         v = [Fraction(float(x)) for x in phi[:, k]]
-        quotient = sum(v[i] * z[i][j] * v[j] for i in range(40) for j in range(40)) / sum(x * x for x in v)
+        quotient = sum(v[i] * z[i][j] * v[j] for i in range(40) for j in range(40)) / sum(
+            x * x for x in v
+        )
         assert abs(float(quotient) / sigma[k] - 1) < 1e-9
 
 
@@ -90,7 +98,9 @@ def test_longest_task_never_holds_its_matrix():
     assert peak < 8 * 16384**2 / 8
     np.testing.assert_allclose(phi.T @ phi, np.eye(24), atol=1e-12)
     n = np.arange(2.0, 16386)[None] + np.array([0, 1, 98, 16383])[:, None]
-    np.testing.assert_allclose(2 / (n**3 - n) @ phi, phi[[0, 1, 98, 16383]] * sigma[None], atol=1e-14)
+    np.testing.assert_allclose(
+        2 / (n**3 - n) @ phi, phi[[0, 1, 98, 16383]] * sigma[None], atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("filters", [spectral_filters, alternative_filters])

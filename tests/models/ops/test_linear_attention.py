@@ -28,7 +28,8 @@ def test_sums_and_gradients_equal_those_of_the_matrix(length, monkeypatch):
     with jax.enable_x64(True):
         arrays = [jnp.asarray(a) for a in arrays]
         (fast, fast_grads), (slow, slow_grads) = (
-            (f(*arrays), jax.vjp(f, *arrays)[1](jnp.asarray(cotangent))) for f in (causal_sums, sums_by_matrix)
+            (f(*arrays), jax.vjp(f, *arrays)[1](jnp.asarray(cotangent)))
+            for f in (causal_sums, sums_by_matrix)
         )
         np.testing.assert_allclose(fast, slow, atol=1e-12)
         for ours, expected in zip(fast_grads, slow_grads, strict=True):

@@ -36,7 +36,9 @@ def random_system(length, kind="complex", batch=2, states=5):
 def test_states_equal_loop(order, kind, reverse, length):
     lam, bu = random_system(length, kind)
     with jax.enable_x64(True):
-        fast = jax.jit(ORDERS[order], static_argnames="reverse")(jnp.asarray(lam), jnp.asarray(bu), reverse=reverse)
+        fast = jax.jit(ORDERS[order], static_argnames="reverse")(
+            jnp.asarray(lam), jnp.asarray(bu), reverse=reverse
+        )
     assert fast.dtype == bu.dtype
     np.testing.assert_allclose(fast, states_by_loop(lam, bu, reverse), atol=1e-12, rtol=0)
 
@@ -60,7 +62,11 @@ def test_gradients_equal_autodiff_of_a_scan(kind, reverse):
     with jax.enable_x64(True):
         arrays = jnp.asarray(lam), jnp.asarray(bu)
         fast, slow = (
-            jax.jit(lambda *x, f=f: jax.vjp(lambda *y: f(*y, reverse), *x)[1](jnp.asarray(cotangent) ** 2))(*arrays)
+            jax.jit(
+                lambda *x, f=f: jax.vjp(lambda *y: f(*y, reverse), *x)[1](
+                    jnp.asarray(cotangent) ** 2
+                )
+            )(*arrays)
             for f in (linear_recurrence, states_by_blocks)
         )
         # states_by_blocks is held to the loop above, and its gradients come from JAX alone
@@ -72,7 +78,9 @@ def test_second_derivatives_equal_autodiff_of_a_scan():
     lam, bu = random_system(7, "real")
     with jax.enable_x64(True):
         hessians = [
-            jax.jit(jax.jacrev(jax.grad(lambda x, f=f: jnp.sum(f(x, jnp.asarray(bu)) ** 3))))(jnp.asarray(lam))
+            jax.jit(jax.jacrev(jax.grad(lambda x, f=f: jnp.sum(f(x, jnp.asarray(bu)) ** 3))))(
+                jnp.asarray(lam)
+            )
             for f in (linear_recurrence, states_by_blocks)
         ]
         np.testing.assert_allclose(*hessians, rtol=1e-10)
@@ -129,7 +137,9 @@ def test_lru_equals_published_code(name, dtype, tolerance):
         parameters = {key: jnp.asarray(data[key], dtype) for key in names}
         u, cotangent = (jnp.asarray(data[key], dtype) for key in ("u", "cotangent"))
         y, grads = jax.device_get(
-            jax.jit(lambda p: (lru(p, u), jax.vjp(lambda q: lru(q, u), p)[1](cotangent)[0]))(parameters)
+            jax.jit(lambda p: (lru(p, u), jax.vjp(lambda q: lru(q, u), p)[1](cotangent)[0]))(
+                parameters
+            )
         )
     assert y.dtype == dtype
     assert np.abs(y - data["y"]).max() < tolerance * np.abs(data["y"]).max()

@@ -33,7 +33,9 @@ def test_hippo_matches_the_published_eigenvalues(size):
         for j in range(i + 1):
             legs[i, j] = -np.sqrt((2 * i + 1) * (2 * j + 1)) if i > j else -(i + 1)
     p = np.sqrt(np.arange(size) + 0.5)
-    np.testing.assert_allclose((vectors * lam) @ vectors.conj().T, legs + np.outer(p, p), atol=1e-9 * size**2)
+    np.testing.assert_allclose(
+        (vectors * lam) @ vectors.conj().T, legs + np.outer(p, p), atol=1e-9 * size**2
+    )
 
 
 def test_zero_order_hold_is_the_matrix_exponential():
@@ -44,7 +46,9 @@ def test_zero_order_hold_is_the_matrix_exponential():
         log_lam_bar, factor = discretize(jnp.asarray(lam), jnp.asarray(step), "zoh")
     for n in range(4):
         held = expm(step[n] * np.array([[lam[n], 1], [0, 0]]))
-        np.testing.assert_allclose([np.exp(np.asarray(log_lam_bar)[n]), factor[n]], held[0], rtol=1e-12)
+        np.testing.assert_allclose(
+            [np.exp(np.asarray(log_lam_bar)[n]), factor[n]], held[0], rtol=1e-12
+        )
 
 
 def test_bilinear_is_the_trapezoidal_rule():
@@ -57,11 +61,15 @@ def test_bilinear_is_the_trapezoidal_rule():
     np.testing.assert_allclose((after - before) / step, lam * (after + before) / 2 + u, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("s5_causal_zoh", "zoh"), ("s5_bidirectional_bilinear", "bilinear")])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("s5_causal_zoh", "zoh"), ("s5_bidirectional_bilinear", "bilinear")]
+)
 def test_discretization_matches_the_published_code(name, rule):
     golden = np.load(GOLDEN / f"{name}.npz")
     with jax.enable_x64(True):
-        log_lam_bar, factor = discretize(jnp.asarray(golden["Lambda"]), jnp.asarray(golden["dt"]), rule)
+        log_lam_bar, factor = discretize(
+            jnp.asarray(golden["Lambda"]), jnp.asarray(golden["dt"]), rule
+        )
         np.testing.assert_allclose(jnp.exp(log_lam_bar), golden["Lambda_bar"], rtol=1e-12)
         np.testing.assert_allclose(factor[:, None] * golden["B"], golden["B_bar"], rtol=1e-12)
 
@@ -110,7 +118,9 @@ def test_kernel_in_float32_is_near_at_length_16384():
     weights = np.random.default_rng(1).normal(size=(1, 3, 5, 2)) @ [1, 1j]
     with jax.enable_x64(True):
         exact = vandermonde_kernel(jnp.asarray(weights), jnp.asarray(lam * step), 16384)
-    single = vandermonde_kernel(jnp.asarray(weights, jnp.complex64), jnp.asarray(lam * step, jnp.complex64), 16384)
+    single = vandermonde_kernel(
+        jnp.asarray(weights, jnp.complex64), jnp.asarray(lam * step, jnp.complex64), 16384
+    )
     np.testing.assert_allclose(single, exact, atol=1e-5 * np.abs(exact).max())
 
 
@@ -133,7 +143,9 @@ def test_fft_convolution_equals_a_loop(length, both):
     x, kernel = rng.normal(size=(2, length, 3)), rng.normal(size=(3, length))
     back = rng.normal(size=(3, length)) if both else None
     with jax.enable_x64(True):
-        y = fft_convolution(jnp.asarray(x), jnp.asarray(kernel), None if back is None else jnp.asarray(back))
+        y = fft_convolution(
+            jnp.asarray(x), jnp.asarray(kernel), None if back is None else jnp.asarray(back)
+        )
     np.testing.assert_allclose(y, convolution_by_loop(x, kernel, back), atol=1e-12)
 
 

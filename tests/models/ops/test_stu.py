@@ -10,7 +10,14 @@ import pytest
 
 import models.ops.stu as module
 from models.ops.filters import spectral_filters
-from models.ops.stu import basis_first, causal_convolution, feedback, feedback_by_chunks, feedback_by_steps, stu
+from models.ops.stu import (
+    basis_first,
+    causal_convolution,
+    feedback,
+    feedback_by_chunks,
+    feedback_by_steps,
+    stu,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -79,7 +86,9 @@ def value_and_gradients(arrays, fixed, cotangent, lag2=False):
 
 
 def assert_near(found, expected, tolerance, what=""):
-    assert np.abs(np.asarray(found) - np.asarray(expected)).max() <= tolerance * np.abs(expected).max(), what
+    assert (
+        np.abs(np.asarray(found) - np.asarray(expected)).max() <= tolerance * np.abs(expected).max()
+    ), what
 
 
 @pytest.mark.parametrize("name", ["small", "long", "ky5"])
@@ -89,7 +98,9 @@ def test_stu_equals_published_code(name, dtype, tolerance):
     with jax.enable_x64(True):
         arrays = {key: jnp.asarray(value, dtype) for key, value in ours.items()}
         fixed = {"phi": jnp.asarray(data["phi"]), "sigma": jnp.asarray(data["sigma"])}
-        y, found = jax.device_get(value_and_gradients(arrays, fixed, jnp.asarray(data["cotangent"], dtype)))
+        y, found = jax.device_get(
+            value_and_gradients(arrays, fixed, jnp.asarray(data["cotangent"], dtype))
+        )
     assert y.dtype == dtype
     assert_near(y, data["y"], tolerance)
     for key, value in grads.items():
@@ -113,7 +124,9 @@ def test_stu_equals_loop(length, options, lag2):
     arguments = random_arguments(length, **options)
     extra = {"m_y": "lag2"} if lag2 else {}
     with jax.enable_x64(True):
-        fast = jax.jit(partial(stu, **extra))(**{key: jnp.asarray(x) for key, x in arguments.items()})
+        fast = jax.jit(partial(stu, **extra))(
+            **{key: jnp.asarray(x) for key, x in arguments.items()}
+        )
     assert_near(fast, stu_by_loop(**arguments, **extra), 1e-12)
 
 
@@ -144,7 +157,9 @@ def test_orders_and_frequency_blocks_change_nothing(num_matrices, monkeypatch):
             return jnp.einsum("tsj,bsd,jdo->bto", toeplitz, u, m)
 
         def with_gradients(function):
-            return jax.jit(lambda *x: (function(*x), jax.vjp(function, *x)[1](cotangent)))(u, basis, m)
+            return jax.jit(lambda *x: (function(*x), jax.vjp(function, *x)[1](cotangent)))(
+                u, basis, m
+            )
 
         monkeypatch.setattr(module, "basis_first", lambda *shape: num_matrices is None)
         monkeypatch.setattr(module, "_block_bytes", lambda: (num_matrices or 0) * 2 * 3 * 4 * 8)
@@ -169,7 +184,9 @@ def test_features_of_all_filters_are_never_held(first, monkeypatch):
     def loss(*x):
         return jnp.sum(causal_convolution(*x) ** 2)
 
-    memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(u, basis, m).compile().memory_analysis()
+    memory = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(u, basis, m).compile().memory_analysis()
+    )
     assert memory.temp_size_in_bytes < 4 * 256 * 48 * 8 * 4
 
 
@@ -178,8 +195,12 @@ def test_bfloat16_products_are_summed_in_float32(order, monkeypatch):
     """As far off as rounding the factors makes it, and not growing with the number of terms."""
     monkeypatch.setattr(module, "basis_first", lambda *shape: order)
     rng = np.random.default_rng(0)
-    u, basis, m = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 512, 64), (512, 5), (5, 64, 64)])
-    exact, rounded = (causal_convolution(u, basis, m, products) for products in (None, jnp.bfloat16))
+    u, basis, m = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 512, 64), (512, 5), (5, 64, 64)]
+    )
+    exact, rounded = (
+        causal_convolution(u, basis, m, products) for products in (None, jnp.bfloat16)
+    )
     error = np.sqrt(np.mean((exact - rounded) ** 2) / np.mean(exact**2))
     assert 1e-4 < error < 2**-8
 
@@ -193,7 +214,9 @@ def test_feedback_on_accelerators_is_shallow(length, k_y):
     assert 0 < sum(equation.params["length"] for equation in loops) <= length // 16
 
 
-@pytest.mark.parametrize(("length", "k_y"), [(2, 1), (3, 2), (7, 3), (64, 1), (65, 5), (65, 32), (32, 32), (200, 2)])
+@pytest.mark.parametrize(
+    ("length", "k_y"), [(2, 1), (3, 2), (7, 3), (64, 1), (65, 5), (65, 32), (32, 32), (200, 2)]
+)
 def test_feedback_orders_agree(length, k_y):
     rng = np.random.default_rng(length)
     x, m_y = rng.normal(size=(2, length, 3)), rng.normal(size=(k_y, 3, 3)) / k_y
@@ -202,7 +225,10 @@ def test_feedback_orders_agree(length, k_y):
         for j in range(min(k_y, t)):
             y[:, t] += y[:, t - 1 - j] @ m_y[j]
     with jax.enable_x64(True):
-        steps, chunks = (jax.jit(f)(jnp.asarray(x), jnp.asarray(m_y)) for f in (feedback_by_steps, feedback_by_chunks))
+        steps, chunks = (
+            jax.jit(f)(jnp.asarray(x), jnp.asarray(m_y))
+            for f in (feedback_by_steps, feedback_by_chunks)
+        )
     assert_near(steps, y, 1e-12)
     assert_near(chunks, y, 1e-12)
 
@@ -210,7 +236,10 @@ def test_feedback_orders_agree(length, k_y):
 def test_feedback_gradients_equal_autodiff_of_the_chunks():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        x, m_y = jnp.asarray(rng.normal(size=(2, 9, 3))), jnp.asarray(rng.normal(size=(4, 3, 3)) / 4)
+        x, m_y = (
+            jnp.asarray(rng.normal(size=(2, 9, 3))),
+            jnp.asarray(rng.normal(size=(4, 3, 3)) / 4),
+        )
         fast, slow = (
             jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 3), (0, 1)))(x, m_y)
             for f in (feedback, feedback_by_chunks)
@@ -237,7 +266,11 @@ def test_bfloat16_inputs_keep_their_dtype_and_lose_no_more_than_rounding():
     with jax.numpy_dtype_promotion("strict"):
         y = stu(**arrays)
     assert y.dtype == jnp.bfloat16
-    assert_near(np.asarray(y, np.float64), stu_by_loop(**arguments | {"u": np.asarray(u, np.float64)}), 2**-7)
+    assert_near(
+        np.asarray(y, np.float64),
+        stu_by_loop(**arguments | {"u": np.asarray(u, np.float64)}),
+        2**-7,
+    )
 
 
 def test_filters_may_be_numpy_constants_under_jit():

@@ -1,0 +1,137 @@
+"""Builds the task and the model of a config. Hydra's `_target_` is the only registry."""
+
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lra.config.options import NOT_ARGUMENTS
+from lra.config.schema import format_value
+from lra.errors import ConfigError
+
+SIMPLE = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    type(None): "null",
+}
+
+
+def constructor_arguments(section: Mapping[str, Any]) -> DictConfig:
+    """A task's or model's section without the parts that are not constructor constructor_arguments."""
+    return OmegaConf.create(
+        {key: value for key, value in section.items() if key not in NOT_ARGUMENTS}
+    )
+
+
+def build_task(cfg: DictConfig):
+    """The task object of a config.
+
+    Raises:
+        ConfigError: its constructor refuses a value.
+    """
+    return instantiate(
+        "task",
+        constructor_arguments(cfg.task),
+        protocol=OmegaConf.to_container(cfg.protocol),
+        data_root=Path(cfg.data.root),
+    )
+
+
+def data_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """What `lra.data.store.prepare` takes besides the task."""
+    return {
+        "data_root": Path(cfg.data.root),
+        "download": cfg.data.download,
+        "allow_partial": cfg.data.allow_partial,
+    }
+
+
+def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
+    """`build(rngs=...)` makes the model of a config for a task; sizes that the task fixes are filled in here."""
+    mixer = instantiate("model", constructor_arguments(cfg.model))
+    shape = {
+        "num_classes": task.num_classes,
+        "seq_len": task.seq_len,
+        "vocab_size": task.num_tokens,
+        "num_features": task.num_features,
+        "num_pairs": 2 if task.dual else 1,
+        "num_targets": task.num_targets,
+    }
+
+    def build(rngs):
+        return instantiate("backbone", cfg.backbone, mixer=mixer, **shape, rngs=rngs)
+
+    return build
+
+
+def instantiate(group: str, section: DictConfig, **extra):
+    """`hydra.utils.instantiate` of a config group whose errors are one line.
+
+    Raises:
+        ConfigError: a value of the wrong type, or one that the constructor refuses with a ValueError or TypeError.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as hydra_instantiate
+
+    if os.getcwd() not in sys.path:  # a user's own mixer lies beside the shell, not in the package
+        sys.path.append(os.getcwd())
+    try:
+        check_types(group, section)
+        return hydra_instantiate(section, _convert_="all", **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ConfigError, ValueError)):
+            raise ConfigError(" ".join(str(cause).split())) from None
+        if isinstance(cause, TypeError):
+            raise ConfigError(
+                f"{section._target_}: {cause}; its YAML has to carry every constructor argument"
+            ) from cause
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def check_types(group: str, section: DictConfig) -> None:
+    """Refuse a value where the constructor's annotation asks for another simple type or for a mapping."""
+    parameters = inspect.signature(
+        inspect.getattr_static(target_class(group, section), "__init__")
+    ).parameters
+    for key, value in ((str(key), value) for key, value in section.items()):
+        hint = parameters[key].annotation if key in parameters else None
+        if typing.get_origin(hint) is Mapping and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{group}.{key}={format_value(value)} must be a mapping, {{name: value, ...}}"
+            )
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not all(kind in SIMPLE for kind in allowed):
+            continue
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(
+                f"{group}.{key}={format_value(value)} must be {' or '.join(SIMPLE[kind] for kind in allowed)}"
+            )
+
+
+def target_class(group: str, section: DictConfig) -> type:
+    """The class that `_target_` names.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    target = section.get("_target_")
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{group}._target_={format_value(target)} cannot be imported: {error}"
+        ) from error
+    if not inspect.isclass(found):
+        raise ConfigError(f"{group}._target_={target} is not a class: {module} has no class {name}")
+    return found

@@ -1,0 +1,96 @@
+"""What does a model cost? Parameters, operations and recurrent state, counted from shapes: no array is made, nothing runs.
+
+Operations are counted in the jaxpr and not asked of XLA, whose `cost_analysis` counts the body of a loop once, whatever its
+length, so that a recurrence over 16,384 steps would look free.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from omegaconf import DictConfig
+
+from lra.config.build import build_task, model_builder
+from lra.config.flops import UncountedError, flops
+
+
+class Cost(NamedTuple):
+    """Sizes of a model for a task; None where there is none, or where it cannot be counted."""
+
+    width: int
+    depth: int
+    params: int
+    flops: int | None
+    state: int | None
+    note: str = ""  # why `flops` is None
+
+
+def cost(cfg: DictConfig) -> Cost:
+    """The cost of a resolved config's model: see `parameters`, `flops` (of one example, evaluated) and `state_size`.
+
+    Raises:
+        ConfigError: the task or the model refuses a value.
+    """
+    task = build_task(cfg)
+    model = abstract_model(cfg, task)
+    graph, variables = nnx.split(model)
+    pair = (2,) if task.dual else ()
+    features = (task.num_features,) if task.num_tokens is None else ()
+    kind = jnp.float32 if task.num_tokens is None else jnp.int32
+    inputs = jax.ShapeDtypeStruct((1, *pair, task.seq_len, *features), kind)
+    lengths = jax.ShapeDtypeStruct((1, *pair), jnp.int32)
+
+    def forward(variables, inputs, lengths):
+        return nnx.merge(graph, variables)(inputs, lengths, train=False)
+
+    operations, note = None, ""
+    try:
+        operations = flops(forward, variables, inputs, lengths)
+    except UncountedError as error:
+        note = f"operations not counted: {error}"
+    return Cost(
+        cfg.backbone.width,
+        cfg.backbone.depth,
+        parameters(model),
+        operations,
+        state_size(model),
+        note,
+    )
+
+
+def abstract_model(cfg: DictConfig, task) -> Any:
+    """The model of a config, shapes in place of arrays.
+
+    Raises:
+        ConfigError: the model refuses a value.
+    """
+    build = model_builder(cfg, task)
+    return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=jax.random.key(0))))
+
+
+def parameters(model: nnx.Module) -> int:
+    """How many numbers are trained."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def state_size(model: Any) -> int | None:
+    """Real numbers that the recurrent form keeps for one sequence, all layers together; a complex one counts as two.
+
+    None where a mixer has no recurrent form, or none with these options.
+    """
+    graph, variables = nnx.split(model)
+
+    def states(variables):
+        return [block.mixer.init_state(1) for block in nnx.merge(graph, variables).blocks]
+
+    if not all(hasattr(block.mixer, "init_state") for block in model.blocks):
+        return None
+    try:
+        leaves = jax.tree.leaves(jax.eval_shape(states, variables))
+    except ValueError:  # bidirectional, say
+        return None
+    return sum(
+        leaf.size * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1) for leaf in leaves
+    )

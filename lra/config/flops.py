@@ -1,0 +1,118 @@
+"""Counts the operations of a JAX function in its jaxpr.
+
+XLA's `cost_analysis` is not used, because it counts the body of a loop once, whatever its length.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+# what moves, names or makes up numbers without calculating
+# fmt: off
+FREE = frozenset((
+    "broadcast", "broadcast_in_dim", "bitcast_convert_type", "complex", "concatenate", "conj", "convert_element_type",
+    "copy", "copy_p", "device_put", "dynamic_slice", "dynamic_update_slice", "empty", "expand_dims", "gather", "get",
+    "imag", "iota", "optimization_barrier", "pad", "platform_index", "random_bits", "random_fold_in", "random_seed",
+    "random_split", "random_unwrap", "random_wrap", "real", "reduce_precision", "reshape", "rev", "select_n",
+    "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "swap", "threefry2x32", "transpose",
+))
+# fmt: on
+COMPLEX = {
+    "mul": 6,
+    "div": 11,
+    "square": 6,
+    "add": 2,
+    "sub": 2,
+    "neg": 2,
+}  # real operations of a complex one; others 2
+
+
+# --- operations ----------------------------------------------------------------------------------------------------
+
+
+class UncountedError(ValueError):
+    """A program whose operations depend on more than its shapes."""
+
+
+def flops(function: Callable[..., Any], *args: Any) -> int:
+    """Operations on real numbers in one call of `function`; `args` may be `jax.ShapeDtypeStruct`s.
+
+    Products of matrices and convolutions count 2 for each multiply-add (8 where complex), an FFT 5 n log2 n (half where one
+    side is real), a reduction 1 for each number it reads, all else 1 for each number it makes (COMPLEX lists the complex
+    ones), and what only moves numbers nothing. A loop counts its body times its length; of branches the one counts that this
+    backend runs, where `lax.platform_dependent` says so, else the most expensive one.
+
+    Raises:
+        UncountedError: a while loop whose number of steps the values decide.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name in FREE:
+        return 0
+    if name == "while":
+        raise UncountedError("a while loop whose number of steps the values decide")
+    if name == "cond":
+        return _count_branches(params)
+    if name == "scan":
+        return params["length"] * _count(params["jaxpr"].jaxpr)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
+    if inner := list(_inner(params)):  # a call: jit, remat, custom derivatives
+        return _count(inner[0])
+    out: Any = equation.outvars[0].aval
+    sources: list[Any] = [v.aval for v in equation.invars]
+    is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
+    if name == "dot_general":
+        ((contracted, _), _) = params["dimension_numbers"]
+        each = math.prod(sources[0].shape[axis] for axis in contracted)
+        return (8 if is_complex else 2) * out.size * each
+    if name == "conv_general_dilated":
+        filters = sources[1].shape[params["dimension_numbers"].rhs_spec[0]]
+        return (8 if is_complex else 2) * out.size * (sources[1].size // max(filters, 1))
+    if name == "fft":
+        return _count_fft(params["fft_lengths"], sources[0], out)
+    if name.startswith(("reduce_", "cum", "arg")):
+        return sources[0].size * (2 if jnp.issubdtype(sources[0].dtype, jnp.complexfloating) else 1)
+    if name.startswith("scatter"):
+        return 0 if name == "scatter" else sources[2].size
+    if name in ("sort", "top_k"):
+        length = sources[0].shape[params.get("dimension", -1)]
+        return sources[0].size * math.ceil(math.log2(max(length, 2)))
+    return out.size * (COMPLEX.get(name, 2) if is_complex else 1)
+
+
+def _count_fft(lengths: tuple[int, ...], source: Any, out: Any) -> int:
+    length = math.prod(lengths)
+    is_real = not (jnp.iscomplexobj(source) and jnp.iscomplexobj(out))
+    # the real side has the full length
+    whole = max(source.size, out.size)
+    return round(5 * whole * math.log2(max(length, 1)) * (0.5 if is_real else 1))
+
+
+def _count_branches(params: dict[str, Any]) -> int:
+    branches = [branch.jaxpr for branch in params["branches"]]
+    for branch, platforms in zip(branches, params.get("branches_platforms") or (), strict=False):
+        if platforms is None or jax.default_backend() in platforms:
+            return _count(branch)
+    return max(map(_count, branches))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """The programs among an equation's parameters, what it calls first: a derivative rule stands behind its function."""
+    for key in ("call_jaxpr", "fun_jaxpr", "jaxpr", *params):
+        value = params.get(key)
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value

@@ -1,0 +1,123 @@
+"""Turns the errors of Hydra and OmegaConf into one line that names the nearest valid key or option."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lra.config.options import CONF, NOT_ARGUMENTS, OPTIONAL_GROUPS, options
+from lra.errors import ConfigError
+
+
+@contextmanager
+def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Turns the errors of Hydra and OmegaConf into one ConfigError line; `overrides` are what the user typed."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error, overrides)) from None
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        raise ConfigError(
+            "a config group cannot be null in a sweep; sweep over its names alone"
+        ) from None
+
+
+def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """What went wrong in a config, in one line, with the nearest known names."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1], overrides)
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, option = match[1].partition("/")
+        return unknown_option(group, option)
+    if "See https" in text or "viable" in text or "mismatched input" in text:
+        return f"cannot read an override: {text.split(' See https')[0]}; expected key=value"
+    return (
+        " ".join(str(root).split())
+        if root is not error
+        else text.split(" Set the environment variable")[0]
+    )
+
+
+def unknown_key(key: str, overrides: Sequence[str]) -> str:
+    """The constructor_arguments of the chosen_options option where `key` is one of another option of its group, else the nearest keys."""
+    group, _, name = key.partition(".")
+    known = known_keys()
+    for option in chosen_options(group, overrides) if key in known else []:
+        own = known_keys(group, option)  # none of an option in a user's own folder
+        names = dict.fromkeys(
+            part for path in own for part in path.split(".")[1:2] if part[0] != "_"
+        )
+        if own and key not in own:
+            return f"{group}={option} has no {name}; it has: {', '.join(n for n in names if n not in NOT_ARGUMENTS)}"
+    hint = nearest(key, [other for other in known if other != key])
+    return f"unknown key {key}{hint}; `lra train --help` lists the groups, --cfg job all keys"
+
+
+def chosen_options(group: str, overrides: Sequence[str]) -> list[str]:
+    """The task or model that `overrides` choose, several in a sweep; empty where conf/ cannot tell."""
+    from lra.config.compose import compose
+
+    words = [word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")]
+    if words:
+        return words[-1].split(",")
+    try:
+        return [
+            compose([word for word in overrides if word.startswith("experiment=")]).names[group]
+        ]
+    except (
+        ConfigError,
+        OmegaConfBaseException,
+    ):  # of a user's own config folder, or of a group without a name
+        return []
+
+
+def unknown_option(group: str, option: str) -> str:
+    if group == "hydra":
+        group, option = f"hydra/{option.split('/')[0]}", option.split("/")[-1]
+        extra = "pip install -e '.[sweep]' adds hydra-joblib-launcher (joblib) and hydra-submitit-launcher (submitit_*)"
+        return f"no installed plugin provides {group}={option}{f'; {extra}' if group == 'hydra/launcher' else ''}"
+    known = options(group) if (CONF / group).is_dir() else []
+    if not known:
+        return f"unknown config group {group or option}; `lra train --help` lists the groups"
+    return f"unknown {group}={option}{nearest(option, known)}; expected one of: {', '.join(known)}"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def known_keys(group: str = "", option: str = "**/*") -> list[str]:
+    """Dotted keys of the default config and of every option of its groups, or of one option."""
+    keys = set()
+    for file in (CONF / group).glob(f"{option}.yaml"):
+        parts = file.relative_to(CONF).parent.parts
+        prefix = parts[0] if parts and parts[0] not in OPTIONAL_GROUPS else ""
+        keys |= set(dotted_keys(OmegaConf.load(file), prefix))
+    return sorted(keys)
+
+
+def dotted_keys(node: Any, prefix: str) -> list[str]:
+    if not isinstance(node, DictConfig):
+        return [prefix]
+    keys = [prefix] if prefix else []
+    for key in map(str, node):
+        path = f"{prefix}.{key}" if prefix else key
+        keys += (
+            [path]
+            if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)
+            else dotted_keys(node[key], path)
+        )
+    return keys

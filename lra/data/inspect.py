@@ -1,0 +1,194 @@
+"""What is in a task's data, and is it sound? The texts and pictures of `lra data info`, `verify` and `show`."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra.data.store import Split, Store, existing, open_store, settings_name
+from lra.data.verify import Report, changed_sources, verify
+from lra.errors import DataError
+from lra.tasks.base import Task
+
+CHECKSUMS = Path(__file__).with_name("checksums.json")  # made by scripts/record_checksums.py
+SHEET_PIXELS = 160  # pictures smaller than this are enlarged on a sheet
+SHEET_COLUMNS = 5
+
+
+def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
+    """Lines of `lra data verify`, each with whether it is a problem; the last says whether there was any."""
+    sound = True
+    for line, problem in _findings(task, store):
+        yield line, problem
+        sound = sound and not problem
+    yield f"{task.name}: {'sound' if sound else 'NOT sound'}", not sound
+
+
+def _findings(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
+    report = verify(store)
+    yield f"{task.name}: {store.path}", False
+    for name, entry in store.manifest["splits"].items():
+        yield f"  {name:<6}{describe(entry)}", False
+    for source in store.manifest["source_files"]:
+        yield f"  source {source['name']}: sha256 {source['sha256'][:16]}", False
+    for note in store.manifest["notes"]:
+        yield f"  note: {note}", False
+    yield from ((f"  {line}", False) for line in overlap_lines(report))
+    if store.manifest["partial"]:
+        yield (
+            "  partial: made from fewer examples than there should be, with data.allow_partial=true",
+            False,
+        )
+    yield f"  {reference_line(task, store)}", differs(task, store)
+    for source in changed_sources(task, store):
+        yield (
+            f"  NOT SOUND: source {source} is not what the store was made of; delete {store.path} and prepare again",
+            True,
+        )
+    for problem in report.problems:
+        yield f"  NOT SOUND: {problem}", True
+
+
+def expected_hashes(task: Task) -> dict[str, str] | None:
+    """Content hashes of the splits that are known for a task's settings."""
+    return json.loads(CHECKSUMS.read_text("utf-8")).get(settings_name(task))
+
+
+def content(store: Store) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
+
+
+def differs(task: Task, store: Store) -> bool:
+    """Whether a store that should equal the reference does not; TFDS's order and partial copies are others by right."""
+    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
+    return is_comparable and expected_hashes(task) not in (None, content(store))
+
+
+def reference_line(task: Task, store: Store) -> str:
+    """Whether the content is what the project's own copy of the data gives under the same settings."""
+    known, found = expected_hashes(task), content(store)
+    if known is None:
+        return "no reference is known for these settings"
+    if found == known:
+        return "content equals the reference: the same bytes as on the machine that recorded it"
+    others = ", ".join(name for name in found if found[name] != known.get(name))
+    return f"content DIFFERS from the reference in {others}: other source files, another order of them, or a partial copy"
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """One line of what a manifest says of a split: count, label balance, lengths, hash."""
+    if "same_as" in entry:
+        return f"is {entry['same_as']} itself, the protocol has no validation of its own"
+    labels, lengths = entry["labels"], entry["lengths"]
+    total = max(sum(labels), 1)
+    shares = " ".join(f"{100 * count / total:.1f}" for count in labels[:20]) + (
+        " ..." if len(labels) > 20 else ""
+    )
+    return (
+        f"{entry['count']:>9,} examples; labels {shares} %; length {lengths['min']} to {lengths['max']}, "
+        f"mean {lengths['mean']:.1f}; sha256 {entry['sha256'][:16]}"
+    )
+
+
+def overlap_lines(report: Report) -> Iterator[str]:
+    """What two splits share; a shared example is the data's own and no fault of the store."""
+    yield "equal examples: " + (
+        ", ".join(f"{pair} {count:,}" for pair, count in report.overlaps.items()) or "none"
+    )
+    if report.documents:
+        shared = ", ".join(f"{pair} {count:,}" for pair, count in report.documents.items())
+        yield f"pairs with a document that the other split has too: {shared}"
+
+
+def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
+    """Lines of `lra data info`: what the task is, where its sources and its packed store are. Prepares nothing."""
+    kind = (
+        f"{task.num_tokens} tokens"
+        if task.num_tokens
+        else f"{task.num_features} value(s) a position"
+    )
+    pair = "2 x " if task.dual else ""
+    targets = f", {task.num_targets} labels an example" if task.num_targets > 1 else ""
+    yield f"{task.name}, protocol {protocol}: length {pair}{task.seq_len:,}, {kind}, {task.num_classes} classes{targets}"
+    if sizes := task.split_sizes():
+        yield "  should have " + ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+    if same := dict(task.same):
+        yield "  " + ", ".join(f"{name} is {other} itself" for name, other in same.items())
+    try:
+        files = task.source_files()
+        where = (
+            f"{task.source} files in {os.path.commonpath([file.parent for file in files])}"
+            if files
+            else f"{task.source}, no file needed"
+        )
+    except DataError as error:
+        where = str(error)
+    yield f"  source: {where}"
+    try:
+        store = open_store(existing(task, data_root))
+    except DataError:
+        yield f"  not prepared; `lra data prepare {task.name}` does it"
+        return
+    megabytes = sum(file.stat().st_size for file in store.path.iterdir()) / 1e6
+    partial = ", PARTIAL: data.allow_partial=true uses it" if store.manifest["partial"] else ""
+    yield f"  prepared: {store.path}, {megabytes:,.1f} MB{partial}"
+    for name, entry in store.manifest["splits"].items():
+        yield f"  {name:<6}{describe(entry)}"
+    lines = ", ".join(
+        f"{name.replace('_', ' ')} {100 * x:.1f} %"
+        for name, x in store.manifest["reference"].items()
+    )
+    yield f"  to beat: {lines}"
+    for note in store.manifest["notes"]:
+        yield f"  note: {note}"
+
+
+def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]:
+    """The first examples of a split as a person reads them."""
+    for row in range(min(count, len(split))):
+        inputs, lengths = split.inputs[row], np.atleast_1d(split.lengths[row])
+        sides = inputs if task.dual else inputs[None]
+        text = "\n  | ".join(
+            task.to_text(side[:length]) for side, length in zip(sides, lengths, strict=True)
+        )
+        gap = "\n" if task.picture_shape else " "
+        yield f"{task.name} {name} {row} label {np.array2string(split.labels[row])}:{gap}{text}"
+
+
+def write_sheet(task: Task, split: Split, count: int, file: Path) -> Path:
+    """The first pictures of a split with their labels, as one PNG."""
+    from PIL import Image, ImageDraw
+
+    height, width = task.picture_shape  # type: ignore[misc]
+    scale = max(1, SHEET_PIXELS // max(height, width))
+    cell_height, cell_width = height * scale + 16, width * scale + 4
+    count = min(count, len(split))
+    columns = min(count, SHEET_COLUMNS)
+    sheet = Image.new(
+        "RGB",
+        (max(columns, 1) * cell_width, max(-(-count // SHEET_COLUMNS), 1) * cell_height),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row in range(count):
+        pixels = np.asarray(split.inputs[row]).reshape(
+            height, width, *((3,) if task.num_features == 3 else ())
+        )
+        picture = (
+            Image.fromarray(pixels)
+            .convert("RGB")
+            .resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        )
+        corner = (row % SHEET_COLUMNS * cell_width, row // SHEET_COLUMNS * cell_height)
+        sheet.paste(picture, corner)
+        draw.text(
+            (corner[0] + 2, corner[1] + height * scale + 2),
+            f"label {split.labels[row]}",
+            fill="black",
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file, "PNG")
+    return file

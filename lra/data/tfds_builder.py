@@ -1,0 +1,123 @@
+"""How does someone who works with TensorFlow Datasets get at our tasks?
+
+`builder(task)` is an ordinary TFDS builder over the task's own reader, so example i of a split is row i of the packed
+store. It writes array_record files and needs no TensorFlow, as long as they are read with `as_data_source`;
+`as_dataset` and `tfds.load` do need it.
+
+    dataset = builder(task)
+    dataset.download_and_prepare()
+    train = dataset.as_data_source("train")  # train[i]["inputs"], train[i]["length"], train[i]["label"]
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra.data.store import Store, check_count, fill, inputs_dtype, inputs_shape, store_name
+from lra.tasks.base import SPLITS, Task
+
+FEATURES_VERSION = (
+    "1.0.0"  # of the features below; what changes the examples changes the name of the config
+)
+
+
+def builder(task: Task, data_dir: str | Path | None = None, store: Store | None = None) -> Any:
+    """A `tfds.core.GeneratorBasedBuilder` named `lra_<task>`, with one config, named as the packed store.
+
+    Features: `inputs`, padded with 0 to (seq_len,), or (2, seq_len) for pairs, with a last axis where a position has
+    several values, in the integer type of the packed store; `length`, () or (2,); `label`, () or (num_targets,). A
+    split that is another under a second name (validation is test) is written once.
+
+    Args:
+        data_dir: where TFDS keeps its data; None: its own default.
+        store: the packed store of this task, where there is one: then the records are its rows, and no source is read
+            or generated again.
+    """
+    import tensorflow_datasets as tfds
+
+    made = (
+        store_name(task) if store is None else store.path.resolve().name
+    )  # whose sources may be gone
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        name = f"lra_{task.name}"
+        VERSION = tfds.core.Version(FEATURES_VERSION)
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=made.removeprefix(f"{task.name}-")),)
+        pkg_dir_path = Path(
+            __file__
+        ).parent  # where TFDS finds checksums.tsv: publishers' files, sizes and hashes
+
+        def _info(self):
+            description = (type(task).__doc__ or task.name).splitlines()[0]
+            # In the order of the reader, so that row i here is row i of the packed store.
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=description,
+                features=_features(task),
+                disable_shuffling=True,
+                metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {name: _records(task, name, store) for name in SPLITS if name not in task.same}
+
+        def _generate_examples(
+            self,
+        ):  # abstract upstream, but unused: _split_generators hands the records over
+            raise NotImplementedError
+
+    return Builder(data_dir=data_dir, file_format="array_record")
+
+
+def _features(task: Task) -> Any:
+    import tensorflow_datasets as tfds
+
+    shape = inputs_shape(task)
+    inputs = tfds.features.Tensor(shape=shape, dtype=inputs_dtype(task).type, encoding="zlib")
+    length = tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32)
+    label = tfds.features.ClassLabel(num_classes=task.num_classes)
+    if task.num_targets > 1:
+        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
+    return tfds.features.FeaturesDict({"inputs": inputs, "length": length, "label": label})
+
+
+def _origin(store: Store) -> dict[str, Any]:
+    """What TFDS keeps in metadata.json: where the examples come from, and the hash of each split's packed content."""
+    known = {
+        key: store.manifest[key]
+        for key in ("source", "partial", "source_files", "notes", "versions")
+    }
+    return known | {
+        "splits": {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
+    }
+
+
+def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _rows_read(task, split) if store is None else _rows_packed(store, split)
+    for key, (inputs, length, label) in enumerate(rows):
+        yield key, {"inputs": inputs, "length": length, "label": label}
+
+
+def _rows_packed(store: Store, split: str) -> Iterator[tuple[Any, Any, Any]]:
+    packed = store.splits[split]
+    for inputs, length, label in zip(
+        packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True
+    ):
+        yield np.asarray(inputs), length, label
+
+
+def _rows_read(task: Task, split: str) -> Iterator[tuple[Any, Any, Any]]:
+    dtype, shape = inputs_dtype(task), inputs_shape(task)
+    count = 0
+    for example in task.examples(split):
+        inputs = np.zeros(shape, dtype)
+        length = fill(inputs, example, task)
+        count += 1
+        yield (
+            inputs,
+            length,
+            np.asarray(example.label, np.int32) if task.num_targets > 1 else example.label,
+        )
+    check_count(task, split, count)

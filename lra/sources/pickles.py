@@ -1,0 +1,66 @@
+"""How is a pickle read without running what it says?
+
+The Python batches of CIFAR-10 are pickles, and a pickle may call anything. Only the four names that NumPy arrays and the
+bytes of old protocols need are let through; every other is refused before it is called.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra.errors import DataError
+
+
+def restricted_pickle(path: Path) -> dict:
+    """A Python batch of CIFAR-10, {b"data": (N, 3072) uint8, b"labels": N integers, ...}; no other code can run.
+
+    Raises:
+        DataError: the file is no such pickle, or names anything but what an array needs.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _ArraysOnly(file, encoding="bytes").load()
+    except _Refused as error:
+        raise DataError(
+            f"{path}: refused, since it would call {error}; this is not CIFAR-10, do not open it"
+        ) from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(
+            f"{path}: cannot be read as a batch of CIFAR-10 ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: holds a {type(content).__name__}, expected a dictionary; fetch it again"
+        )
+    return content
+
+
+class _Refused(Exception):
+    """The name that a pickle wanted to call."""
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _Refused(f"{module}.{name}") from None
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes in the old pickle protocols; `_codecs.encode` itself would take any codec."""
+    if encoding != "latin1":
+        raise _Refused(f"_codecs.encode to {encoding}")
+    return text.encode(encoding)
+
+
+_reconstruct = np.zeros(1).__reduce__()[0]  # NumPy has moved it, and warns at its old name
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+}

@@ -1,0 +1,228 @@
+"""TFDS's prepared folders: both file formats read back without TensorFlow, damaged ones refused by name."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
+
+from lra.errors import DataError
+from lra.sources import tfds_reader
+from lra.sources.tfds_reader import find_tfds, masked_crc32c, read_tfds
+
+EXAMPLES = [
+    {"text": f"né {i}".encode(), "label": i % 2, "pair": [i, -1], "score": i / 2, "none": []}
+    for i in range(5)
+]
+
+
+def serialize(example):
+    message = tf_example_pb2.Example()
+    for key, value in example.items():
+        values = value if isinstance(value, list) else [value]
+        feature = message.features.feature[key]
+        kinds = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
+        if values:
+            kinds[type(values[0])].value.extend(values)
+    return message.SerializeToString()
+
+
+def write_tfrecord(path, records):
+    with open(path, "wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            crcs = [struct.pack("<I", masked_crc32c(part)) for part in (length, record)]
+            file.write(length + crcs[0] + record + crcs[1])
+
+
+def write_array_record(path, records):
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+WRITERS = {"tfrecord": write_tfrecord, "array_record": write_array_record}
+
+
+def make(folder, file_format="tfrecord", shards=(3, 2), name="toy", version="1.0.0", **info):
+    folder = folder / name / version
+    folder.mkdir(parents=True)
+    records = iter([serialize(example) for example in EXAMPLES])
+    for i, count in enumerate(shards):
+        path = folder / f"{name}-train.{file_format}-{i:05d}-of-{len(shards):05d}"
+        WRITERS[file_format](path, [next(records) for _ in range(count)])
+    split = {"name": "train", "shardLengths": [str(count) for count in shards]}
+    info = {"name": name, "fileFormat": file_format, "splits": [split], "version": version} | info
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize("file_format", WRITERS)
+@pytest.mark.parametrize("shards", [(5,), (3, 2), (0, 4, 1)])
+def test_reads_back(tmp_path, monkeypatch, file_format, shards):
+    monkeypatch.setattr(tfds_reader, "RECORDS_PER_READ", 2)
+    assert list(read_tfds(make(tmp_path, file_format, shards), "train")) == EXAMPLES
+
+
+def test_old_info_without_a_format(tmp_path):
+    folder = make(tmp_path)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    del info["fileFormat"]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(list(read_tfds(folder, "train"))) == 5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TFDS and etils warn of themselves
+def test_reads_what_tfds_itself_wrote(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name, VERSION, pkg_dir_path = "toy", tfds.core.Version("1.2.3"), tmp_path
+
+        def _info(self):
+            text, label = tfds.features.Text(), tfds.features.ClassLabel(num_classes=2)
+            image = tfds.features.Tensor(shape=(2,), dtype=np.float32)
+            features = tfds.features.FeaturesDict({"text": text, "label": label, "image": image})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                yield i, {"text": f"é{i}", "label": i % 2, "image": [i, 0.5]}
+
+    Builder(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    folder = find_tfds(tmp_path, "toy")
+    assert folder == tmp_path / "tfds/toy/1.2.3"
+    expected = [{"text": f"é{i}".encode(), "label": i % 2, "image": [i, 0.5]} for i in range(3)]
+    assert list(read_tfds(folder, "test")) == expected
+
+
+def test_masked_crc():
+    for content, crc in ((b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA)):  # RFC 3720, B.4
+        rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
+        assert masked_crc32c(content) == (rotated + 0xA282EAD8) % 2**32
+
+
+def test_crc_equals_the_loop(monkeypatch):
+    rng = np.random.default_rng(0)
+    for size in (*range(12), 1023, 1024, 1025, 1027, 1028, 2048, 5000):
+        content, crc = rng.bytes(size), 0xFFFFFFFF
+        for byte in content:
+            crc ^= byte
+            for _ in range(8):
+                crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+        crc ^= 0xFFFFFFFF
+        assert masked_crc32c(content) == ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32
+
+
+@pytest.mark.parametrize(
+    "place", [20, -10, -1]
+)  # in the first record, in the last one, and in its checksum
+def test_tfrecord_with_changed_content(tmp_path, place):
+    folder = make(tmp_path)
+    path = folder / "toy-train.tfrecord-00000-of-00002"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=f"00000-of-00002: record {0 if place > 0 else 2} has a wrong checksum;"
+    ):
+        list(read_tfds(folder, "train"))
+
+
+@pytest.mark.parametrize(("keep", "record"), [(5, 0), (14, 0), (-1, 2), (-10, 2)])
+def test_cut_off_tfrecord(tmp_path, keep, record):
+    folder = make(tmp_path)
+    path = folder / "toy-train.tfrecord-00000-of-00002"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=f"00000-of-00002: cut off in record {record}"):
+        list(read_tfds(folder, "train"))
+
+
+def test_tfrecord_with_a_wrong_length(tmp_path):
+    folder = make(tmp_path)
+    path = folder / "toy-train.tfrecord-00001-of-00002"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1  # else a record of 2^56 bytes would be asked for
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="00001-of-00002: record 0 has a wrong checksum"):
+        list(read_tfds(folder, "train"))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 65536, -1])
+def test_cut_off_array_record(tmp_path, keep):
+    folder = make(tmp_path, "array_record", (5,))
+    path = folder / "toy-train.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=path.name):
+        list(read_tfds(folder, "train"))
+
+
+def test_damaged_array_record(tmp_path):
+    folder = make(tmp_path, "array_record", (5,))
+    path = folder / "toy-train.array_record-00000-of-00001"
+    path.write_bytes(
+        path.read_bytes().replace(EXAMPLES[3]["text"], b"damage"[: len(EXAMPLES[3]["text"])])
+    )
+    with pytest.raises(
+        DataError, match=f"{path.name}: cut off or damaged from record 0 on .*hash mismatch"
+    ):
+        list(read_tfds(folder, "train"))
+
+
+def test_records_are_missing(tmp_path):
+    folder = make(tmp_path, shards=(3, 1))
+    write_tfrecord(folder / "toy-train.tfrecord-00001-of-00002", [])
+    with pytest.raises(DataError, match="00001-of-00002: 0 records, expected 1"):
+        list(read_tfds(folder, "train"))
+    write_tfrecord(folder / "toy-train.tfrecord-00001-of-00002", [b"\xff\xff"])
+    with pytest.raises(DataError, match="record 0 is no tf.train.Example"):
+        list(read_tfds(folder, "train"))
+    (folder / "toy-train.tfrecord-00000-of-00002").unlink()
+    with pytest.raises(DataError, match="00000-of-00002: missing"):
+        list(read_tfds(folder, "train"))
+
+
+def test_unusable_info(tmp_path):
+    with pytest.raises(DataError, match="no split 'val', it has train"):
+        list(read_tfds(make(tmp_path / "a"), "val"))
+    with pytest.raises(DataError, match="file format riegeli"):
+        list(read_tfds(make(tmp_path / "b", fileFormat="riegeli"), "train"))
+    for content in ("", "{}", '{"name": "toy", "splits": [{"name": "train"}]}'):
+        (tmp_path / "dataset_info.json").write_text(content)
+        with pytest.raises(DataError, match="dataset_info.json: cannot be read"):
+            list(read_tfds(tmp_path, "train"))
+
+
+def test_find_newest(tmp_path):
+    for version in ("1.0.0", "1.10.0", "1.9.0"):
+        make(tmp_path / "imdb_reviews", name="plain_text", version=version)
+    (tmp_path / "imdb_reviews/plain_text/2.0.0").mkdir()  # not prepared to the end
+    make(tmp_path / "imdb_reviews", name="plain_text", version="3.0.0.incompleteABC")
+    assert find_tfds(tmp_path, "imdb_reviews/plain_text").name == "1.10.0"
+
+
+def test_find_places(tmp_path, monkeypatch):
+    places = [
+        tmp_path / place
+        for place in ("root", "root/tfds", "root/tensorflow_datasets", "env", "home")
+    ]
+    monkeypatch.setenv("HOME", str(places[4]))
+    assert find_tfds(places[0], "toy") is None
+    for i, place in reversed(list(enumerate(places))):
+        folder = make(place / ("tensorflow_datasets" if i == 4 else ""))
+        if i == 3:
+            monkeypatch.setenv("TFDS_DATA_DIR", str(place))
+        assert find_tfds(places[0], "toy") == folder
+
+
+def test_module_is_imported_without_tfds():
+    check = "import sys, lra.sources.tfds_reader, lra.sources.download; sys.exit('tensorflow_datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,329 @@
+"""The training story: cut anywhere, stopped and resumed, it gives the same numbers; faults end it with a clear word."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import lra
+from lra.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    LraError,
+    PreemptedError,
+    RunFolderError,
+)
+from lra.runs.progress import Reporter
+from lra.runs.records import read_metrics, read_predictions, read_record, run_path
+from lra.runs.run_folder import load_records
+from lra.tasks import listops
+from lra.training import trainer
+from lra.training.evaluation import predict, score
+from lra.training.step import epoch_order
+
+# two epochs and a half of 16 steps, dropout on, checkpoints out of step with evaluations
+LONG = [
+    "trainer.steps=40",
+    "backbone.dropout=0.1",
+    "trainer.eval_every=4",
+    "trainer.checkpoint_every=10",
+]
+
+
+def folder_of(overrides):
+    cfg = lra.compose(overrides)
+    return run_path(cfg.output.root, trainer.run_config(cfg), dict(cfg.names))
+
+
+@pytest.fixture(scope="module")
+def whole(data_root, tmp_path_factory):
+    """A run that nothing disturbed: its overrides but for the folder, its folder, its record."""
+    from tiny import TINY
+
+    overrides = [*TINY, *LONG, f"data.root={data_root}"]
+    here = [*overrides, f"output.root={tmp_path_factory.mktemp('whole')}"]
+    record = lra.train(here)
+    return overrides, folder_of(here), record
+
+
+def test_record_holds_what_was_run(whole):
+    _, folder, record = whole
+    stored = read_record(folder)
+    assert stored["metrics"] == record["metrics"]
+    assert stored["status"] == "finished"
+    assert stored["step"] == 40
+    assert (
+        stored["metrics"]["test"]["count"] == 21
+    )  # a last batch of 5 in batches of 8: nobody dropped, nobody twice
+    assert stored["metrics"]["val"]["count"] == 24
+    assert set(stored["reference"]) == {"majority", "root_operator"}
+    assert stored["resumed_from"] == []
+    assert stored["params"]["total"] == sum(stored["params"]["groups"].values())
+    assert stored["config"]["trainer"]["steps"] == 40
+    predictions = read_predictions(folder)
+    assert (
+        np.mean(predictions["logits"].argmax(1) == predictions["labels"])
+        == stored["metrics"]["test"]["accuracy"]
+    )
+
+
+def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
+    overrides, folder, record = whole
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    other = [*overrides, f"output.root={tmp_path}"]
+    assert lra.train(other)["metrics"] == record["metrics"]
+    assert read_metrics(folder_of(other)) == read_metrics(folder)
+
+
+@pytest.mark.parametrize("stop_at", [1, 13, 37])
+def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, stop_at):
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+
+    def interrupt(self, step, done, seconds, tally):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
+    monkeypatch.setattr(Reporter, "advance", interrupt)
+    with pytest.raises(PreemptedError, match=f"SIGTERM at step {stop_at} of 40.*resume=auto"):
+        lra.train(here)
+    assert read_record(folder_of(here))["status"] == "preempted"
+    monkeypatch.undo()
+
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [stop_at]
+    assert resumed["metrics"] == record["metrics"]
+    assert resumed["selection"] == record["selection"]
+    assert read_metrics(folder_of(here)) == read_metrics(folder)
+    np.testing.assert_array_equal(
+        read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"]
+    )
+
+
+@pytest.mark.parametrize("kill_at", [17, 30, 39])
+def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
+    """SIGKILL, which nothing can answer: the run goes back to its last checkpoint and writes the lines after it again."""
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    code = f"""
+import os, signal
+import lra
+from lra import trainer
+from lra.training.step import epoch_order
+from lra.runs.progress import Reporter
+trainer.Rate.steps_per_call = lambda self, done, seconds: 1
+Reporter.advance = lambda self, step, *_: step == {kill_at} and os.kill(os.getpid(), signal.SIGKILL)
+lra.train({here!r})
+"""
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode
+        == -signal.SIGKILL
+    )
+    assert load_records([tmp_path])[0]["status"] == "dead"
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [(kill_at - 1) // 10 * 10]
+    assert resumed["metrics"] == record["metrics"]
+    assert resumed["selection"] == record["selection"]
+    assert read_metrics(folder_of(here)) == read_metrics(folder)
+    np.testing.assert_array_equal(
+        read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"]
+    )
+
+
+def test_checkpoint_that_cannot_be_written_ends_in_one_line_and_spares_the_one_before(
+    whole, tmp_path, monkeypatch
+):
+    overrides, _, record = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    save = ocp.CheckpointManager.save
+
+    def disk_fills_up(self, step, *args, **kwargs):
+        if step == 20:
+            (self.directory / "20.orbax-checkpoint-tmp").mkdir()
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", disk_fills_up)
+    with pytest.raises(
+        LraError, match=r"checkpoint of step 20 .*the disk is full; those before it are whole"
+    ):
+        lra.train(here)
+    folder = folder_of(here)
+    assert read_record(folder)["status"] == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["10"]
+    monkeypatch.undo()
+    resumed = lra.train([*here, "resume=auto"])
+    assert resumed["resumed_from"] == [10]
+    assert resumed["metrics"] == record["metrics"]
+
+
+def test_checkpoint_of_other_data_is_refused(whole, tmp_path, monkeypatch):
+    overrides, _, _ = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    monkeypatch.setattr(trainer.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lra.train(here)
+    monkeypatch.undo()
+    described = trainer.describe_data
+    monkeypatch.setattr(trainer, "describe_data", lambda store: described(store) | {"splits": {}})
+    with pytest.raises(RunFolderError, match="other data"):
+        lra.train([*here, "resume=auto"])
+
+
+def test_checkpoint_of_another_vocabulary_is_refused(whole, tmp_path, monkeypatch):
+    """The same bytes under other names of the ids: the weights would mean something else."""
+    overrides, _, _ = whole
+    here = [*overrides, f"output.root={tmp_path}"]
+    monkeypatch.setattr(trainer.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lra.train(here)
+    monkeypatch.undo()
+    monkeypatch.setitem(listops.SPECIAL, "s4", ("<pad>", "<unk>", "<end>"))
+    with pytest.raises(RunFolderError, match="another vocabulary"):
+        lra.train([*here, "resume=auto"])
+
+
+def test_last_weights_are_scored_where_the_protocol_says_so(whole, tmp_path):
+    overrides, _, _ = whole
+    record = lra.train([*overrides, "protocol=lra2020", f"output.root={tmp_path}"])
+    assert record["selection"]["rule"] == "last"
+    assert record["selection"]["step"] == 40
+    assert record["metrics"]["val"]["accuracy"] == record["selection"]["last_val_accuracy"]
+
+
+def test_part_of_validation_and_test_is_scored_only_when_asked_and_marked(whole, tmp_path):
+    overrides, _, record = whole
+    part = lra.train([*overrides, f"output.root={tmp_path}", "trainer.eval_examples=5"])
+    assert [part["metrics"][name]["count"] for name in ("val", "test")] == [5, 5]
+    assert part["data"]["partial"]
+    assert not record["data"]["partial"]
+    assert record["metrics"]["test"]["count"] == 21
+
+
+def test_best_weights_are_those_of_the_best_evaluation(whole):
+    _, folder, record = whole
+    scores = {
+        row["step"]: row["val/accuracy"] for row in read_metrics(folder) if "val/accuracy" in row
+    }
+    assert (
+        record["selection"]["val_accuracy"]
+        == max(scores.values())
+        == record["metrics"]["val"]["accuracy"]
+    )
+    assert record["selection"]["step"] == min(
+        step for step, score in scores.items() if score == max(scores.values())
+    )
+    assert list(scores) == list(range(4, 41, 4))
+
+
+def test_folder_that_holds_the_run_is_refused_or_shown(whole, monkeypatch):
+    overrides, folder, record = whole
+    here = [*overrides, f"output.root={folder.parents[2]}"]
+    with pytest.raises(RunFolderError, match="finished at step 40.*resume=auto"):
+        lra.train(here)
+    monkeypatch.setattr(trainer.Run, "train", lambda self: pytest.fail("trained again"))
+    assert lra.train([*here, "resume=auto"])["metrics"] == record["metrics"]
+
+
+def test_folder_that_holds_another_run_is_refused(whole, tmp_path):
+    overrides, folder, _ = whole
+    here = [*overrides, "optim.lr=0.5", f"output.root={tmp_path}"]
+    target = folder_of(here)
+    target.mkdir(parents=True)
+    (target / "record.json").write_bytes((folder / "record.json").read_bytes())
+    with pytest.raises(RunFolderError, match="holds another run"):
+        lra.train([*here, "resume=auto"])
+    assert read_record(target)["config"]["optim"]["lr"] != 0.5
+
+
+def test_folder_is_named_by_its_config_without_output_and_resume(tiny, tmp_path):
+    name = folder_of(tiny).name
+    assert folder_of([*tiny, "resume=auto", f"output.root={tmp_path / 'elsewhere'}"]).name == name
+    assert folder_of([*tiny, "optim.lr=0.1"]).name != name
+
+
+def test_loss_that_is_not_finite_ends_the_run(tiny):
+    with pytest.raises(DivergedError, match=r"NaN or infinite at step \d+ of 4; lower optim.lr"):
+        lra.train([*tiny, "optim.lr=1e30", "optim.clip=null", "optim.warmup=0"])
+    record = read_record(folder_of([*tiny, "optim.lr=1e30", "optim.clip=null", "optim.warmup=0"]))
+    assert record["status"] == "diverged"
+    assert record["metrics"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.steps=0", "trainer.steps=0 must be a whole number of at least 1"),
+        ("resume=perhaps", "resume=perhaps is unknown"),
+        ("trainer.batch_size=65", "trainer.batch_size=65 exceeds the 64 training examples"),
+        ("seed=x", "seed=x must be a whole number"),
+        ("trainer.train_eval_examples=0", "trainer.train_eval_examples=0 must be a whole number"),
+        ("trainer.call_seconds=x", "trainer.call_seconds=x must be a number above 0"),
+        ("protocol.select=bset", "protocol.select=bset is unknown"),
+        ("protocol.select=last", "protocol.name=strict with other values"),
+        ("optim.lr=-1", "optim.lr=-1 must be a number above 0"),
+        ("backbone.pool=cls", "backbone.pool=cls .* causal"),
+        ("backbone.glu=whole", "backbone.glu=whole is unknown; choose one of full"),
+        ("model.num_filters=999", "model.num_filters"),
+        ("task.seq_len=5", "task.seq_len"),
+        (
+            "+optim.groups.mine={match: nowhere, lr_factor: 1, weight_decay: 0}",
+            "optim.groups.mine.match='nowhere' fits no",
+        ),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(tiny, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        lra.train([*tiny, override])
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*"))  # no folder was made
+
+
+def test_run_that_failed_before_its_first_checkpoint_may_be_repeated(tiny):
+    for _ in range(2):  # not, the second time: the folder holds a run
+        with pytest.raises(DataError, match="listops-1000"):
+            lra.train([*tiny, "task.source=release"])
+        assert read_record(folder_of([*tiny, "task.source=release"]))["status"] == "failed"
+
+
+def test_every_example_is_drawn_once_an_epoch():
+    key = jax.random.key(0)
+    first, again, second = (np.asarray(epoch_order(key, e, 50)) for e in (0, 0, 1))
+    assert sorted(first) == list(range(50))
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+
+
+def test_predict_scores_each_example_once_whatever_the_batch():
+    inputs = jnp.arange(10.0)[:, None] * jnp.ones((10, 3))
+
+    def apply(x, lengths):
+        return x * lengths[:, None]
+
+    expected = np.arange(10.0)[:, None] * np.ones((10, 3)) * 2
+    for batch_size in (1, 3, 10, 16):
+        np.testing.assert_array_equal(predict(apply, inputs, jnp.full(10, 2), batch_size), expected)
+
+
+def test_score_equals_a_plain_loop():
+    rng = np.random.default_rng(0)
+    logits, labels = 50 * rng.normal(size=(7, 4)).astype(np.float32), rng.integers(0, 4, 7)
+    losses = [
+        -row[k] + np.log(sum(np.exp(v - max(row)) for v in row)) + max(row)
+        for row, k in zip(logits.astype(float), labels, strict=True)
+    ]
+    result = score(logits, labels)
+    assert result["count"] == 7
+    assert result["loss"] == pytest.approx(sum(losses) / 7)
+    assert (
+        result["accuracy"]
+        == sum(row.argmax() == k for row, k in zip(logits, labels, strict=True)) / 7
+    )
