@@ -112,3 +112,14 @@ def finalize(
         if not isinstance(switch := OmegaConf.select(cfg, key), bool):
             raise ConfigError(f"{key}={format_value(switch)} must be true or false")
     return cfg
+
+
+def run_config(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as a record holds it; `names` are recorded beside it."""
+    config = to_container(cfg)
+    del config["names"]
+    return config
+
+
+def to_container(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))

@@ -28,7 +28,8 @@ from lra.training.prefetch import on_host
 from lra.training.setup import Setup
 from lra.training.state import Best, initial_state, selected_weights
 from lra.training.step import compile_program
-from lra.training.trainer import CHECKPOINTS, describe_data, use_compilation_cache
+from lra.training.recorder import CHECKPOINTS, describe_data
+from lra.training.setup import use_compilation_cache
 
 CLOSE = 1e-3  # between the two largest logits of an example; nearer ones may change places on another device
 # what may differ from the recorded config: where the data are, how they are computed; anything else is another run

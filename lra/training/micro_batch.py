@@ -1,40 +1,114 @@
-"""Does a step fit into the device's memory? Finds the micro-batch that does, and says what helps where none does."""
+"""Chooses the micro-batch: how many examples' activations are held in memory at once."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from omegaconf import DictConfig
 
 from lra.errors import ConfigError, LraError
+from lra.training import distributed
+from lra.training.data_parallel import DataParallel
 from lra.training.memory import compiled_bytes, device_bytes, in_gb, is_out_of_memory
+from lra.training.prefetch import DeviceData, HostPrefetch
+from lra.training.setup import Setup
+from lra.training.state import Examples, State, copy_tree
+from lra.training.step import Program, compile_program
+
+Batches = DeviceData | HostPrefetch
+
+
+def make_batches(
+    cfg: DictConfig, setup: Setup, train: Examples, devices: DataParallel, micro_batch: int
+) -> tuple[Batches, Program]:
+    """The source of training batches and the jitted functions for one micro-batch size."""
+    batch_size = cfg.trainer.batch_size
+    program = compile_program(setup, batch_size, micro_batch, devices)
+    if isinstance(train.labels, jax.Array):
+        return DeviceData(train), program
+    order_key, steps = setup.order_key, cfg.trainer.steps
+    return HostPrefetch(train, order_key, batch_size, micro_batch, devices, steps), program
+
+
+def choose_sizes(
+    cfg: DictConfig,
+    setup: Setup,
+    val: Examples,
+    devices: DataParallel,
+    make: Callable[[int], tuple[Batches, Program]],
+    new_state: Callable[[], State],
+    previous: dict[str, Any],
+) -> tuple[int, int, dict[int, int | None]]:
+    """The largest micro-batch and the largest evaluation batch that fit into memory.
+
+    Args:
+        val: validation split, from which the evaluations tried take their examples.
+        make: `make_batches` for a size, which returns the same objects when called again.
+        new_state: makes a state that a trial may consume.
+        previous: record of an earlier start whose checkpoint is resumed; its sizes are kept, so
+            that batches are cut the same way. Empty for a new run.
+    Returns:
+        Micro-batch, evaluation batch, and the bytes that each tried micro-batch needs.
+    Raises:
+        LraError: not even the smallest size fits.
+    """
+    # a run holds the best weights beside its state
+    best = copy_tree((setup.params, setup.batch_stats))
+    # with several processes, an OOM on one would hang the others in an all-reduce
+    execute = jax.process_count() == 1
+    search = partial(largest_that_fits, sharing=devices.local_count, execute=execute)
+
+    def training(size: int) -> tuple[Any, tuple]:
+        batches, program = make(size)
+        return batches.trial(program, new_state(), setup.constants, int(execute))
+
+    def evaluation(size: int) -> tuple[Any, tuple]:
+        rows = np.arange(size) % len(val.labels)
+        batch = (val.inputs[rows], val.lengths[rows])
+        return make(micro_batch)[1].apply, (*best, setup.constants, *batch)
+
+    def candidates(key: str, largest: int) -> list[int]:
+        if previous.get(key) in micro_batch_sizes(largest, devices.count):
+            return [previous[key]]
+        return halvings(largest, devices.count)
+
+    sizes = candidates("micro_batch", cfg.trainer.batch_size)
+    micro_batch, needs = search("a micro-batch", sizes, training)
+    sizes = candidates("eval_batch", devices.whole(cfg.trainer.eval_batch_size))
+    state = new_state()  # held in memory while an evaluation runs
+    eval_batch, _ = search("an evaluation batch", sizes, evaluation)
+    del state
+    return micro_batch, eval_batch, needs
 
 
 def check_micro_batch(cfg: DictConfig, devices: int) -> None:
-    """Refuse a micro-batch that the devices cannot share, or of which the batch is no multiple.
+    """Checks that the micro-batch divides the batch and that the devices divide the micro-batch.
 
     Raises:
-        ConfigError: the line names the nearest sizes that work.
+        ConfigError: names the nearest sizes that work.
     """
     size, batch_size = cfg.trainer.micro_batch, cfg.trainer.batch_size
-    if size not in (None, "auto") and size not in (
-        allowed := micro_batch_sizes(batch_size, devices)
-    ):
+    if size in (None, "auto"):
+        return
+    allowed = micro_batch_sizes(batch_size, devices)
+    if size not in allowed:
         near = sorted(sorted(allowed, key=lambda other: abs(other - size))[:2])
         shared = f" and a multiple of the {devices} devices" if devices > 1 else ""
         raise ConfigError(
             f"trainer.micro_batch={size} must be a divisor of trainer.batch_size={batch_size}{shared}; "
-            f"take {' or '.join(map(str, near))}, or auto"
+            f"use {' or '.join(map(str, near))}, or auto"
         )
 
 
 def micro_batch_sizes(batch_size: int, devices: int = 1) -> list[int]:
-    """Every micro-batch that divides the batch and that the devices can share, largest first."""
+    """Divisors of the batch size that are multiples of the number of devices, largest first."""
     return [n for n in range(batch_size, 0, -1) if batch_size % n == 0 and n % devices == 0]
 
 
 def halvings(batch_size: int, devices: int = 1) -> list[int]:
-    """The micro-batches to try: the whole batch, then each at most half of the one before."""
+    """Micro-batch sizes to try: the whole batch, then each at most half of the previous one."""
     tried = [batch_size]
     while smaller := [n for n in micro_batch_sizes(batch_size, devices) if 2 * n <= tried[-1]]:
         tried.append(smaller[0])
@@ -45,21 +119,19 @@ def largest_that_fits(
     what: str,
     candidates: list[int],
     trial: Callable[[int], tuple[Any, tuple]],
-    agree: Callable[[bool], bool],
     *,
     sharing: int = 1,
-    call: bool = True,
+    execute: bool = True,
 ) -> tuple[int, dict[int, int | None]]:
-    """The first of `candidates` that fits, and the bytes that each one tried needs, None where unknown.
+    """The first candidate that fits on every process, and the bytes that each tried size needs.
 
     Args:
-        what: is tried, for the message.
-        trial: of a size a jitted function and the arguments of a call whose result nobody wants.
-        agree: whether it fits on every process.
-        sharing: devices that have one memory together, where that is the machine's.
-        call: whether to run it too, and not only compare what the compiler says.
+        what: name of what is tried, for the error message.
+        trial: maps a size to a jitted function and its arguments.
+        sharing: number of CPU devices that share the machine's memory.
+        execute: run the function once, instead of trusting the compiler's memory analysis alone.
     Raises:
-        LraError: not even the smallest fits.
+        LraError: not even the last candidate fits.
     """
     needs: dict[int, int | None] = {}
     device = jax.local_devices()[0]
@@ -71,7 +143,7 @@ def largest_that_fits(
         try:
             needs[size] = needed = compiled_bytes(function.lower(*args).compile())
             fits = available is None or needed is None or needed <= available
-            if fits and call:
+            if fits and execute:
                 jax.block_until_ready(function(*args))
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
@@ -79,10 +151,11 @@ def largest_that_fits(
             fits = False
             needs.setdefault(size, None)
         del function, args
-        if agree(fits):
+        if all(distributed.all_gather(fits)):
             return size, needs
+    needed = needs[candidates[-1]]
     raise LraError(
         f"out of memory even at {what} of {candidates[-1]}"
-        f"{f', which needs {in_gb(needs[candidates[-1]])}' if needs[candidates[-1]] else ''}; "
-        "set trainer.remat=block or trainer.precision=bf16, or lower backbone.width or backbone.depth"
+        f"{f', which needs {in_gb(needed)}' if needed else ''}; set trainer.remat=block or "
+        "trainer.precision=bf16, or lower backbone.width or backbone.depth"
     )

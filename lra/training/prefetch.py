@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lra.data.store import Store
+from lra.errors import LraError
+from lra.training import distributed
 from lra.training.data_parallel import DataParallel
-from lra.training.memory import device_bytes
+from lra.training.memory import device_bytes, is_out_of_memory
 from lra.training.state import BatchWindow, Examples, State
 from lra.training.step import Program, epoch_order
 
@@ -25,6 +28,34 @@ def on_device(split) -> Examples:
 WINDOW_BYTES = 2**26  # of batches that go to the device at once
 AHEAD = 2  # windows that wait there
 SHARE = 0.5  # of a device's memory that data may take: the rest is for training
+
+
+def place_data(store: Store, devices: DataParallel, placement: str) -> dict[str, Examples]:
+    """All splits on the devices or on the host, each distinct split once.
+
+    Args:
+        placement: device, host, or auto, which takes the devices if the data fit there.
+    Raises:
+        LraError: the data do not fit on the devices.
+    """
+    unique = {id(split): split for split in store.splits.values()}
+    size = sum(split.inputs.nbytes for split in unique.values())
+    on_hosts = placement == "host" or (
+        placement == "auto" and not all(distributed.all_gather(fits_on_device(size, devices)))
+    )
+    put = on_host if on_hosts or devices.mesh else on_device
+    try:
+        placed = {key: put(split) for key, split in unique.items()}
+        if not on_hosts:
+            placed = devices.replicate(placed)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        kind = jax.devices()[0].device_kind
+        raise LraError(
+            f"the data, {size / 1e9:.1f} GB, do not fit on {kind}; set data.placement=host"
+        ) from error
+    return {name: placed[id(split)] for name, split in store.splits.items()}
 
 
 class DeviceData:

@@ -1,6 +1,8 @@
 """Builds task, model and optimizer from a config, before any data is read."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -8,12 +10,24 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, model_builder
+from lra.config.options import CONF
 from lra.errors import ConfigError
 from lra.training.optimizer import adamw
 
 
 class Setup:
-    """What a config builds before any data is read: task, model, optimizer. Refuses what does not fit together."""
+    """Task, model and optimizer of a config.
+
+    Attributes:
+        task: the task.
+        graph, params, batch_stats, constants: the model, split by `nnx.split`; `constants` holds
+            all variables that are neither parameters nor batch statistics.
+        order_key, dropout_key: PRNG keys of the batch order and of dropout.
+        tx: the optimizer.
+        groups: its parameter groups.
+    Raises:
+        ConfigError: a value that the task, the model or the optimizer refuses.
+    """
 
     def __init__(self, cfg: DictConfig):
         self.task, self.precision = build_task(cfg), cfg.trainer.precision
@@ -26,8 +40,9 @@ class Setup:
         )
         if cfg.trainer.micro_batch == "auto" and jax.tree.leaves(self.batch_stats):
             raise ConfigError(
-                "trainer.micro_batch=auto would let the free memory choose the batches that batch norm sees, and so the "
-                "result; set trainer.micro_batch to a number or null, or backbone.norm to layer, rms or none"
+                "trainer.micro_batch=auto makes the result depend on the free memory, because batch "
+                "norm computes its statistics per micro-batch; set trainer.micro_batch to a number "
+                "or null, or backbone.norm to layer, rms or none"
             )
         self.ema, self.label_smoothing = cfg.optim.ema, cfg.optim.label_smoothing
         self.tx, self.groups = adamw(
@@ -35,7 +50,38 @@ class Setup:
         )
 
 
+def check_compatible(cfg: DictConfig) -> None:
+    """Checks keys against each other.
+
+    Raises:
+        ConfigError: the backbone ignores trainer.precision or trainer.remat, or the values of a
+            named protocol were changed without changing its name.
+    """
+    for key, default in (("precision", "float32"), ("remat", "none")):
+        if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
+            raise ConfigError(
+                f"trainer.{key}={cfg.trainer[key]} has no effect: this backbone has no argument {key}"
+            )
+    named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
+    if named.exists() and OmegaConf.load(named) != cfg.protocol:
+        raise ConfigError(
+            f"protocol.name={cfg.protocol.name} with other values is another protocol; "
+            f"set protocol.name to a new name"
+        )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # the default skips programs that compile in under a second, of which a start has dozens
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def check_batch_size(cfg: DictConfig, count: int) -> None:
+    """Raises ConfigError if a batch is larger than the training split."""
     if count < cfg.trainer.batch_size:
         raise ConfigError(
             f"trainer.batch_size={cfg.trainer.batch_size} exceeds the {count} training examples"
@@ -43,13 +89,13 @@ def check_batch_size(cfg: DictConfig, count: int) -> None:
 
 
 def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
-    """Make the model; returns (graph, params, batch statistics, everything else that is fixed)."""
+    """Builds the model; returns its graph, parameters, batch statistics and constants."""
     try:
         model = builder(rngs=nnx.Rngs(params=key))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
     graph, *variables = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    # a weak type (of `jnp.full(shape, 0.5)`, say) would be lost in the first step, and the second would compile again
+    # weak types, as of jnp.full(shape, 0.5), would be lost in the first step and force a recompilation
     return graph, *jax.tree.map(
         lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, variables
     )

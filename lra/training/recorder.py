@@ -1,0 +1,298 @@
+"""Records a training run: record.json, metrics, predictions, trackers and the console.
+
+With several processes only the first one writes and prints.
+"""
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from omegaconf import DictConfig
+
+from lra.config.compose import run_config, to_container
+from lra.data.store import Store
+from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
+from lra.runs import records, sanity
+from lra.runs.machine import git_commit, peak_bytes, versions
+from lra.runs.progress import Reporter
+from lra.runs.run_folder import RunFolder
+from lra.runs.tracking import Trackers, make_trackers
+from lra.tasks.base import SPLITS
+from lra.training import distributed
+from lra.training.checkpoint import holds_checkpoint
+from lra.training.optimizer import Group
+from lra.training.timing import compile_seconds
+
+CHECKPOINTS = "checkpoints"  # subfolder of a run's folder
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes the record and the metrics of one run.
+
+    Attributes:
+        record: the content of record.json; `save` writes it.
+        previous: the record that an earlier start of this run left; empty for a new run.
+        console: prints progress.
+
+    Args:
+        num_classes: C of the task.
+        groups: parameter groups of the optimizer.
+        num_devices: devices that share a batch, over all processes.
+        started: start of the run on the monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        folder: RunFolder,
+        *,
+        num_classes: int,
+        groups: list[Group],
+        num_devices: int,
+        started: float,
+    ):
+        self.cfg, self.folder, self.started = cfg, folder, started
+        self.num_classes, self.groups = num_classes, groups
+        self.previous = distributed.broadcast(folder.read_record) or {}
+        self.record = initial_record(cfg, self.previous, groups, num_devices)
+        self.trackers = Trackers([])
+        self.console = Reporter(
+            cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress
+        )
+        self.console.console.quiet = not distributed.is_first()
+
+    def add_data(self, store: Store, *, partial: bool) -> None:
+        """Records what the run trains on; `partial`: it scores only a part of a split."""
+        data = describe_data(store)
+        self.record |= {"data": data, "reference": store.manifest["reference"]}
+        data["partial"] = data["partial"] or partial
+
+    def start(self, step: int) -> None:
+        """Opens the trackers and prints the header of a run that begins or resumes at `step`."""
+        self.record["segments"] = self._segments(step)
+        self.folder.truncate_metrics(step)
+        self.save(step=step)
+        if distributed.is_first():
+            self.trackers = make_trackers(
+                self.cfg.tracker,
+                self.folder.path,
+                config=self.record["config"],
+                names=to_container(self.cfg.names),
+                seed=self.cfg.seed,
+            )
+        lr = self.cfg.optim.lr
+        rates = [
+            (g.name, lr * g.lr_factor, g.weight_decay, len(g.paths), g.num_params)
+            for g in self.groups
+        ]
+        self.console.header(self.record, rates, self.folder.path)
+
+    def _segments(self, step: int) -> list[dict[str, Any]]:
+        """Which devices trained which steps: earlier starts whose steps are kept, and this one."""
+        earlier = [part for part in self.previous.get("segments") or [] if part["step"] < step]
+        own = {"step": step, **self.record["device"], "micro_batch": self.record["micro_batch"]}
+        return [*earlier, own]
+
+    def first_loss(self, loss: float) -> None:
+        """Records the mean loss of the first batch, in nats; warns if it is far from log(C)."""
+        self.record["first_loss"] = loss
+        tolerance = self.cfg.trainer.first_loss_tolerance
+        if problem := sanity.first_loss_problem(loss, self.num_classes, tolerance):
+            self.warn(problem)
+
+    def start_time(self) -> None:
+        """Records the seconds from the start to the first step, and those of them that compile."""
+        self.record["time"] |= {
+            "first_step_s": round(time.monotonic() - self.started, 3),
+            "compile_s": round(compile_seconds(self.started), 3),
+        }
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl and sends it to the trackers."""
+        self.folder.append_metrics({"step": step, **values})
+        self.trackers.log(step, values)
+
+    def evaluation(
+        self, step: int, scores: dict[str, Any], best: tuple[int, float], labels: np.ndarray
+    ) -> None:
+        """Records an evaluation on validation and which weights the protocol would select now.
+
+        Args:
+            best: step and accuracy of the best weights, this evaluation included.
+            labels: of the validation split.
+        """
+        self.metrics(step, {"val/loss": scores["loss"], "val/accuracy": scores["accuracy"]})
+        self.console.evaluation(step, scores, improved=best[0] == step)
+        rule = self.cfg.protocol.select
+        selected = best if rule == "best" else (step, scores["accuracy"])
+        self.record["selection"] = {
+            "rule": rule,
+            "step": selected[0],
+            "val_accuracy": selected[1],
+            "last_step": step,
+            "last_val_accuracy": scores["accuracy"],
+        }
+        self.check_chance(step, labels)
+
+    def check_chance(self, step: int, labels: np.ndarray) -> None:
+        """Records whether validation accuracy is at chance late in training; warns once."""
+        cfg, accuracy = self.cfg.trainer, self.record["selection"]["last_val_accuracy"]
+        if cfg.chance_after is None or step < cfg.chance_after * cfg.steps:
+            return
+        chance = sanity.chance(labels, self.num_classes)
+        earlier = self.record["at_chance"]
+        self.record["at_chance"] = sanity.is_at_chance(accuracy, chance, labels.size)
+        if self.record["at_chance"] and earlier is None:
+            self.warn(sanity.chance_warning(accuracy, chance, step, cfg.steps))
+
+    def warn(self, message: str) -> None:
+        if distributed.is_first():
+            log.warning(message)
+
+    def save(self, **changes: Any) -> None:
+        """Writes record.json with `changes`."""
+        self.record |= changes
+        earlier = (self.previous.get("time") or {}).get("wall_s", 0.0)
+        self.record["time"]["wall_s"] = round(earlier + time.monotonic() - self.started, 2)
+        self.folder.write_record(self.record)
+
+    def finish(
+        self, step: int, scores: dict[str, dict[str, Any]], logits: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Writes the predictions, the scores of all splits, and the status "finished".
+
+        Args:
+            scores: of each split.
+            logits, labels: of the test split, (n, C) and (n,) or (n, T, C) and (n, T).
+        """
+        self.folder.write_predictions(logits, labels, np.arange(len(labels)))
+        self.record |= {"metrics": {name: scores[name] for name in SPLITS}, "step": step}
+        chance = sanity.chance(labels, self.num_classes)
+        self.record["learned"] = not sanity.is_at_chance(
+            scores["test"]["accuracy"], chance, labels.size
+        )
+        self._end("finished", None)
+        self.console.finished(self.record, self.trackers.sync_hint)
+
+    def fail(self, error: BaseException) -> None:
+        """Writes the error that ends the run; a full disk must not hide it."""
+        try:
+            self._end(_status_of(error), error)
+        except LraError as second:
+            log.warning(str(second))
+
+    def _end(self, status: str, error: BaseException | None) -> None:
+        self.record["memory"] = {"peak_bytes": peak_bytes()}
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        self.save(status=status, error=message)
+        scores = {
+            f"{split}/{key}": value
+            for split, part in (self.record["metrics"] or {}).items()
+            for key, value in part.items()
+        }
+        self.trackers.summary({"status": status, **scores})
+        self.trackers.finish(status)
+
+
+def _status_of(error: BaseException) -> str:
+    """The status of a run that ended with `error`."""
+    if isinstance(error, (PreemptedError, KeyboardInterrupt)):
+        return "preempted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
+
+
+def initial_record(
+    cfg: DictConfig, previous: dict[str, Any], groups: list[Group], num_devices: int
+) -> dict[str, Any]:
+    """The record before the data is read.
+
+    Fields that this start has not computed yet keep their previous values, so that a resume that
+    fails early does not lose them.
+    """
+    device = jax.devices()[0]
+    sizes = {group.name: group.num_params for group in groups}
+    kept = (
+        "data",
+        "reference",
+        "selection",
+        "micro_batch",
+        "eval_batch",
+        "first_loss",
+        "at_chance",
+    )
+    return {
+        "status": "running",
+        "error": None,
+        **{key: cfg.names[key] for key in ("task", "model", "protocol", "experiment")},
+        "seed": cfg.seed,
+        "config": run_config(cfg),
+        "command": cfg.names.command,
+        **{key: previous.get(key) for key in kept},
+        "step": previous.get("step", 0),
+        "metrics": None,
+        "params": {"total": sum(sizes.values()), "groups": sizes},
+        "segments": list(previous.get("segments") or []),
+        "resumed_from": list(previous.get("resumed_from") or []),
+        "damaged_checkpoints": list(previous.get("damaged_checkpoints") or []),
+        "tuning_runs": cfg.tuning_runs,
+        "commit": git_commit(),
+        "versions": versions(),
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": num_devices,
+            "processes": jax.process_count(),
+        },
+        "stopped_early": None,
+        "learned": None,
+        "time": dict(previous.get("time") or {}),
+        "memory": None,
+    }
+
+
+def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> dict | None:
+    """The record of a run that is finished already; None if this run may use the folder.
+
+    A run that failed before its first checkpoint may be overwritten.
+
+    Raises:
+        RunFolderError: the folder holds a run, and `resume` is not auto.
+    """
+    record = folder.read_record()
+    if record is None:
+        return None
+    if records.config_hash(record["config"]) != records.config_hash(config):
+        raise RunFolderError(
+            f"{folder.path} holds another run; choose another output.root or remove that folder"
+        )
+    if resume != "auto" and _is_worth_keeping(record, folder.path):
+        raise RunFolderError(
+            f"{folder.path} already holds this run, {record['status']} at step {record['step']}; "
+            f"resume=auto continues it (or shows a finished run again), another output.root or "
+            f"seed starts a new one"
+        )
+    return record if record["status"] == "finished" else None
+
+
+def _is_worth_keeping(record: dict[str, Any], folder: Path) -> bool:
+    return record["status"] in ("finished", "diverged") or holds_checkpoint(folder / CHECKPOINTS)
+
+
+def describe_data(store: Store) -> dict[str, Any]:
+    """The record's `data`: source, content hashes and counts of each split."""
+    parts = store.manifest["splits"].items()
+    splits = {name: {"count": part["count"], "sha256": part["sha256"]} for name, part in parts}
+    # a hash of the content, so that the same files in another folder are the same data
+    content = "".join(splits[name]["sha256"] for name in SPLITS)
+    return {
+        "source": store.manifest["source"],
+        "key": hashlib.sha256(content.encode()).hexdigest(),
+        "partial": store.manifest["partial"],
+        "splits": splits,
+    }
