@@ -15,21 +15,21 @@ from lra.training.memory import compiled_bytes, device_bytes, in_gb, is_out_of_m
 from lra.training.prefetch import DeviceData, HostPrefetch
 from lra.training.setup import Setup
 from lra.training.state import Examples, State, copy_tree
-from lra.training.step import Program, compile_program
+from lra.training.step import StepFunctions, make_step_functions
 
 Batches = DeviceData | HostPrefetch
 
 
 def make_batches(
     cfg: DictConfig, setup: Setup, train: Examples, devices: DataParallel, micro_batch: int
-) -> tuple[Batches, Program]:
+) -> tuple[Batches, StepFunctions]:
     """The source of training batches and the jitted functions for one micro-batch size."""
     batch_size = cfg.trainer.batch_size
-    program = compile_program(setup, batch_size, micro_batch, devices)
+    step_fns = make_step_functions(setup, batch_size, micro_batch, devices)
     if isinstance(train.labels, jax.Array):
-        return DeviceData(train), program
+        return DeviceData(train), step_fns
     order_key, steps = setup.order_key, cfg.trainer.steps
-    return HostPrefetch(train, order_key, batch_size, micro_batch, devices, steps), program
+    return HostPrefetch(train, order_key, batch_size, micro_batch, devices, steps), step_fns
 
 
 def choose_sizes(
@@ -37,7 +37,7 @@ def choose_sizes(
     setup: Setup,
     val: Examples,
     devices: DataParallel,
-    make: Callable[[int], tuple[Batches, Program]],
+    make: Callable[[int], tuple[Batches, StepFunctions]],
     new_state: Callable[[], State],
     previous: dict[str, Any],
 ) -> tuple[int, int, dict[int, int | None]]:
@@ -61,13 +61,13 @@ def choose_sizes(
     search = partial(largest_that_fits, sharing=devices.local_count, execute=execute)
 
     def training(size: int) -> tuple[Any, tuple]:
-        batches, program = make(size)
-        return batches.trial(program, new_state(), setup.constants, int(execute))
+        batches, step_fns = make(size)
+        return batches.trial(step_fns, new_state(), setup.constants, int(execute))
 
     def evaluation(size: int) -> tuple[Any, tuple]:
         rows = np.arange(size) % len(val.labels)
         batch = (val.inputs[rows], val.lengths[rows])
-        return make(micro_batch)[1].apply, (*best, setup.constants, *batch)
+        return make(micro_batch)[1].predict, (*best, setup.constants, *batch)
 
     def candidates(key: str, largest: int) -> list[int]:
         if previous.get(key) in micro_batch_sizes(largest, devices.count):

@@ -1,7 +1,7 @@
-"""From a config to what runs on the device: the state, and two jitted functions of it.
+"""Jitted functions of a run: many training steps in one call, and the logits of a batch.
 
-`run` takes many steps in one call and draws its batches by index. The order of batches and every random number are functions of
-(seed, step) alone, so where a call ends changes nothing.
+The order of the examples and every random number are functions of (seed, step), so the number of
+steps per call does not change a result.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,99 +19,110 @@ from lra.training.optimizer import ema_update
 from lra.training.setup import Setup
 from lra.training.state import BatchWindow, Examples, State
 
-
-class Program(NamedTuple):
-    """The jitted functions of one (model, task, optimizer)."""
-
-    run: Callable[..., State]  # (state, fixed, train, until) -> state
-    run_window: Callable[..., State]  # (state, fixed, window, until) -> state
-    apply: Callable[..., jax.Array]  # (params, stats, fixed, inputs, lengths) -> logits
+GetMicroBatch = Callable[[jax.Array | int], Examples]  # index of the micro-batch -> its examples
 
 
-def compile_program(
+class StepFunctions(NamedTuple):
+    """Jitted functions; `constants` are the model's variables that never change.
+
+    Attributes:
+        train_steps: (state, constants, train, until) -> state, with the training split on the devices.
+        train_window: (state, constants, window, until) -> state, with the batches of a few steps.
+        predict: (params, batch_stats, constants, inputs, lengths) -> logits.
+    """
+
+    train_steps: Callable[..., State]
+    train_window: Callable[..., State]
+    predict: Callable[..., jax.Array]
+
+
+def make_step_functions(
     setup: Setup,
     batch_size: int,
     micro_batch: int | None = None,
-    layout: DataParallel | None = None,
-) -> Program:
-    """The jitted functions of a run; those that train give their state's memory to their result.
+    devices: DataParallel | None = None,
+) -> StepFunctions:
+    """The jitted functions of a run. The training functions donate the state they take.
 
     Args:
-        batch_size: examples a step, over all devices.
-        micro_batch: examples whose activations are held at once, a divisor of `batch_size`; None for all.
-        layout: the devices that share the batch; None for one.
+        batch_size: examples per step, over all devices.
+        micro_batch: examples whose activations are held at once, a divisor of `batch_size`; None
+            for all.
+        devices: the devices that share a batch; None for one.
     """
     graph, tx, decode = setup.graph, setup.tx, setup.task.decode
-    layout = layout or DataParallel()
+    devices = devices or DataParallel()
     size = micro_batch or batch_size
-    parts = batch_size // size
+    num_micro_batches = batch_size // size
 
-    def loss(params, stats, fixed, batch: Examples, key):
-        model = nnx.merge(
-            graph, params, stats, fixed, copy=True
-        )  # batch norm writes to its own variables
+    def loss(params, batch_stats, constants, batch: Examples, key):
+        # a copy, because batch norm writes to the variables of its model
+        model = nnx.merge(graph, params, batch_stats, constants, copy=True)
         logits = model(decode(batch.inputs), batch.lengths, train=True, rngs=nnx.Rngs(dropout=key))
         losses = cross_entropy(logits, batch.labels, setup.label_smoothing)
         correct = (logits.argmax(axis=-1) == batch.labels).sum()
-        tally = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(losses.size)])
-        return losses.mean(), (nnx.state(model, nnx.BatchStat), tally)
+        sums = jnp.stack([losses.sum(), correct.astype(jnp.float32), jnp.float32(losses.size)])
+        return losses.mean(), (nnx.state(model, nnx.BatchStat), sums)
 
     @contextmanager
-    def tracing() -> Iterator[None]:
-        with layout.tracing(), matmul_precision(setup.precision):
+    def tracing_context() -> Iterator[None]:
+        with devices.mesh_context(), matmul_precision(setup.precision):
             yield
 
-    def gradients(state: State, fixed, draw: Callable[[jax.Array | int], Examples], key) -> tuple:
-        """Mean gradient over the batch, batch statistics and tally; `draw(part)` is a micro-batch."""
+    def gradient(params, batch_stats, constants, batch: Examples, key):
+        batch = devices.shard_batch(batch)
+        return jax.grad(loss, has_aux=True)(params, batch_stats, constants, batch, key)
 
-        def gradient(params, stats, fixed, batch: Examples, key):
-            return jax.grad(loss, has_aux=True)(params, stats, fixed, layout.split(batch), key)
-
-        if parts == 1:
-            grads, (stats, tally) = gradient(state.params, state.batch_stats, fixed, draw(0), key)
-            return grads, stats, tally
-
-        def add(carry, part):
-            grads, stats, tally = carry
-            more, (stats, seen) = gradient(
-                state.params, stats, fixed, draw(part), jax.random.fold_in(key, part)
+    def mean_gradient(state: State, constants, get_micro_batch: GetMicroBatch, key) -> tuple:
+        """Gradient averaged over the batch, new batch statistics, and metric sums."""
+        if num_micro_batches == 1:
+            batch = get_micro_batch(0)
+            grads, (batch_stats, sums) = gradient(
+                state.params, state.batch_stats, constants, batch, key
             )
-            return (jax.tree.map(jnp.add, grads, more), stats, tally + seen), None
+            return grads, batch_stats, sums
 
-        start = (
-            jax.tree.map(jnp.zeros_like, state.params),
-            state.batch_stats,
-            jnp.zeros_like(state.metric_sums),
-        )
-        (grads, stats, tally), _ = jax.lax.scan(add, start, jnp.arange(parts))
-        return (
-            jax.tree.map(lambda grad: grad / parts, grads),
-            stats,
-            tally,
-        )  # of equal parts the mean of means
+        def accumulate(carry, index):
+            grads, batch_stats, sums = carry
+            batch, own_key = get_micro_batch(index), jax.random.fold_in(key, index)
+            more, (batch_stats, new_sums) = gradient(
+                state.params, batch_stats, constants, batch, own_key
+            )
+            return (jax.tree.map(jnp.add, grads, more), batch_stats, sums + new_sums), None
 
-    def step(state: State, fixed, draw: Callable[[jax.Array | int], Examples]) -> State:
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        start = (zeros, state.batch_stats, jnp.zeros_like(state.metric_sums))
+        indices = jnp.arange(num_micro_batches)
+        (grads, batch_stats, sums), _ = jax.lax.scan(accumulate, start, indices)
+        # micro-batches have equal sizes, so the mean of their means is the mean of the batch
+        return jax.tree.map(lambda grad: grad / num_micro_batches, grads), batch_stats, sums
+
+    def step(state: State, constants, get_micro_batch: GetMicroBatch) -> State:
         key = jax.random.fold_in(setup.dropout_key, state.step)
-        with tracing():
-            grads, stats, tally = gradients(state, fixed, draw, key)
+        with tracing_context():
+            grads, batch_stats, sums = mean_gradient(state, constants, get_micro_batch, key)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(tally[0]) & jnp.isfinite(optax.tree.norm(grads))
-        average = setup.ema and ema_update(
-            setup.ema, state.ema_params, (params, stats), state.step + 1
+        return State(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt=opt,
+            metric_sums=state.metric_sums + sums,
+            finite=jnp.isfinite(sums[0]) & jnp.isfinite(optax.tree.norm(grads)),
+            ema_params=setup.ema
+            and ema_update(setup.ema, state.ema_params, (params, batch_stats), state.step + 1),
         )
-        return State(state.step + 1, params, stats, opt, state.metric_sums + tally, finite, average)
 
-    def goes_on(state: State, until: jax.Array) -> jax.Array:
+    def keep_going(state: State, until: jax.Array) -> jax.Array:
         return (state.step < until) & state.finite
 
     @partial(jax.jit, donate_argnums=0)
-    def run(state: State, fixed, data: Examples, until: jax.Array) -> State:
-        """Steps until `until` or the first loss that is not finite."""
-        count = len(data.labels)
-        steps_per_epoch = (
-            count // batch_size
-        )  # the tail of each epoch's order is left out, another one each epoch
+    def train_steps(state: State, constants, train: Examples, until: jax.Array) -> State:
+        """Trains to step `until`, or to the first loss that is not finite."""
+        count = len(train.labels)
+        # drops the last count % batch_size examples of each epoch's order
+        steps_per_epoch = count // batch_size
 
         def body(carry):
             state, order = carry
@@ -120,37 +131,43 @@ def compile_program(
                 position == 0, lambda: epoch_order(setup.order_key, epoch, count), lambda: order
             )
 
-            def draw(part) -> Examples:
-                rows = jax.lax.dynamic_slice(order, (position * batch_size + part * size,), (size,))
-                return jax.tree.map(lambda x: x[rows], data)
+            def get_micro_batch(index) -> Examples:
+                first = position * batch_size + index * size
+                rows = jax.lax.dynamic_slice(order, (first,), (size,))
+                return jax.tree.map(lambda x: x[rows], train)
 
-            return step(state, fixed, draw), order
+            return step(state, constants, get_micro_batch), order
 
         carry = (state, epoch_order(setup.order_key, state.step // steps_per_epoch, count))
-        return jax.lax.while_loop(lambda c: goes_on(c[0], until), body, carry)[0]
+        return jax.lax.while_loop(lambda c: keep_going(c[0], until), body, carry)[0]
 
     @partial(jax.jit, donate_argnums=0)
-    def run_window(state: State, fixed, window: BatchWindow, until: jax.Array) -> State:
-        """As `run`, to the end of the window at most."""
+    def train_window(state: State, constants, window: BatchWindow, until: jax.Array) -> State:
+        """Trains to step `until`, which the window has to contain."""
 
         def body(state: State) -> State:
             batch = jax.tree.map(lambda x: x[state.step - window.first], window.batches)
-            return step(state, fixed, lambda part: jax.tree.map(lambda x: x[part], batch))
+            return step(state, constants, lambda index: jax.tree.map(lambda x: x[index], batch))
 
-        return jax.lax.while_loop(lambda state: goes_on(state, until), body, state)
+        return jax.lax.while_loop(lambda state: keep_going(state, until), body, state)
 
     @jax.jit
-    def apply(params, stats, fixed, inputs, lengths):
-        inputs, lengths = layout.split((inputs, lengths))
-        with tracing():
-            logits = nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
-        return layout.gather(logits)
+    def predict(params, batch_stats, constants, inputs, lengths):
+        inputs, lengths = devices.shard_batch((inputs, lengths))
+        with tracing_context():
+            model = nnx.merge(graph, params, batch_stats, constants)
+            logits = model(decode(inputs), lengths, train=False)
+        return devices.replicate_under_jit(logits)
 
-    return Program(run, run_window, apply)
+    return StepFunctions(train_steps, train_window, predict)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Loss of each label, in nats, of which the share `smoothing` is spread over all classes (Szegedy et al. 2016)."""
+    """Cross-entropy of each label, in nats.
+
+    Args:
+        smoothing: share of each label that is spread over all classes (Szegedy et al. 2016).
+    """
     if not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
@@ -158,12 +175,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax
 
 
 def matmul_precision(precision: str) -> AbstractContextManager:
-    """How float32 matrices are multiplied by what is traced inside: in full, or on GPUs with 10 bits of mantissa."""
-    if jax.default_backend() == "cpu":  # which knows float32 alone
+    """Context in which float32 matrix products use full precision, or TF32 on GPUs."""
+    if jax.default_backend() == "cpu":  # CPUs multiply in float32 only
         return nullcontext()
     return jax.default_matmul_precision("float32" if precision == "float32" else "tensorfloat32")
 
 
 def epoch_order(key: jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:
-    """The order (n,) in which an epoch draws the examples: a function of (key, epoch) alone."""
+    """The order (n,) of the examples in an epoch, a function of (key, epoch)."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)

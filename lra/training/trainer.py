@@ -47,7 +47,7 @@ from lra.training.state import (
     initial_state,
     selected_weights,
 )
-from lra.training.step import Program
+from lra.training.step import StepFunctions
 from lra.training.timing import CallTimer
 
 
@@ -112,7 +112,7 @@ class Trainer:
     def run(self, signals: Signals) -> dict[str, Any]:
         """Trains, scores the test split once, and returns the record."""
         self.data = self.load_data()
-        self.batches, self.program, self.eval_batch = self.choose_batches()
+        self.batches, self.step_fns, self.eval_batch = self.choose_batches()
         with closing(self.checkpoints):
             state, best = self.restore()
             self.recorder.start(int(state.step))
@@ -141,7 +141,7 @@ class Trainer:
         data = place_data(store, self.devices, cfg.data.placement)
         return data | {name: _first(data[name], limit) for name in ("val", "test")}
 
-    def choose_batches(self) -> tuple[Batches, Program, int]:
+    def choose_batches(self) -> tuple[Batches, StepFunctions, int]:
         """The source of batches, the jitted functions, and the evaluation batch size."""
         cfg, recorder = self.cfg, self.recorder
         setup, devices = self.setup, self.devices
@@ -201,7 +201,7 @@ class Trainer:
             ends = (cfg.steps, self.batches.end(step), self.profile.end(step))
             until = min(step + steps_per_call, *due_at, *ends)
             with self.profile.tracing(step, until):
-                state = self.batches.run(self.program, state, self.setup.constants, until)
+                state = self.batches.run(self.step_fns, state, self.setup.constants, until)
                 jax.block_until_ready(state)
                 seconds, step = time.perf_counter() - start, int(state.step)
             # process 0's timing decides, so that all processes run the same number of steps
@@ -310,7 +310,7 @@ class Trainer:
 
     def predict(self, weights: tuple[Any, Any], split: Examples) -> np.ndarray:
         """Logits of a whole split, (n, C) or (n, T, C) float32."""
-        apply = partial(self.program.apply, *weights, self.setup.constants)
+        apply = partial(self.step_fns.predict, *weights, self.setup.constants)
         return predict(apply, split.inputs, split.lengths, self.eval_batch)
 
 

@@ -1,11 +1,4 @@
-"""What a step computes does not depend on how it is cut: micro-batches, rematerialisation, precision, where the data lie."""
-
-import json
-import os
-import re
-import subprocess
-import sys
-import time
+"""A step gives the same update however its batch is cut, rematerialised or rounded."""
 
 import jax
 import jax.numpy as jnp
@@ -13,58 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from step_checks import assert_close, state_of, trained
 
 import lra
-from lra.config.build import data_arguments
 from lra.config.options import options
-from lra.data.store import prepare
-from lra.errors import ConfigError, DataError, LraError, PreemptedError
-from lra.runs.records import read_record, run_path
-from lra.training import distributed, memory, prefetch, trainer
-from lra.training.data_parallel import DataParallel
-from lra.training.memory import compiled_bytes
-from lra.training.micro_batch import halvings, largest_that_fits, micro_batch_sizes
-from lra.training.prefetch import on_device
-from lra.training.setup import Setup
-from lra.training.state import State, copy_tree
-from lra.training.step import compile_program
+from lra.training.step import make_step_functions
 
 MODELS = options("model")
-EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
-
-
-@pytest.fixture(scope="module")
-def made(data_root):
-    """(setup, training data) of a tiny run with more overrides."""
-    from tiny import TINY
-
-    def make(*overrides):
-        cfg = lra.compose([*TINY, f"data.root={data_root}", "trainer.batch_size=8", *overrides])
-        setup = Setup(cfg)
-        return setup, on_device(prepare(setup.task, **data_arguments(cfg)).splits["train"])
-
-    return make
-
-
-def state_of(setup):
-    params, stats = copy_tree((setup.params, setup.batch_stats))
-    return State(jnp.int32(0), params, stats, setup.tx.init(params), jnp.zeros(3), jnp.bool_(True))
-
-
-def trained(setup, data, steps, micro_batch=None):
-    run = compile_program(setup, 8, micro_batch).run
-    return jax.device_get(run(state_of(setup), setup.constants, data, jnp.int32(steps)))
-
-
-def assert_close(tree, other, atol):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), tree, other)
-
-
-def assert_equal(tree, other):
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
-
-
-# ---- micro-batches
 
 
 @pytest.mark.parametrize("model", ["stu", "transformer"])
@@ -108,211 +56,14 @@ def test_each_micro_batch_drops_other_units(made):
     twice = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), data)  # every example the same
     two, eight = (
         float(
-            compile_program(setup, size, 1)
-            .run(state_of(setup), setup.constants, twice, jnp.int32(1))
+            make_step_functions(setup, size, 1)
+            .train_steps(state_of(setup), setup.constants, twice, jnp.int32(1))
             .metric_sums[0]
         )
         for size in (2, 8)
     )
     # were each of 8 micro-batches of one dropped alike, the sum of losses would be 4 times that of 2 of them
     assert abs(eight - 4 * two) > 1e-3
-
-
-def test_sizes_divide_the_batch_and_the_devices_share_them():
-    assert micro_batch_sizes(12) == [12, 6, 4, 3, 2, 1]
-    assert micro_batch_sizes(12, devices=4) == [12, 4]
-    assert halvings(48) == [48, 24, 12, 6, 3, 1]
-    assert halvings(50, devices=5) == [50, 25, 10, 5]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "trainer.micro_batch=3",
-            "trainer.micro_batch=3 must be a divisor of trainer.batch_size=4; take 2 or 4",
-        ),
-        ("trainer.micro_batch=8", "divisor of trainer.batch_size=4; take 2 or 4, or auto"),
-        (
-            "trainer.micro_batch=0",
-            "trainer.micro_batch=0 must be a whole number of at least 1 or auto or null",
-        ),
-        (
-            "trainer.micro_batch=auto",
-            "trainer.micro_batch=auto would let the free memory choose .* that batch norm sees",
-        ),
-        ("trainer.micro_batch=most", "trainer.micro_batch=most must be a whole number"),
-        ("trainer.devices=99", "trainer.devices=99: this process has .* take at most"),
-        ("trainer.devices=0", "trainer.devices=0 must be a whole number"),
-        (
-            "trainer.precision=fp16",
-            "trainer.precision=fp16 is unknown; choose one of float32, tf32, bf16",
-        ),
-        ("trainer.remat=all", "trainer.remat=all is unknown; choose one of none, block, dots"),
-        ("data.placement=disk", "data.placement=disk is unknown; choose one of auto, device, host"),
-        ("trainer.deterministic=1", "trainer.deterministic=1 must be true or false"),
-        (
-            "trainer.deterministic=true",
-            "comes too late, .* set XLA_FLAGS=--xla_gpu_deterministic_ops=true",
-        ),
-        ("trainer.distributed=no", "trainer.distributed=no must be .*coordinator: HOST:PORT"),
-        ("trainer.distributed=auto", "trainer.distributed comes too late"),
-        ("+trainer.distributed.coordinator=here", "must be .*coordinator"),
-    ],
-)
-def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, override, message):
-    jax.devices()  # JAX has started, which initialize() finds out by itself
-    late = "late" in message
-    monkeypatch.setattr(distributed, "has_started", lambda: late)
-    with pytest.raises(ConfigError, match=message) as caught:
-        lra.train([*tiny, override])
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*"))
-
-
-def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, monkeypatch, capsys):
-    # activations, not the sum of gradients, take the memory
-    longer = ["model=lru", "task.max_length=250", "backbone.norm=layer"]
-    setup, data = made("trainer.batch_size=4", *longer)
-    needs = {}
-    for size in (4, 2):
-        run = compile_program(setup, 4, size).run
-        needs[size] = compiled_bytes(
-            run.lower(state_of(setup), setup.constants, data, np.int32(0)).compile()
-        )
-    assert needs[2] < needs[4]
-    monkeypatch.setattr(memory, "device_bytes", lambda device: needs[4] - 1)
-    here = [*tiny, *longer, "trainer.micro_batch=auto", "trainer.steps=4", "trainer.eval_every=4"]
-    monkeypatch.setattr(trainer.Rate, "steps_per_call", lambda self, done, seconds: 1)
-    made_sizes = []
-    monkeypatch.setattr(
-        trainer,
-        "compile_program",
-        lambda *args: made_sizes.append(args[2]) or compile_program(*args),
-    )
-    advance = trainer.Reporter.advance
-    monkeypatch.setattr(trainer.Reporter, "advance", lambda self, *_: os.kill(os.getpid(), 15))
-    with pytest.raises(PreemptedError):
-        lra.train(here)
-    found = re.search(
-        r"micro-batch 2 of 4 examples \(4 needs .*\); evaluations take (\d+)",
-        capsys.readouterr().out,
-    )
-    assert int(found[1]) < 256  # which would need more than the step
-    assert made_sizes == [4, 2]  # what fitted is what trains
-    # a start that ends before it trains leaves what the next one goes by
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "prepare", lambda *_, **__: (_ for _ in ()).throw(DataError("gone")))
-        with pytest.raises(DataError):
-            lra.train([*here, "resume=auto"])
-    cfg = lra.compose(here)
-    kept = read_record(run_path(cfg.output.root, trainer.run_config(cfg), dict(cfg.names)))
-    assert (kept["status"], kept["step"], kept["micro_batch"]) == ("failed", 1, 2)
-    assert kept["data"]["splits"]["train"]["count"] == 64
-    # with all the memory in the world, a resumed run keeps what it began with
-    monkeypatch.setattr(memory, "device_bytes", lambda device: None)
-    monkeypatch.setattr(trainer.Reporter, "advance", advance)
-    resumed = lra.train([*here, "resume=auto"])
-    assert resumed["resumed_from"] == [1]
-    assert (resumed["micro_batch"], resumed["eval_batch"]) == (2, int(found[1]))
-    assert [(part["step"], part["count"], part["micro_batch"]) for part in resumed["segments"]] == [
-        (0, 1, 2),
-        (1, 1, 2),
-    ]
-    explicit = lra.train([*here, "trainer.micro_batch=2", f"trainer.eval_batch_size={found[1]}"])
-    assert explicit["metrics"] == resumed["metrics"]
-
-
-def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
-    tried = []
-
-    class Full:
-        def __init__(self, size):
-            self.size = size
-
-        def lower(self, *args):
-            return jax.jit(lambda: 0).lower()
-
-        def __call__(self):
-            tried.append(self.size)
-            if self.size > 2:
-                raise EXHAUSTED
-            return jnp.zeros(())
-
-    def trial(size):
-        return Full(size), ()
-
-    found, needs = largest_that_fits("a micro-batch", [8, 4, 2, 1], trial, lambda fits: fits)
-    assert (found, tried, list(needs)) == (2, [8, 4, 2], [8, 4, 2])
-    with pytest.raises(
-        LraError, match=r"out of memory even at a micro-batch of 4.*trainer.remat=block"
-    ):
-        largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits)
-    # what the compiler says is enough, and several devices of a CPU have one memory
-    monkeypatch.setattr(memory, "compiled_bytes", lambda compiled: 300)
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 1000)
-    tried.clear()
-    assert (
-        largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits, sharing=3, call=False)[
-            0
-        ]
-        == 8
-    )
-    with pytest.raises(LraError, match="out of memory even at a micro-batch of 4"):
-        largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits, sharing=4)
-    assert not tried
-
-
-@pytest.mark.parametrize(
-    ("message", "exhausted"),
-    [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte", True),
-        ("INTERNAL: Failed to create cuFFT batched plan with scratch allocator", True),
-        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY", True),
-        ("INTERNAL: Gloo all-reduce failed", False),
-    ],
-)
-def test_running_out_of_memory_has_many_names(message, exhausted):
-    assert memory.is_out_of_memory(jax.errors.JaxRuntimeError(message)) is exhausted
-    assert not memory.is_out_of_memory(ValueError(message))
-
-
-def test_a_trial_takes_a_step_of_its_own_state(made):
-    setup, data = made()
-    before = jax.device_get(setup.params)
-    function, args = prefetch.DeviceData(data).trial(
-        compile_program(setup, 8), state_of(setup), setup.constants, 1
-    )
-    assert int(function(*args).step) == 1
-    assert_equal(setup.params, before)
-
-
-def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
-    def full(*_):
-        raise EXHAUSTED
-
-    monkeypatch.setattr(prefetch.DeviceData, "run", full)
-    with pytest.raises(LraError) as caught:
-        lra.train([*tiny, "trainer.micro_batch=2"])
-    message = str(caught.value)
-    assert message.startswith(
-        "out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none"
-    )
-    assert (
-        "set trainer.micro_batch below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
-        in message
-    )
-    without_batch_norm = memory.out_of_memory_advice(lra.compose([*tiny, "backbone.norm=layer"]), 2)
-    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4)" in without_batch_norm
-    assert "\n" not in message
-    cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
-    assert (
-        read_record(run_path(cfg.output.root, trainer.run_config(cfg), dict(cfg.names)))["status"]
-        == "failed"
-    )
-
-
-# ---- rematerialisation
 
 
 @pytest.mark.parametrize("model", ["lru", "mega"])  # batch norm; a mixer that gates the residual
@@ -355,9 +106,6 @@ def test_remat_keeps_less_for_the_backward_pass(made, model):
     assert forgotten < dots < kept
 
 
-# ---- precision
-
-
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
@@ -376,7 +124,7 @@ def test_bf16_keeps_float32_where_it_counts(made, monkeypatch, model):
             f"models.ops.{place}.{name}", {"cpu": 1} if name == "WEIGHT_BYTES" else 1
         )
     monkeypatch.setattr("models.mega._ROWS", 8)
-    jaxpr = jax.make_jaxpr(compile_program(half, 8).run)(
+    jaxpr = jax.make_jaxpr(make_step_functions(half, 8).train_steps)(
         state_of(half), half.constants, data, jnp.int32(20)
     ).jaxpr
     found = list(equations(jaxpr))
@@ -403,7 +151,7 @@ def test_bf16_is_near_float32_and_trains_float32_parameters(made, model):
         made(f"model={model}", "trainer.precision=bf16"),
     )
     logits = [
-        compile_program(s, 8).apply(
+        make_step_functions(s, 8).predict(
             s.params, s.batch_stats, s.constants, data.inputs[:8], data.lengths[:8]
         )
         for s in (full, half)
@@ -422,7 +170,7 @@ def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
 
     def asked(precision):
         setup, data = made("model=lru", f"trainer.precision={precision}")
-        run = compile_program(setup, 8).run
+        run = make_step_functions(setup, 8).train_steps
         jaxpr = jax.make_jaxpr(run)(state_of(setup), setup.constants, data, jnp.int32(1)).jaxpr
         found = [
             e.params["precision"] for e in equations(jaxpr) if e.primitive.name == "dot_general"
@@ -433,142 +181,3 @@ def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert asked("float32") == {"HIGHEST"}
     assert asked("tf32") == {"HIGH", "HIGHEST"}
-
-
-# ---- data on the host
-
-
-@pytest.mark.parametrize("micro_batch", ["null", "2"])
-def test_batches_from_the_host_give_the_same_run_bit_for_bit(
-    tiny, tmp_path, monkeypatch, micro_batch
-):
-    monkeypatch.setattr(
-        prefetch, "WINDOW_BYTES", 3 * 4 * 40
-    )  # three steps: windows end between evaluations and in epochs
-    options = [
-        f"trainer.micro_batch={micro_batch}",
-        "trainer.steps=40",
-        "trainer.eval_every=7",
-        "backbone.dropout=0.1",
-    ]
-    seen = []
-
-    run = prefetch.HostPrefetch.run
-    # the method, not the class: beartype takes two classes of one name, of two cases of this test, for one
-    monkeypatch.setattr(
-        prefetch.HostPrefetch,
-        "run",
-        lambda self, *a: seen.append(self.window_steps) or run(self, *a),
-    )
-    ends = []
-    finish = trainer.Run.finish
-    monkeypatch.setattr(
-        trainer.Run, "finish", lambda run, state, *a: ends.append(state) or finish(run, state, *a)
-    )
-    on_the_device = lra.train([*tiny, *options])
-    assert not seen
-    from_the_host = lra.train(
-        [*tiny, *options, "data.placement=host", f"output.root={tmp_path / 'host'}"]
-    )
-    assert set(seen) == {3}
-    assert from_the_host["metrics"] == on_the_device["metrics"]
-    assert from_the_host["selection"] == on_the_device["selection"]
-    assert_equal(ends[0], ends[1])
-
-
-def test_feed_reads_two_windows_ahead_and_stops(made, monkeypatch):
-    setup, data = made()
-    split = lra.training.state.Examples(*(np.asarray(x) for x in data))
-    monkeypatch.setattr(prefetch, "WINDOW_BYTES", 1)
-    source = prefetch.HostPrefetch(split, setup.order_key, 8, 8, DataParallel(), steps=30)
-    window, begun = source.window, []
-    monkeypatch.setattr(source, "window", lambda first: begun.append(first) or window(first))
-    source.start(3)
-    assert source.end(3) == 4
-    assert source.end(4) == 5
-    np.testing.assert_array_equal(source.current.batches.labels[0, 0], split.labels[source.rows(4)])
-    deadline = time.monotonic() + 20
-    while source.ready.qsize() < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)  # time enough for one too many
-    assert begun == [3, 4, 5, 6]  # the current one is 4
-    source.close()
-    assert not source.thread.is_alive()
-    assert source.ready.empty()
-
-
-def test_waiting_for_data_counts_as_training_time(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(prefetch.DeviceData, "end", lambda self, step: time.sleep(0.05) or step + 1)
-    advance = trainer.Reporter.advance
-    monkeypatch.setattr(
-        trainer.Reporter, "advance", lambda self, *a: told.append(a[2]) or advance(self, *a)
-    )
-    record = lra.train([*tiny, "trainer.steps=4", "trainer.eval_every=4"])
-    assert min(told) >= 0.05
-    assert record["time"]["train_s"] >= 0.15  # of three calls; the first one compiles
-
-
-def test_an_error_of_the_feed_reaches_the_run(made):
-    setup, data = made()
-    split = lra.training.state.Examples(*(np.asarray(x) for x in data))
-    source = prefetch.HostPrefetch(split, setup.order_key, 8, 8, DataParallel(), steps=10)
-    source.rows = lambda step: (_ for _ in ()).throw(OSError("the disk is gone"))
-    source.start(0)
-    with pytest.raises(OSError, match="the disk is gone"):
-        source.end(0)
-    source.close()
-
-
-def test_auto_placement_follows_the_memory(tiny, monkeypatch):
-    assert prefetch.fits_on_device(10**18, DataParallel())  # one CPU device reads the mapped file
-    layout = DataParallel()
-    layout.mesh = type("Two", (), {"local_devices": [0, 1]})()
-    monkeypatch.setattr(prefetch, "device_bytes", lambda device: 1000)
-    assert prefetch.fits_on_device(250, layout)
-    assert not prefetch.fits_on_device(251, layout)
-
-
-# ---- determinism
-
-
-def test_determinism_is_asked_for_before_the_backend_starts(tiny):
-    code = f"""
-import json, os
-import lra
-lra.train({[*tiny, "trainer.deterministic=true"]!r})
-print(json.dumps(os.environ["XLA_FLAGS"]))
-"""
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == distributed.DETERMINISTIC
-
-
-def test_runs_of_one_process_cannot_differ_in_determinism(monkeypatch):
-    """XLA reads its flags once: a second run would record what was not."""
-    monkeypatch.setenv("XLA_FLAGS", "--a=1")
-    monkeypatch.setattr(distributed, "_ours", False)
-    monkeypatch.setattr(distributed, "_early", False)
-    monkeypatch.setattr(distributed, "_in_the_shell", lambda: False)
-    started = False
-    monkeypatch.setattr(distributed, "has_started", lambda: started)
-    distributed.be_deterministic(True)
-    assert os.environ["XLA_FLAGS"] == f"--a=1 {distributed.DETERMINISTIC}"
-    distributed.be_deterministic(False)  # nothing has read it yet
-    assert os.environ["XLA_FLAGS"] == "--a=1"
-    distributed.be_deterministic(True)
-    started = True
-    distributed.be_deterministic(True)
-    with pytest.raises(ConfigError, match="trainer.deterministic=false comes too late"):
-        distributed.be_deterministic(False)
-    monkeypatch.setattr(distributed, "_ours", False)
-    distributed.be_deterministic(False)
-    with pytest.raises(
-        ConfigError, match="trainer.deterministic=true comes too late"
-    ):  # the flag is there, set too late
-        distributed.be_deterministic(True)
-    monkeypatch.setattr(distributed, "_in_the_shell", lambda: True)
-    distributed.be_deterministic(True)
