@@ -20,8 +20,8 @@ from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolde
 from lra.runs import machine, records
 from lra.runs.progress import preparing
 from lra.tasks.base import Task
-from lra.training import distributed
 from lra.training.checkpoint import Checkpoints, check_metadata
+from lra.training.determinism import use_deterministic_ops
 from lra.training.evaluation import predict, score
 from lra.training.memory import is_out_of_memory
 from lra.training.prefetch import on_host
@@ -127,7 +127,7 @@ def recorded_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
             "eval_batch"
         ]  # what fitted, and what gave these very bits
     if cfg.trainer.deterministic:
-        distributed.be_deterministic(True)
+        use_deterministic_ops(True)
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
     return record, cfg
