@@ -20,16 +20,15 @@ from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolde
 from lra.runs import machine, records
 from lra.runs.progress import preparing
 from lra.tasks.base import Task
-from lra.training import distributed
 from lra.training.checkpoint import Checkpoints, check_metadata
+from lra.training.determinism import use_deterministic_ops
 from lra.training.evaluation import predict, score
 from lra.training.memory import is_out_of_memory
 from lra.training.prefetch import on_host
-from lra.training.setup import Setup
-from lra.training.state import Best, initial_state, selected_weights
-from lra.training.step import compile_program
 from lra.training.recorder import CHECKPOINTS, describe_data
-from lra.training.setup import use_compilation_cache
+from lra.training.setup import Setup, use_compilation_cache
+from lra.training.state import Best, initial_state, selected_weights
+from lra.training.step import make_step_functions
 
 CLOSE = 1e-3  # between the two largest logits of an example; nearer ones may change places on another device
 # what may differ from the recorded config: where the data are, how they are computed; anything else is another run
@@ -76,11 +75,11 @@ def evaluate_run(
     chosen = selected_weights(rule, state, best)
 
     data, limit = recorded_split(record, cfg, setup.task, split), scored_examples(cfg, split)
-    program = compile_program(setup, cfg.trainer.batch_size)
+    program = make_step_functions(setup, cfg.trainer.batch_size)
     inputs, lengths, labels = (x[:limit] for x in on_host(data))
     batch = cfg.trainer.eval_batch_size
     try:
-        logits = predict(partial(program.apply, *chosen, setup.constants), inputs, lengths, batch)
+        logits = predict(partial(program.predict, *chosen, setup.constants), inputs, lengths, batch)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -128,7 +127,7 @@ def recorded_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
             "eval_batch"
         ]  # what fitted, and what gave these very bits
     if cfg.trainer.deterministic:
-        distributed.be_deterministic(True)
+        use_deterministic_ops(True)
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
     return record, cfg

@@ -1,7 +1,8 @@
-"""Which devices does a run use, and what lies where? The batch is split over all of them, everything else is on each.
+"""Data parallelism: the devices of a run, and where arrays live on them.
 
-JAX's own data parallelism: one mesh with the axis `data`, of automatic kind, over which the compiler splits a step and sums
-its gradients. On one device there is no mesh, and nothing changes.
+The batch is sharded over all devices; everything else is replicated. One mesh with the automatic
+axis `data` is used, so the compiler partitions a step and sums its gradients. With one device there
+is no mesh.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,35 +18,36 @@ from lra.errors import ConfigError
 
 
 class DataParallel:
-    """The devices of a run, those of all processes.
+    """The devices of a run in all processes.
 
     Args:
-        devices: all that share a batch; none for JAX's default device.
+        devices: devices that share a batch; empty for JAX's default device.
     """
 
     def __init__(self, devices: Sequence[jax.Device] = ()):
-        self.count = max(len(devices), 1)
+        self.num_devices = max(len(devices), 1)
         self.mesh = None
-        if self.count > 1:
+        if self.num_devices > 1:
             self.mesh = jax.make_mesh(
-                (self.count,), ("data",), axis_types=(AxisType.Auto,), devices=list(devices)
+                (self.num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=list(devices)
             )
 
     @property
-    def local_count(self) -> int:
-        """Those of this process."""
+    def num_local_devices(self) -> int:
+        """Number of devices of this process."""
         return 1 if self.mesh is None else len(self.mesh.local_devices)
 
+    def round_up(self, batch_size: int) -> int:
+        """Rounds a batch size up to a multiple of the number of devices."""
+        return -(-batch_size // self.num_devices) * self.num_devices
+
     def sharding(self, *axes: str | None) -> NamedSharding:
+        """Returns the sharding that splits an array along the named axes."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def replicate(self, tree: Any) -> Any:
-        """`tree`, the same on every process, on each device."""
-        return tree if self.mesh is None else jax.tree.map(lambda x: self.put(x), tree)
-
     def put(self, x: Any, *axes: str | None) -> jax.Array:
-        """An array on the devices, split along the axes that are named; each process reads its own part of `x`."""
+        """Places an array (the same on every process), split along the named axes."""
         sharding = self.sharding(*axes)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
@@ -53,57 +55,57 @@ class DataParallel:
             return jax.random.wrap_key_data(
                 self.put(jax.random.key_data(x), *axes), impl=jax.random.key_impl(x)
             )
-        x = np.asarray(x)  # not device_put, which compares the arrays of all processes first
+        x = np.asarray(x)  # jax.device_put would first compare the arrays of all processes
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    def split(self, tree: Any) -> Any:
-        """While tracing: the examples of `tree`, axis 0, over the devices."""
-        return (
-            tree
-            if self.mesh is None
-            else jax.lax.with_sharding_constraint(tree, self.sharding("data"))
-        )
+    def replicate(self, tree: Any) -> Any:
+        """Places a tree (the same on every process) on each device."""
+        return tree if self.mesh is None else jax.tree.map(self.put, tree)
 
-    def gather(self, tree: Any) -> Any:
-        """While tracing: all of `tree` on each device, so that each process can read it."""
-        return (
-            tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.sharding())
-        )
+    def shard_batch(self, tree: Any) -> Any:
+        """Under jit: shards axis 0 of all arrays over the devices."""
+        return self._constrain(tree, "data")
+
+    def replicate_under_jit(self, tree: Any) -> Any:
+        """Under jit: replicates all arrays, so that each process can read them."""
+        return self._constrain(tree)
+
+    def _constrain(self, tree: Any, *axes: str) -> Any:
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.sharding(*axes))
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Tells what is traced inside of the mesh, where an operation wants to know (`models.ops.by_example`)."""
+    def mesh_context(self) -> Iterator[None]:
+        """Sets the mesh for operations that read it while they are traced (`models.ops`)."""
         if self.mesh is None:
             yield
             return
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             yield
 
-    def whole(self, count: int) -> int:
-        """`count` rounded up to what the devices can share."""
-        return -(-count // self.count) * self.count
-
 
 def choose_devices(cfg: DictConfig) -> DataParallel:
-    """The layout of a config: `trainer.devices` of each process, all of them where it is null.
+    """Returns the devices of a config: `trainer.devices` of each process, all of them if null.
 
     Raises:
-        ConfigError: there are fewer, or they cannot share the batch evenly.
+        ConfigError: a process has fewer devices, or they do not divide the batch.
     """
     wanted, local = cfg.trainer.devices, jax.local_devices()
     if wanted is not None and wanted > len(local):
         raise ConfigError(
-            f"trainer.devices={wanted}: this process has {len(local)} ({local[0].device_kind}); take at most "
-            f"{len(local)}, or null for all"
+            f"trainer.devices={wanted}: this process has {len(local)} ({local[0].device_kind}); "
+            f"take at most {len(local)}, or null for all"
         )
-    per_process: dict[int, list[jax.Device]] = {}
+    by_process: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
-        per_process.setdefault(device.process_index, []).append(device)
-    layout = DataParallel([device for own in per_process.values() for device in own[:wanted]])
-    if cfg.trainer.batch_size % layout.count:
-        hosts = f" of {len(per_process)} processes" if len(per_process) > 1 else ""
+        by_process.setdefault(device.process_index, []).append(device)
+    devices = [device for own in by_process.values() for device in own[:wanted]]
+    if cfg.trainer.batch_size % len(devices):
+        processes = f" of {len(by_process)} processes" if len(by_process) > 1 else ""
         raise ConfigError(
-            f"trainer.batch_size={cfg.trainer.batch_size} (the global batch) must be a multiple of the {layout.count} "
-            f"devices{hosts} that share it; change it, or set trainer.devices"
+            f"trainer.batch_size={cfg.trainer.batch_size} (the global batch) must be a multiple of "
+            f"the {len(devices)} devices{processes} that share it; change it, or set "
+            f"trainer.devices"
         )
-    return layout
+    return DataParallel(devices)

@@ -1,4 +1,4 @@
-"""Device memory: what a compiled program needs, what is free, and advice when it runs out."""
+"""Device memory: bytes of a compiled program, available bytes, advice when it runs out."""
 
 import os
 import re
@@ -12,7 +12,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes a device holds while this runs: arguments, results and what lies between; None where it does not tell."""
+    """Returns the device bytes of arguments, results and temporaries; None if unknown."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -21,12 +21,12 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def device_bytes(device: jax.Device) -> int | None:
-    """Bytes that a device may hold, on a CPU those that are free now; None where nobody tells."""
+    """Returns the bytes that a device may hold (CPU: the free ones); None if unknown."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
     if device.platform != "cpu" or not os.path.exists("/proc/meminfo"):
         return None
-    # asked here, since Linux grants what it does not have and kills the process that uses it
+    # Linux grants more memory than it has and kills the process that uses it.
     with open("/proc/meminfo") as lines:
         return next(
             (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None
@@ -34,33 +34,35 @@ def device_bytes(device: jax.Device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no memory left: XLA says so in several ways, cuFFT by a plan that it cannot make."""
+    """Returns whether the device ran out of memory; XLA and cuFFT word it in several ways."""
     return isinstance(error, jax.errors.JaxRuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def out_of_memory_advice(cfg: DictConfig, micro_batch: int | None) -> str:
-    """What to change after an out of memory, in one line."""
+    """Returns one line with the config keys that reduce the memory."""
     trainer, backbone = cfg.trainer, cfg.backbone
-    now = micro_batch or trainer.batch_size
-    auto = (
-        "" if backbone.get("norm") == "batch" else "=auto or"
-    )  # `Setup` refuses auto with batch norm
-    helps = (
-        [f"trainer.micro_batch{auto} below {now} (the batch stays {trainer.batch_size})"]
-        if now > 1
-        else []
-    )
-    helps += ["trainer.remat=block"] if trainer.remat == "none" else []
-    helps += ["trainer.precision=bf16"] if trainer.precision != "bf16" else []
-    helps += [
+    size = micro_batch or trainer.batch_size
+    # `Setup` refuses micro_batch=auto with batch norm
+    auto = "" if backbone.get("norm") == "batch" else "=auto or"
+    changes = []
+    if size > 1:
+        changes.append(
+            f"trainer.micro_batch{auto} below {size} (the batch stays {trainer.batch_size})"
+        )
+    if trainer.remat == "none":
+        changes.append("trainer.remat=block")
+    if trainer.precision != "bf16":
+        changes.append("trainer.precision=bf16")
+    changes.append(
         f"a trainer.eval_batch_size below {trainer.eval_batch_size} if it was in an evaluation"
-    ]
+    )
     return (
-        f"out of memory at trainer.batch_size={trainer.batch_size}, trainer.micro_batch={now}, trainer.remat={trainer.remat}, "
-        f"trainer.precision={trainer.precision}, backbone.width={backbone.width}, depth {backbone.depth}; "
-        f"set {', or '.join(helps)}"
+        f"out of memory at trainer.batch_size={trainer.batch_size}, trainer.micro_batch={size}, "
+        f"trainer.remat={trainer.remat}, trainer.precision={trainer.precision}, "
+        f"backbone.width={backbone.width}, depth {backbone.depth}; set {', or '.join(changes)}"
     )
 
 
 def in_gb(size: int | None) -> str:
+    """Formats a number of bytes in GB, "?" for None."""
     return "?" if size is None else f"{size / 1e9:.2f} GB"

@@ -58,11 +58,11 @@ def choose_sizes(
     best = copy_tree((setup.params, setup.batch_stats))
     # with several processes, an OOM on one would hang the others in an all-reduce
     execute = jax.process_count() == 1
-    search = partial(largest_that_fits, sharing=devices.local_count, execute=execute)
+    search = partial(largest_that_fits, sharing=devices.num_local_devices, execute=execute)
 
     def training(size: int) -> tuple[Any, tuple]:
         batches, step_fns = make(size)
-        return batches.trial(step_fns, new_state(), setup.constants, int(execute))
+        return batches.jitted_call(step_fns, new_state(), setup.constants, int(execute))
 
     def evaluation(size: int) -> tuple[Any, tuple]:
         rows = np.arange(size) % len(val.labels)
@@ -70,13 +70,13 @@ def choose_sizes(
         return make(micro_batch)[1].predict, (*best, setup.constants, *batch)
 
     def candidates(key: str, largest: int) -> list[int]:
-        if previous.get(key) in micro_batch_sizes(largest, devices.count):
+        if previous.get(key) in micro_batch_sizes(largest, devices.num_devices):
             return [previous[key]]
-        return halvings(largest, devices.count)
+        return halvings(largest, devices.num_devices)
 
     sizes = candidates("micro_batch", cfg.trainer.batch_size)
     micro_batch, needs = search("a micro-batch", sizes, training)
-    sizes = candidates("eval_batch", devices.whole(cfg.trainer.eval_batch_size))
+    sizes = candidates("eval_batch", devices.round_up(cfg.trainer.eval_batch_size))
     state = new_state()  # held in memory while an evaluation runs
     eval_batch, _ = search("an evaluation batch", sizes, evaluation)
     del state

@@ -1,4 +1,4 @@
-"""AdamW with a schedule, parameter groups and an average of the weights, all from the config."""
+"""AdamW with a schedule, parameter groups and averaged weights, built from `conf/optim/`."""
 
 import math
 import re
@@ -14,10 +14,12 @@ from lra.config.schema import Range, check_ranges, format_value
 from lra.errors import ConfigError
 from lra.training.schedules import scale_by_plateau, schedule
 
+GROUP_KEYS = {"match", "lr_factor", "weight_decay"}
+
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a rate: their paths, a factor on the learning rate and a weight decay."""
+    """Parameters that share a factor on the learning rate and a weight decay."""
 
     name: str
     lr_factor: float
@@ -29,12 +31,18 @@ class Group:
 def adamw(
     cfg: Mapping[str, Any], steps: int, params: Any
 ) -> tuple[optax.GradientTransformation, list[Group]]:
-    """The optimizer of `conf/optim/` for `params`, and its groups as they were assigned.
+    """Returns the optimizer for `params` and its parameter groups.
 
-    Decay is decoupled and multiplied by the group's learning rate, as in Loshchilov & Hutter 2019 and optax.adamw.
+    Weight decay is decoupled and multiplied by the group's learning rate, as in `optax.adamw`
+    (Loshchilov & Hutter 2019).
+
+    Args:
+        cfg: the section `optim`.
+        steps: number of steps of the run, for the schedule.
+        params: tree of parameters.
 
     Raises:
-        ConfigError: a number out of its range, a malformed group, or one whose pattern matches no parameter.
+        ConfigError: a value is out of range, or a group is malformed or matches no parameter.
     """
     check(cfg)
     groups, labels = assign_groups(cfg, params)
@@ -53,56 +61,55 @@ def adamw(
 
 
 def ema_update(decay: float, average: Any, new: Any, count: jax.Array) -> Any:
-    """The exponential moving average of a tree after its `count`-th value, in which a value s steps old weighs decay^s.
+    """Updates the bias-corrected exponential moving average of a tree with its `count`-th value.
 
-    Normalised by the sum of these weights: a true average from the first value on, which it equals, as in a bias-corrected
-    one (Kingma & Ba 2015, section 3).
+    A value that is s steps old has the weight decay^s, divided by the sum of all weights (Kingma &
+    Ba 2015, section 3). The first average is the first value; the initial `average` has no effect.
     """
     # (1 - decay) / (1 - decay^count), without the cancellation
-    weight = math.expm1(math.log(decay)) / jnp.expm1(count * math.log(decay))
-    return optax.incremental_update(new, average, weight)
+    step_size = math.expm1(math.log(decay)) / jnp.expm1(count * math.log(decay))
+    return optax.incremental_update(new, average, step_size)
 
 
 def assign_groups(cfg: Mapping[str, Any], params: Any) -> tuple[list[Group], Any]:
-    """Groups of the config in order, and a tree like `params` with each parameter's group name."""
+    """Assigns each parameter to the first group whose pattern matches its path.
+
+    The groups are those of the config, then `no_decay`, then `default`.
+
+    Returns:
+        The non-empty groups in this order, and a tree like `params` with the name of each group.
+
+    Raises:
+        ConfigError: a group of the config matches no parameter.
+    """
     own = cfg["groups"] or {}
     rules = [
         (name, rule["match"], rule["lr_factor"], rule["weight_decay"]) for name, rule in own.items()
     ]
-    rules += [("no_decay", cfg["no_decay"], 1.0, 0.0)] if cfg["no_decay"] else []
-    rules += [("default", "", 1.0, cfg["weight_decay"])]
+    if cfg["no_decay"]:
+        rules.append(("no_decay", cfg["no_decay"], 1.0, 0.0))
+    rules.append(("default", "", 1.0, cfg["weight_decay"]))
     paths = parameter_paths(params)
     labels = jax.tree.map(
         lambda path: next(name for name, match, *_ in rules if re.search(match, path)), paths
     )
+    leaves = list(zip(*map(jax.tree.leaves, (paths, labels, params)), strict=True))
     groups = []
     for name, match, lr_factor, weight_decay in rules:
-        chosen = [
-            (path, leaf.size)
-            for path, label, leaf in zip(
-                *map(jax.tree.leaves, (paths, labels, params)), strict=True
-            )
-            if label == name
-        ]
-        if not chosen and name in own:
+        members = [(path, leaf.size) for path, label, leaf in leaves if label == name]
+        if members:
+            names, sizes = zip(*members, strict=True)
+            groups.append(Group(name, lr_factor, weight_decay, names, sum(sizes)))
+        elif name in own:
             raise ConfigError(
-                f"optim.groups.{name}.match={match!r} fits no parameter; the paths are: {summary(paths)}"
-            )
-        if chosen:
-            groups.append(
-                Group(
-                    name,
-                    lr_factor,
-                    weight_decay,
-                    tuple(path for path, _ in chosen),
-                    sum(size for _, size in chosen),
-                )
+                f"optim.groups.{name}.match={match!r} matches no parameter; the paths are: "
+                f"{summarize_paths(paths)}"
             )
     return groups, labels
 
 
 def parameter_paths(params: Any) -> Any:
-    """A tree like `params` with each parameter's path, as "blocks/0/mixer/m_u"."""
+    """Returns a tree like `params` with the path of each parameter: "blocks/0/mixer/m_u"."""
 
     def name(path, _):
         return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
@@ -110,20 +117,25 @@ def parameter_paths(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(name, params)
 
 
-def summary(paths: Any) -> str:
-    """Paths with the layer number left out, each once."""
+def summarize_paths(paths: Any) -> str:
+    """Lists the distinct paths, with `*` for the layer number."""
     return ", ".join(sorted({re.sub(r"/\d+/", "/*/", path) for path in jax.tree.leaves(paths)}))
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Refuse numbers out of their range and groups that are not {match, lr_factor, weight_decay}."""
+    """Checks the values of the section `optim`.
+
+    Raises:
+        ConfigError: a value is out of range, or `groups` is malformed.
+    """
     check_ranges(cfg, "optim.")
     if cfg["no_decay"] is not None:
         check_pattern("optim.no_decay", cfg["no_decay"])
     rule = cfg["plateau"]
     if not isinstance(rule, Mapping) or set(rule) != {"metric", "factor", "patience", "threshold"}:
         raise ConfigError(
-            f"optim.plateau={format_value(rule)} must have exactly metric, factor, patience and threshold"
+            f"optim.plateau={format_value(rule)} must have exactly metric, factor, patience and "
+            f"threshold"
         )
     groups = {} if cfg["groups"] is None else cfg["groups"]
     if not isinstance(groups, Mapping):
@@ -133,7 +145,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         key = f"optim.groups.{name}"
         if name in ("default", "no_decay"):
             raise ConfigError(f"{key} has the name of a built-in group; choose another")
-        if not isinstance(rule, Mapping) or set(rule) != {"match", "lr_factor", "weight_decay"}:
+        if not isinstance(rule, Mapping) or set(rule) != GROUP_KEYS:
             raise ConfigError(
                 f"{key}={format_value(rule)} must have exactly match, lr_factor and weight_decay"
             )
@@ -143,6 +155,7 @@ def check(cfg: Mapping[str, Any]) -> None:
 
 
 def check_pattern(key: str, pattern: Any) -> None:
+    """Raises a ConfigError if `pattern`, the value of `key`, is not a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:

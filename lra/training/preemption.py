@@ -1,53 +1,73 @@
-"""Ctrl-C and SIGTERM: at once while nothing is lost by it, after a checkpoint while training."""
+"""Stops a run in time: SIGINT and SIGTERM, and the wall-time limit `trainer.time_limit`."""
 
+import re
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lra.errors import PreemptedError
+from lra.errors import ConfigError, PreemptedError
+
+EXIT_S, EXIT_SHARE = (
+    30.0,
+    0.05,
+)  # reserved for the record and the tracker: seconds, share of the limit
 
 
 class Signals:
-    """SIGINT and SIGTERM stop at once; inside `noted` they are noted, so that the loop can save first.
+    """Handles SIGINT and SIGTERM inside a `with` block.
 
-    A second SIGINT stops at once there too.
+    A signal raises KeyboardInterrupt at once, unless `deferred` is active. `received` is the name
+    of the last signal, None before the first.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.patient = False
-        self.before: dict[int, Any] = {}
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        except ValueError:  # only the main thread may listen; elsewhere the default stands
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # outside the main thread Python allows no handlers
             pass
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def handle(self, number: int, frame: Any) -> None:
-        again, self.received = self.received, signal.Signals(number).name
-        if not self.patient or (again and number == signal.SIGINT):
+    def _handle(self, number: int, frame: Any) -> None:
+        repeated, self.received = self.received is not None, signal.Signals(number).name
+        if not self._deferred or (repeated and number == signal.SIGINT):
             raise KeyboardInterrupt
         print(
-            f"lra: {self.received}: saving after the steps under way; Ctrl-C stops at once",
+            f"lra: {self.received}: saving after the current steps; Ctrl-C stops at once",
             file=sys.stderr,
             flush=True,
         )
 
     @contextmanager
-    def resumable(self) -> Iterator[None]:
-        """SIGTERM where it stops at once, before and after training, ends as it does in training: run it again.
+    def deferred(self) -> Iterator[None]:
+        """Inside the block a signal only sets `received`, so that the training loop can save first.
+
+        A second signal that is a SIGINT raises KeyboardInterrupt.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    @contextmanager
+    def sigterm_preempts(self) -> Iterator[None]:
+        """Converts the KeyboardInterrupt of a SIGTERM, so that the run ends as preempted.
 
         Raises:
-            PreemptedError: instead of KeyboardInterrupt, after a SIGTERM.
+            PreemptedError: after a SIGTERM outside of `deferred`.
         """
         try:
             yield
@@ -55,13 +75,74 @@ class Signals:
             if self.received != "SIGTERM":
                 raise
             raise PreemptedError(
-                "stopped by SIGTERM; the same command with resume=auto goes on from the last checkpoint, if there is one"
+                "stopped by SIGTERM; the same command with resume=auto continues from the last "
+                "checkpoint, if there is one"
             ) from None
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        self.patient = True
-        try:
-            yield
-        finally:
-            self.patient = False
+
+class Deadline:
+    """Tells when a run has to save and stop to stay within its time limit.
+
+    Args:
+        limit: seconds from `started`, None for no limit.
+        started: value of `clock` at the start of the run.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self, limit: float | None, started: float, clock: Callable[[], float] = time.monotonic
+    ):
+        self.limit, self.started, self.clock = limit, started, clock
+        self._last_check: float | None = None
+        self._intervals = 0
+        self._longest_interval = self._longest_save = 0.0
+
+    def reached(self) -> bool:
+        """Returns whether another iteration, a save and the exit may no longer fit.
+
+        Call it once per iteration of the training loop. An iteration is expected to take as long as
+        the longest so far, except the first, which compiles.
+        """
+        if self.limit is None:
+            return False
+        now = self.clock()
+        if self._last_check is not None:
+            self._intervals += 1
+            if self._intervals > 1:
+                self._longest_interval = max(self._longest_interval, now - self._last_check)
+        self._last_check = now
+        reserve = self._longest_interval + self._longest_save + min(EXIT_S, EXIT_SHARE * self.limit)
+        return now - self.started + reserve >= self.limit
+
+    def record_save(self, seconds: float) -> None:
+        """Notes the duration of a checkpoint save."""
+        self._longest_save = max(self._longest_save, seconds)
+
+
+def parse_duration(key: str, value: object) -> float | None:
+    """Parses a duration to seconds; None for null.
+
+    Args:
+        key: config key of `value`, for the error message.
+        value: a number of seconds, "3h30m", "1d12h", "HH:MM:SS" or SLURM's "D-HH:MM:SS".
+
+    Raises:
+        ConfigError: `value` has none of these forms or is not positive.
+    """
+    if value is None:
+        return None
+    text, seconds = str(value).strip(), 0.0
+    if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        seconds = float(text)
+    elif match := (
+        re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+        or re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
+    ):
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        seconds = float(86400 * days + 3600 * hours + 60 * minutes + rest)
+    if seconds <= 0:
+        raise ConfigError(
+            f"{key}={value} must be a duration above 0: "
+            f"seconds, 3h30m, HH:MM:SS, D-HH:MM:SS, or null"
+        )
+    return seconds

@@ -1,9 +1,9 @@
-"""Where does a step get its batch? From data that lie on the device, or from the host, read ahead; the batches are the same."""
+"""Training data on the device, or on the host with prefetch. Both give the same batches."""
 
-import queue
 import sys
-import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,18 +16,11 @@ from lra.training import distributed
 from lra.training.data_parallel import DataParallel
 from lra.training.memory import device_bytes, is_out_of_memory
 from lra.training.state import BatchWindow, Examples, State
-from lra.training.step import Program, epoch_order
+from lra.training.step import StepFunctions, epoch_order
 
-
-def on_device(split) -> Examples:
-    """A packed split on the device; a CPU reads the mapped file itself, without a copy."""
-    inputs = jax.device_put(split.inputs.view(np.ndarray), may_alias=True)
-    return Examples(inputs, jnp.asarray(split.lengths), jnp.asarray(split.labels.astype(np.int32)))
-
-
-WINDOW_BYTES = 2**26  # of batches that go to the device at once
-AHEAD = 2  # windows that wait there
-SHARE = 0.5  # of a device's memory that data may take: the rest is for training
+WINDOW_BYTES = 2**26  # size of a window of batches
+PREFETCHED_WINDOWS = 2  # windows on the device besides the current one
+DATA_SHARE = 0.5  # largest share of a device's memory for the data
 
 
 def place_data(store: Store, devices: DataParallel, placement: str) -> dict[str, Examples]:
@@ -59,36 +52,42 @@ def place_data(store: Store, devices: DataParallel, placement: str) -> dict[str,
 
 
 class DeviceData:
-    """Data on the device: `run` draws from them by index."""
+    """Training data on the device; the jitted function draws its batches by index."""
 
     def __init__(self, split: Examples):
         self.split = split
 
-    def start(self, step: int) -> None: ...
+    def start(self, step: int) -> None:
+        """Prepares for training from `step` on."""
 
-    def end(self, step: int) -> int:
+    def available_until(self, step: int) -> int:
+        """Returns the last step to which one call from `step` on has data; waits for the data."""
         return sys.maxsize
 
-    def run(self, program: Program, state: State, fixed: Any, until: int) -> State:
-        return program.run(state, fixed, self.split, np.int32(until))
+    def jitted_call(
+        self, step_fns: StepFunctions, state: State, constants: Any, until: int
+    ) -> tuple[Callable[..., State], tuple]:
+        """Returns the jitted function and the arguments that train from `state.step` to `until`."""
+        return step_fns.train_steps, (state, constants, self.split, np.int32(until))
 
-    def trial(
-        self, program: Program, state: State, fixed: Any, until: int
-    ) -> tuple[Callable, tuple]:
-        """The jitted function and the arguments of a call from the first step until `until`."""
-        return program.run, (state, fixed, self.split, np.int32(until))
+    def call(self, step_fns: StepFunctions, state: State, constants: Any, until: int) -> State:
+        """Trains from `state.step` to `until`; donates `state`."""
+        function, args = self.jitted_call(step_fns, state, constants, until)
+        return function(*args)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stops all prefetching and frees what was prefetched."""
 
 
-class HostPrefetch:
-    """Data on the host: a thread draws the rows of the steps to come and sends them, a window of steps at a time.
+class HostPrefetch(DeviceData):
+    """Training data on the host; a thread sends windows of batches to the device ahead of time.
 
     Args:
-        split: NumPy arrays, as `Examples` on the device would hold them.
-        order_key: of `epoch_order`.
-        batch_size, micro_batch: examples, over all devices.
-        steps: of the whole run.
+        split: NumPy arrays with the dtypes that they have on the device.
+        order_key: key for `epoch_order`.
+        batch_size, micro_batch: number of examples over all devices.
+        devices: devices that share the batch.
+        steps: number of steps of the run.
     """
 
     def __init__(
@@ -97,115 +96,98 @@ class HostPrefetch:
         order_key: jax.Array,
         batch_size: int,
         micro_batch: int,
-        layout: DataParallel,
+        devices: DataParallel,
         steps: int,
     ):
-        self.split, self.batch_size, self.layout = split, batch_size, layout
-        # orders are drawn beside the steps: an accelerator would come to them after the call under way
+        super().__init__(split)
+        self.batch_size, self.devices, self.steps = batch_size, devices, steps
+        # Shuffle on the CPU; on the accelerator the shuffle would queue behind the running steps.
         self.cpu = cpu_device()
         self.order_key = order_key if self.cpu is None else jax.device_put(order_key, self.cpu)
-        self.parts = (batch_size // micro_batch, micro_batch)
+        self.batch_shape = (batch_size // micro_batch, micro_batch)
         step_bytes = batch_size * sum(x[:1].nbytes for x in split)
-        self.steps, self.window_steps = steps, max(1, min(WINDOW_BYTES // step_bytes, steps))
+        self.window_steps = max(1, min(WINDOW_BYTES // step_bytes, steps))
         self.steps_per_epoch = len(split.labels) // batch_size
-        self.epoch: tuple[int, np.ndarray] | None = None
-        self.ready: queue.SimpleQueue[BatchWindow | Exception] = queue.SimpleQueue()
-        self.room = threading.Semaphore(
-            AHEAD
-        )  # taken before a window is made, so that no more ever exist
+        self.epoch: tuple[int, np.ndarray] | None = None  # the latest epoch and its order
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.pending: deque[Future[BatchWindow]] = deque()
         self.current: BatchWindow | None = None
-        self.first = 0  # of the current window
-        self.stopped = threading.Event()
-        self.thread: threading.Thread | None = None
+        self.first = self.next_first = 0  # first step of the current and of the next new window
 
     def start(self, step: int) -> None:
-        """Begin to read ahead, from `step` to the end of the run."""
-        self.thread = threading.Thread(
-            target=self._read_ahead, args=(step,), name="lra-feed", daemon=True
-        )
-        self.thread.start()
+        self.next_first = step
+        for _ in range(PREFETCHED_WINDOWS):
+            self._prefetch()
 
-    def end(self, step: int) -> int:
-        """The first step that the window of `step` does not hold."""
-        self._advance(step)
+    def available_until(self, step: int) -> int:
+        while self.current is None or step >= self.first + self.window_steps:
+            self.current = None  # free its memory before the wait
+            self.current = self.pending.popleft().result()
+            self.first = int(self.current.first)
+            self._prefetch()
         return self.first + self.window_steps
 
-    def run(self, program: Program, state: State, fixed: Any, until: int) -> State:
-        assert self.current is not None
-        return program.run_window(state, fixed, self.current, np.int32(until))
-
-    def trial(
-        self, program: Program, state: State, fixed: Any, until: int
-    ) -> tuple[Callable, tuple]:
-        return program.run_window, (state, fixed, self.window(0), np.int32(until))
+    def jitted_call(
+        self, step_fns: StepFunctions, state: State, constants: Any, until: int
+    ) -> tuple[Callable[..., State], tuple]:
+        window = self.window(0) if self.current is None else self.current
+        return step_fns.train_window, (state, constants, window, np.int32(until))
 
     def close(self) -> None:
-        """Stop the thread and let go of what it read."""
-        self.stopped.set()
-        self.room.release()  # the thread may be waiting for it
-        if self.thread is not None:
-            self.thread.join()
-        self.current, self.ready = None, queue.SimpleQueue()
+        self.executor.shutdown(cancel_futures=True)
+        self.pending.clear()
+        self.current = None
 
     def window(self, first: int) -> BatchWindow:
-        """The batches of `window_steps` steps from `first` on, on the devices."""
+        """Returns the batches of `window_steps` steps from `first` on, on the devices."""
         rows = np.stack([self.rows(first + i) for i in range(self.window_steps)])
-        rows = rows.reshape(self.window_steps, *self.parts)
+        rows = rows.reshape(self.window_steps, *self.batch_shape)
         return BatchWindow(
-            self.layout.replicate(np.int32(first)),
-            Examples(*(self._send(x, rows) for x in self.split)),
+            self.devices.replicate(np.int32(first)),
+            Examples(*(self._put(x, rows) for x in self.split)),
         )
 
     def rows(self, step: int) -> np.ndarray:
-        """The examples (B,) of a step, as `run` draws them."""
+        """Returns the row numbers (B,) of a step's examples, the same as on the device."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.epoch is None or self.epoch[0] != epoch:
             with jax.default_device(self.cpu):
-                self.epoch = (
-                    epoch,
-                    np.asarray(epoch_order(self.order_key, epoch, len(self.split.labels))),
-                )
+                order = epoch_order(self.order_key, epoch, len(self.split.labels))
+                self.epoch = (epoch, np.asarray(order))
         return self.epoch[1][position * self.batch_size :][: self.batch_size]
 
-    def _send(self, x: Any, rows: np.ndarray) -> jax.Array:
-        if self.layout.mesh is None:
+    def _prefetch(self) -> None:
+        if self.next_first < self.steps:
+            self.pending.append(self.executor.submit(self.window, self.next_first))
+            self.next_first += self.window_steps
+
+    def _put(self, x: Any, rows: np.ndarray) -> jax.Array:
+        if self.devices.mesh is None:
             return jnp.asarray(x[rows])
-        # each process reads the rows of its own devices alone
-        shape, sharding = (*rows.shape, *x.shape[1:]), self.layout.sharding(None, None, "data")
+        # each process reads only the rows of its own devices
+        shape = (*rows.shape, *x.shape[1:])
+        sharding = self.devices.sharding(None, None, "data")
         return jax.make_array_from_callback(
             shape, sharding, lambda index: x[rows[(index or ())[:3]]]
         )
 
-    def _advance(self, step: int) -> None:
-        while self.current is None or step >= self.first + self.window_steps:
-            self.current = None  # its memory is free before the next one is waited for
-            found = self.ready.get()
-            self.room.release()
-            if isinstance(found, Exception):
-                raise found
-            self.current, self.first = found, int(found.first)
-
-    def _read_ahead(self, step: int) -> None:
-        try:
-            for first in range(step, self.steps, self.window_steps):
-                self.room.acquire()
-                if self.stopped.is_set():
-                    return
-                self.ready.put(self.window(first))
-        except Exception as error:  # raised where the window is waited for
-            self.ready.put(error)
-
 
 def cpu_device() -> jax.Device | None:
-    """This process's CPU as a device; None where JAX was told to leave it out."""
+    """Returns this process's CPU device, None if JAX was started without one."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
 
 
+def on_device(split) -> Examples:
+    """Returns a packed split on the device; a CPU uses the memory-mapped file without a copy."""
+    inputs = jax.device_put(split.inputs.view(np.ndarray), may_alias=True)
+    return Examples(inputs, jnp.asarray(split.lengths), jnp.asarray(split.labels.astype(np.int32)))
+
+
 def on_host(split) -> Examples:
-    """A packed split as it is mapped, with the dtypes it would have on a device."""
+    """Returns a packed split as memory-mapped, with the dtypes that it has on a device."""
     return Examples(
         split.inputs.view(np.ndarray),
         np.asarray(split.lengths, jax.dtypes.canonicalize_dtype(split.lengths.dtype)),
@@ -213,12 +195,11 @@ def on_host(split) -> Examples:
     )
 
 
-def fits_on_device(nbytes: int, layout: DataParallel) -> bool:
-    """Whether so many bytes of data leave room for training on each device of the layout."""
+def fits_on_device(nbytes: int, devices: DataParallel) -> bool:
+    """Returns whether `nbytes` of data on each device leave enough memory for training."""
     device = jax.local_devices()[0]
     available = device_bytes(device)
-    if (
-        device.platform == "cpu"
-    ):  # devices that share one memory; a single one reads the mapped file itself
-        nbytes = 0 if layout.mesh is None else nbytes * len(layout.mesh.local_devices)
-    return available is None or nbytes <= SHARE * available
+    if device.platform == "cpu":
+        # CPU devices share one memory; a single one uses the memory-mapped file
+        nbytes = 0 if devices.mesh is None else nbytes * devices.num_local_devices
+    return available is None or nbytes <= DATA_SHARE * available

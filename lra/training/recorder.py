@@ -23,7 +23,7 @@ from lra.runs.run_folder import RunFolder
 from lra.runs.tracking import Trackers, make_trackers
 from lra.tasks.base import SPLITS
 from lra.training import distributed
-from lra.training.checkpoint import holds_checkpoint
+from lra.training.checkpoint import has_checkpoint
 from lra.training.optimizer import Group
 from lra.training.timing import compile_seconds
 
@@ -281,7 +281,7 @@ def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> d
 
 
 def _is_worth_keeping(record: dict[str, Any], folder: Path) -> bool:
-    return record["status"] in ("finished", "diverged") or holds_checkpoint(folder / CHECKPOINTS)
+    return record["status"] in ("finished", "diverged") or has_checkpoint(folder / CHECKPOINTS)
 
 
 def describe_data(store: Store) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How does the learning rate change over a run? As a function of the step alone or, `plateau`, of validation too."""
+"""Learning-rate schedules: functions of the step and, for `plateau`, of validation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,38 +11,44 @@ from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 
 def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
-    """Learning rate of each of `steps`, counted from 0, by the keys of `conf/optim/`.
+    """Returns the learning rate as a function of the step, counted from 0.
 
-    Linear warm-up from `lr_start` to `lr` over the share `warmup` of `steps`, W of them, then by `schedule`:
+    A linear warm-up from `lr_start` to `lr` over W = round(warmup * steps) steps is followed by:
 
-        cosine      to `lr_end` at the last step
+        cosine      half a cosine to `lr_end` at the last step
         linear      to `lr_end` at the last step
-        rsqrt       lr sqrt(W / step), W at least 1: the original code's base / sqrt(step), with lr = base / sqrt(W)
+        rsqrt       lr sqrt(max(W, 1) / step); the original LRA code's base / sqrt(step) with
+                    lr = base / sqrt(W)
         constant    lr
-        plateau     lr, times the factor that `plateau_update` keeps
+        plateau     lr, multiplied by the factor of `plateau_update` in the optimizer
+
+    Args:
+        cfg: the section `optim`.
+        steps: number of steps of the run.
     """
     lr, warmup_steps = cfg["lr"], round(cfg["warmup"] * steps)
-    rest, reference = max(steps - warmup_steps, 1), max(warmup_steps, 1)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(lr, rest, alpha=cfg["lr_end"] / lr),
-        "linear": lambda: optax.linear_schedule(lr, cfg["lr_end"], rest),
-        "rsqrt": lambda: (
-            lambda step: lr * jnp.sqrt(reference / jnp.maximum(step + warmup_steps, reference))
-        ),
+    decay_steps, reference = max(steps - warmup_steps, 1), max(warmup_steps, 1)
+
+    def rsqrt(step: jax.Array) -> jax.Array:
+        return lr * jnp.sqrt(reference / jnp.maximum(step + warmup_steps, reference))
+
+    after_warmup = {
+        "cosine": lambda: optax.cosine_decay_schedule(lr, decay_steps, alpha=cfg["lr_end"] / lr),
+        "linear": lambda: optax.linear_schedule(lr, cfg["lr_end"], decay_steps),
+        "rsqrt": lambda: rsqrt,
         "constant": lambda: optax.constant_schedule(lr),
         "plateau": lambda: optax.constant_schedule(lr),
-    }[cfg["schedule"]]
+    }[cfg["schedule"]]()
     warmup = optax.linear_schedule(cfg["lr_start"], lr, reference)
-    return optax.join_schedules([warmup, after()], boundaries=[warmup_steps])
+    return optax.join_schedules([warmup, after_warmup], boundaries=[warmup_steps])
 
 
 def scale_by_plateau() -> optax.GradientTransformation:
-    """Multiplies updates by the factor in its state, which `plateau_update` alone changes."""
+    """Multiplies updates by the factor in its state, which only `plateau_update` changes."""
 
     def init(params: Any) -> ReduceLROnPlateauState:
-        return reduce_on_plateau().init(
-            jnp.float32(0)
-        )  # which asks only for a dtype; parameters may be complex
+        # optax only reads the dtype of the parameters, which may be complex
+        return reduce_on_plateau().init(jnp.float32(0))
 
     def update(
         updates: Any, state: ReduceLROnPlateauState, params: Any = None
@@ -58,38 +64,41 @@ def plateau_update(
     scores: Mapping[str, Any],
     put: Callable[[Any], Any] = lambda x: x,
 ) -> Any:
-    """The optimizer's state after an evaluation: as PyTorch's ReduceLROnPlateau, its factor falls where nothing improves.
+    """Returns the optimizer state after an evaluation, with PyTorch's ReduceLROnPlateau rule.
+
+    The factor in the state is multiplied by `factor` after more than `patience` evaluations in a
+    row without a relative improvement of `metric` by more than `threshold`. The learning rate does
+    not fall below `lr_end`.
 
     Args:
-        cfg: of `optim.plateau`: `factor` is multiplied in after more than `patience` evaluations in a row without a relative
-            improvement of `metric` by more than `threshold`; `lr_end` is the least learning rate.
-        scores: accuracy (fraction) and loss on validation.
-        put: the new state to where `opt` is.
+        cfg: the section `optim`; the rule is its `plateau`.
+        opt: optimizer state; unchanged unless it contains `scale_by_plateau`.
+        scores: validation accuracy (fraction) and loss.
+        put: places the new state on the devices of `opt`.
     """
-    rule, least = cfg["plateau"], cfg["lr_end"] / cfg["lr"]
-    # optax looks for a minimum; -log turns a relative gain of accuracy into a difference. It wants a threshold above 0
-    loss, tiny = rule["metric"] == "loss", float(np.finfo(np.float32).tiny)
-    value = np.float32(scores["loss"] if loss else -np.log(max(scores["accuracy"], tiny)))
-    margin = (
-        {"rtol": rule["threshold"]}
-        if loss
-        else {"rtol": 0.0, "atol": float(np.log1p(rule["threshold"]))}
+    rule, min_scale = cfg["plateau"], cfg["lr_end"] / cfg["lr"]
+    # optax minimizes an absolute value: -log turns a relative gain of accuracy into a difference
+    use_loss, tiny = rule["metric"] == "loss", float(np.finfo(np.float32).tiny)
+    value = np.float32(scores["loss"] if use_loss else -np.log(max(scores["accuracy"], tiny)))
+    if rule["threshold"] == 0:  # optax requires a positive threshold
+        threshold = {"rtol": 0.0, "atol": tiny}
+    elif use_loss:
+        threshold = {"rtol": rule["threshold"]}
+    else:
+        threshold = {"rtol": 0.0, "atol": float(np.log1p(rule["threshold"]))}
+    reduce = reduce_on_plateau(
+        rule["factor"], rule["patience"] + 1, min_scale=min_scale, **threshold
     )
-    if rule["threshold"] == 0:
-        margin = {"rtol": 0.0, "atol": tiny}
-    reduce = reduce_on_plateau(rule["factor"], rule["patience"] + 1, min_scale=least, **margin)
 
-    def seen(state: ReduceLROnPlateauState) -> ReduceLROnPlateauState:
-        state = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x)), state
-        )  # from several devices to one
+    def update(state: ReduceLROnPlateauState) -> ReduceLROnPlateauState:
+        state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)  # to a single device
         return put(reduce.update((), state, value=value)[1])
 
-    return jax.tree.map(lambda x: seen(x) if _is_plateau(x) else x, opt, is_leaf=_is_plateau)
+    return jax.tree.map(lambda x: update(x) if _is_plateau(x) else x, opt, is_leaf=_is_plateau)
 
 
 def plateau_scale(opt: Any) -> float:
-    """The factor on the schedule's learning rate, 1 for every other schedule than plateau."""
+    """Returns the factor on the schedule's learning rate, 1.0 for schedules other than plateau."""
     found = [x for x in jax.tree.leaves(opt, is_leaf=_is_plateau) if _is_plateau(x)]
     return float(found[0].scale) if found else 1.0
 

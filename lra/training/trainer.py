@@ -25,7 +25,7 @@ from lra.training.checkpoint import (
     Checkpoints,
     check_metadata,
     checkpoint_metadata,
-    holds_checkpoint,
+    has_checkpoint,
 )
 from lra.training.data_parallel import DataParallel, choose_devices
 from lra.training.evaluation import predict, score
@@ -67,7 +67,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
     devices = choose_devices(cfg)
-    check_micro_batch(cfg, devices.count)
+    check_micro_batch(cfg, devices.num_devices)
     setup = Setup(cfg)  # finds most config errors before a folder is made
     config = run_config(cfg)
     path = records.run_path(cfg.output.root, config, to_container(cfg.names))
@@ -80,11 +80,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             folder,
             num_classes=setup.task.num_classes,
             groups=setup.groups,
-            num_devices=devices.count,
+            num_devices=devices.num_devices,
             started=started,
         )
         try:
-            with Signals() as signals, signals.resumable():
+            with Signals() as signals, signals.sigterm_preempts():
                 return Trainer(cfg, setup, devices, recorder).run(signals)
         except BaseException as caught:
             error = distributed.lost_peer_error(caught) or caught
@@ -118,7 +118,7 @@ class Trainer:
             self.recorder.start(int(state.step))
             self.batches.start(int(state.step))
             with (
-                signals.noted(),
+                signals.deferred(),
                 self.recorder.console,
                 closing(self.batches),
                 closing(self.profile),
@@ -129,7 +129,10 @@ class Trainer:
     def load_data(self) -> dict[str, Examples]:
         """The splits, prepared if necessary and placed on the devices or on the host."""
         cfg, setup = self.cfg, self.setup
-        store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
+        # an error on one process is raised on all, so that none waits for the others
+        store = distributed.run_on_all(
+            lambda: preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
+        )
         # Setup checks this only for tasks that know their size before they are prepared
         check_batch_size(cfg, len(store.splits["train"]))
         limit = cfg.trainer.eval_examples
@@ -149,9 +152,9 @@ class Trainer:
         setup.params, setup.batch_stats, setup.constants = devices.replicate(variables)
         make = cache(partial(make_batches, cfg, setup, self.data["train"], devices))
         micro_batch = cfg.trainer.micro_batch or cfg.trainer.batch_size
-        eval_batch = devices.whole(cfg.trainer.eval_batch_size)
+        eval_batch = devices.round_up(cfg.trainer.eval_batch_size)
         if micro_batch == "auto":
-            resumes = holds_checkpoint(self.checkpoints.folder)
+            resumes = has_checkpoint(self.checkpoints.folder)
             previous = recorder.previous if resumes else {}
             micro_batch, eval_batch, needs = choose_sizes(
                 cfg, setup, self.data["val"], devices, make, self.new_state, previous
@@ -198,10 +201,10 @@ class Trainer:
         while step < cfg.steps and not self.stopped_early(step, best):
             start, first = time.perf_counter(), step
             due_at = [(step // n + 1) * n for n in every.values()]
-            ends = (cfg.steps, self.batches.end(step), self.profile.end(step))
+            ends = (cfg.steps, self.batches.available_until(step), self.profile.next_boundary(step))
             until = min(step + steps_per_call, *due_at, *ends)
-            with self.profile.tracing(step, until):
-                state = self.batches.run(self.step_fns, state, self.setup.constants, until)
+            with self.profile.trace(step, until):
+                state = self.batches.call(self.step_fns, state, self.setup.constants, until)
                 jax.block_until_ready(state)
                 seconds, step = time.perf_counter() - start, int(state.step)
             # process 0's timing decides, so that all processes run the same number of steps
@@ -273,7 +276,7 @@ class Trainer:
         }
         start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
-        self.deadline.saved(time.monotonic() - start)
+        self.deadline.record_save(time.monotonic() - start)
         self.recorder.save(step=step)
 
     def stopped_early(self, step: int, best: Best) -> dict[str, Any] | None:

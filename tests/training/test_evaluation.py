@@ -1,4 +1,4 @@
-"""Scores: sums over examples and labels, not means of batches."""
+"""Scores: means over all examples and labels, not over batches."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from lra.training.evaluation import score
 def test_score_of_several_labels_counts_labels_and_whole_rows():
     logits = np.zeros((2, 3, 4))
     labels = np.array([[0, 1, 2], [3, 3, 3]])
-    logits[0, [0, 1, 2], [0, 1, 2]] = 5.0  # row 0: all right
-    logits[1, [0, 1, 2], [3, 0, 3]] = 5.0  # row 1: two of three
-    right, wrong = np.log(np.exp(5.0) + 3) - 5.0, np.log(np.exp(5.0) + 3)
+    logits[0, [0, 1, 2], [0, 1, 2]] = 5.0  # row 0: all correct
+    logits[1, [0, 1, 2], [3, 0, 3]] = 5.0  # row 1: two of three correct
+    correct, wrong = np.log(np.exp(5.0) + 3) - 5.0, np.log(np.exp(5.0) + 3)
     result = score(logits, labels)
     assert result["accuracy"] == pytest.approx(5 / 6)
     assert result["exact"] == 0.5
-    assert result["loss"] == pytest.approx((5 * right + wrong) / 6)
+    assert result["loss"] == pytest.approx((5 * correct + wrong) / 6)
     assert result["count"] == 2
 
 

@@ -162,50 +162,15 @@ def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
     assert not tried
 
 
-@pytest.mark.parametrize(
-    ("message", "exhausted"),
-    [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte", True),
-        ("INTERNAL: Failed to create cuFFT batched plan with scratch allocator", True),
-        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY", True),
-        ("INTERNAL: Gloo all-reduce failed", False),
-    ],
-)
-def test_running_out_of_memory_has_many_names(message, exhausted):
-    assert memory.is_out_of_memory(jax.errors.JaxRuntimeError(message)) is exhausted
-    assert not memory.is_out_of_memory(ValueError(message))
 
 
 def test_a_trial_takes_a_step_of_its_own_state(made):
     setup, data = made()
     before = jax.device_get(setup.params)
-    function, args = prefetch.DeviceData(data).trial(
+    function, args = prefetch.DeviceData(data).jitted_call(
         make_step_functions(setup, 8), state_of(setup), setup.constants, 1
     )
     assert int(function(*args).step) == 1
     assert_equal(setup.params, before)
 
 
-def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
-    def full(*_):
-        raise EXHAUSTED
-
-    monkeypatch.setattr(prefetch.DeviceData, "run", full)
-    with pytest.raises(LraError) as caught:
-        lra.train([*tiny, "trainer.micro_batch=2"])
-    message = str(caught.value)
-    assert message.startswith(
-        "out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none"
-    )
-    assert (
-        "set trainer.micro_batch below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
-        in message
-    )
-    without_batch_norm = memory.out_of_memory_advice(lra.compose([*tiny, "backbone.norm=layer"]), 2)
-    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4)" in without_batch_norm
-    assert "\n" not in message
-    cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
-    assert (
-        read_record(run_path(cfg.output.root, run_config(cfg), dict(cfg.names)))["status"]
-        == "failed"
-    )

@@ -1,14 +1,24 @@
-"""AdamW with groups, against a plain loop over scalars."""
+"""AdamW with groups beside a loop over scalars; averaged weights, smoothed labels."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from optim_config import CONFIG, PARAMS
+from tiny import TINY
 
+import lra
+from lra.config.build import data_arguments
+from lra.data.store import prepare
 from lra.errors import ConfigError
-from lra.training.optimizer import adamw
-from lra.training.schedules import schedule
+from lra.training.optimizer import adamw, ema_update
+from lra.training.prefetch import on_device
+from lra.training.setup import Setup
+from lra.training.state import eval_weights, initial_state
+from lra.training.step import make_step_functions, cross_entropy
 
 
 def rate(step, steps=10):
@@ -18,18 +28,13 @@ def rate(step, steps=10):
 
 
 def by_loop(x, grads, factor, decay):
-    """One scalar's value after AdamW has seen its gradients."""
+    """The value of a scalar parameter after AdamW steps with these gradients."""
     m = v = 0.0
     for t, g in enumerate(grads):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
         adam = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.99 ** (t + 1))) + 1e-8)
         x = x - rate(t) * factor * (adam + decay * x)
     return x
-
-
-@pytest.mark.parametrize("step", range(11))
-def test_schedule_is_warm_up_then_cosine(step):
-    assert float(schedule(CONFIG, 10)(step)) == pytest.approx(rate(step), rel=1e-5)
 
 
 def test_updates_equal_a_loop_over_scalars():
@@ -59,7 +64,7 @@ def test_updates_equal_a_loop_over_scalars():
 
 
 def test_clipping_scales_all_gradients_by_their_common_norm():
-    """Adam is blind to a gradient's scale but not to a change of it, so the steps differ in size: above, below, above."""
+    """Adam ignores a constant scale of the gradients, so the norms are above, below, above."""
     clip, steps = (
         1.5,
         [(30.0, 4.0, -2.0), (0.3, -0.2, 0.1), (-1.0, 5.0, 0.5)],
@@ -85,21 +90,132 @@ def test_clipping_scales_all_gradients_by_their_common_norm():
     np.testing.assert_allclose(params["kernel"], [by_loop(3.0, kernel, 1.0, 0.1)], rtol=1e-5)
 
 
-def test_first_group_that_fits_takes_the_parameter():
+def test_first_matching_group_takes_the_parameter():
     both = {
         "a": {"match": "m_y", "lr_factor": 1.0, "weight_decay": 0.0},
         "b": {"match": "m_", "lr_factor": 2.0, "weight_decay": 0.0},
     }
     with pytest.raises(
         ConfigError,
-        match=r"optim\.groups\.b\.match='m_' fits no parameter; the paths are: kernel, mixer/bias",
+        match=r"optim\.groups\.b\.match='m_' matches no parameter; .* are: kernel, mixer/bias",
     ):
         adamw(CONFIG | {"groups": both}, 10, PARAMS)
 
 
+# ---- averaged weights
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
+def test_average_is_a_weighted_mean(decay):
+    values = np.random.default_rng(0).normal(size=(50, 3)) + 5
+    average = {"w": jnp.full(3, 100.0)}  # has no effect
+    for count, value in enumerate(values, 1):
+        average = ema_update(
+            decay, average, {"w": jnp.asarray(value, jnp.float32)}, jnp.int32(count)
+        )
+        weights = decay ** np.arange(count)[::-1]
+        np.testing.assert_allclose(
+            average["w"], weights @ values[:count] / weights.sum(), rtol=1e-5
+        )
+
+
+@pytest.fixture(scope="module")
+def steps(data_root):
+    """Returns a function of overrides that gives the states after 1, 2, ... steps."""
+
+    def make(*overrides):
+        cfg = lra.compose(
+            [*TINY, "backbone.depth=1", "model=lru", f"data.root={data_root}", *overrides]
+        )
+        setup = Setup(cfg)
+        data = on_device(prepare(setup.task, **data_arguments(cfg)).splits["train"])
+        run, (state, best) = make_step_functions(setup, 4).train_steps, initial_state(setup)
+        state, states = state._replace(params=best.params, batch_stats=best.batch_stats), []
+        for until in range(1, 6):
+            state = run(state, setup.constants, data, jnp.int32(until))
+            states.append(jax.device_get(state))
+        return states
+
+    return make
+
+
+def test_averages_include_batch_stats_and_do_not_change_training(steps):
+    plain, states = steps("backbone.norm=batch"), steps("backbone.norm=batch", "optim.ema=0.8")
+    assert all(state.ema_params is None for state in plain)
+    weights = 0.8 ** np.arange(5)[::-1]
+    for a, b in zip(plain, states, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a[:6], b[:6])
+    values = [jax.tree.leaves(eval_weights(state)) for state in plain]
+    found = jax.tree.leaves(eval_weights(states[-1]))
+    assert len(found) == len(values[0])
+    for leaf, *each in zip(found, *values, strict=True):
+        expected = np.tensordot(weights, np.asarray(each, np.float64), 1) / weights.sum()
+        np.testing.assert_allclose(leaf, expected, atol=1e-6)
+
+
+# ---- label smoothing
+
+
+def test_smoothed_cross_entropy_equals_a_loop():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(4, 3, 5)), rng.integers(0, 5, (4, 3))
+    found = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), 0.1)
+    for index in np.ndindex(4, 3):
+        logp = logits[index] - np.log(np.exp(logits[index]).sum())
+        targets = [0.9 * (k == labels[index]) + 0.1 / 5 for k in range(5)]
+        assert found[index] == pytest.approx(
+            -sum(t * p for t, p in zip(targets, logp, strict=True)), rel=1e-5
+        )
+    plain = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.asarray(logits), jnp.asarray(labels)
+    )
+    np.testing.assert_array_equal(
+        cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.0), plain
+    )
+    # equal logits, as of an untrained model
+    assert cross_entropy(jnp.zeros(10), jnp.int32(3), 0.3) == pytest.approx(math.log(10))
+
+
+# ---- checks of values
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("lr", 0.0), ("lr", "fast"), ("warmup", 1.5), ("weight_decay", -0.1)]
+    ("override", "message"),
+    [
+        (
+            "optim.schedule=cosinus",
+            "optim.schedule=cosinus is unknown; choose one of cosine, linear, rsqrt, constant, "
+            "plateau",
+        ),
+        (
+            "optim.plateau=3",
+            "optim.plateau=3 must have exactly metric, factor, patience and threshold",
+        ),
+        (
+            "optim.plateau.metric=f1",
+            "optim.plateau.metric=f1 is unknown; choose one of accuracy, loss",
+        ),
+        ("optim.plateau.factor=1", r"optim.plateau.factor=1 must be a number in \(0, 1\)"),
+        ("optim.plateau.patience=0.5", "optim.plateau.patience=0.5 must be a whole number"),
+        ("optim.plateau.threshold=1", "optim.plateau.threshold=1 must be"),
+        ("optim.ema=1", r"optim.ema=1 must be a number in \(0, 1\) or null"),
+        ("optim.lr=0", "optim.lr=0 must be a number above 0"),
+        ("optim.lr=fast", "optim.lr=fast must be a number above 0"),
+        ("optim.warmup=1.5", "optim.warmup=1.5 must be a number"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay=-0.1 must be a number"),
+        ("optim.label_smoothing=1", "optim.label_smoothing=1 must be a number"),
+        (
+            "trainer.early_stopping=0",
+            "trainer.early_stopping=0 must be a whole number of at least 1 or null",
+        ),
+        ("trainer.chance_after=2", "trainer.chance_after=2 must be a number in"),
+        (
+            "trainer.first_loss_tolerance=1",
+            "trainer.first_loss_tolerance=1 must be a number above 1 or null",
+        ),
+    ],
 )
-def test_rates_that_make_no_sense_are_refused(key, value):
-    with pytest.raises(ConfigError, match=rf"optim\.{key}={value}"):
-        adamw(CONFIG | {key: value}, 10, PARAMS)
+def test_values_out_of_range_are_refused_in_one_line(tiny, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        Setup(lra.compose([*tiny, override]))
+    assert "\n" not in str(caught.value)
