@@ -28,7 +28,8 @@ What exactly is measured: docs/diagnose.md."""
 
 TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
-Train one model on one task and print the comparison table. Every key of conf/ can be set: --help KEY describes one, `lra keys` all, --cfg job prints their values.
+Train one model on one task and print the comparison table. `lra keys` describes all keys,
+--help KEY one of them, --cfg job prints their values.
 
   lra train experiment=listops/quick                       minutes on a CPU
   lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
