@@ -44,9 +44,12 @@ def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
     ("words", "message"),
     [
         (["listops"], "listops: expected KEY=VALUE words as for `lra train`, such as task=listops"),
-        (["task=listop"], "unknown task=listop (did you mean listops"),
+        (["task=listop", "model=lru,gru"], "unknown task=listop (did you mean listops"),
         (["model=lrv"], "unknown model=lrv (did you mean lru"),
-        (["backbone.depth=0"], "backbone.depth=0 must be a whole number of at least 1"),
+        (
+            ["backbone.depth=0", "model=lru,gru"],
+            "backbone.depth=0 must be a whole number of at least 1",
+        ),
     ],
 )
 def test_error_of_every_model_is_one_line(words, message):
