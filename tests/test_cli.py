@@ -153,7 +153,7 @@ def test_full_length_task_trains(protocol, length, lra_command, tmp_path):
         ("backbone.dropout=much", 2, "backbone.dropout=much must be a number"),
         ("model.num_filters=33", 2, "lower model.num_filters or raise task.seq_len"),
         ("backbone={width: 9, positions: sinusoidal}", 2, "needs an even backbone.width, found 9"),
-        ("model.param_count=params:many", 2, "model.param_count=params:many: unknown model=many"),
+        ("model.param_count=many", 2, "model.param_count=many: unknown model=many"),
         ("task.source=release", 3, "listops-1000"),
         ("--task=image", 2, "--task=image: config keys have no dashes; write task=VALUE"),
     ],

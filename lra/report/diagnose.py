@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, data_arguments, model_builder
 from lra.config.messages import nearest, translated_errors
-from lra.config.schema import check_ranges
+from lra.config.schema import check_config
 from lra.data.store import Split, prepare
 from lra.errors import ConfigError, LraError, RunFolderError
 from lra.files import disk_errors, write_atomically
@@ -370,7 +370,7 @@ def longer(run: Diagnosed, words: Sequence[str]) -> Setup:
     with translated_errors(words):
         cfg = OmegaConf.merge(run.cfg, OmegaConf.from_dotlist(list(words)))
         assert isinstance(cfg, DictConfig)
-        check_ranges(cfg)
+        check_config(cfg)
     task = build_task(cfg)
     for name in SAME:
         if getattr(task, name) != (trained := getattr(run.task, name)):

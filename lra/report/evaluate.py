@@ -14,7 +14,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import data_arguments
-from lra.config.compose import finalize, with_defaults
+from lra.config.compose import resolve, upgrade_config
+from lra.config.schema import keys_in_eval
 from lra.data import store as packed
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.runs import machine, records
@@ -31,8 +32,6 @@ from lra.training.state import Best, initial_state, selected_weights
 from lra.training.step import make_step_functions
 
 CLOSE = 1e-3  # between the two largest logits of an example; nearer ones may change places on another device
-# what may differ from the recorded config: where the data are, how they are computed; anything else is another run
-OVERRIDES = ("data.root", "data.download", "data.allow_partial", "trainer.eval_batch_size")
 
 
 class Comparison(NamedTuple):
@@ -60,7 +59,7 @@ def evaluate_run(
 
     Args:
         weights: best | last; None for those that the protocol scores.
-        overrides: KEY=VALUE of `OVERRIDES`.
+        overrides: KEY=VALUE of `keys_in_eval`.
 
     Raises:
         MismatchError: a prediction differs from the stored one although its two largest logits were not close.
@@ -179,18 +178,18 @@ def recorded_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     """The config of a run with the overrides, and with today's defaults for keys that it did not know.
 
     Raises:
-        ConfigError: an override of something else than `OVERRIDES`.
+        ConfigError: an override of a key that is not in `keys_in_eval`.
     """
     for word in overrides:
         key, equals, _ = word.partition("=")
-        if not equals or key not in OVERRIDES:
+        if not equals or key not in keys_in_eval():
             raise ConfigError(
-                f"{word}: a saved run keeps its own config; KEY=VALUE may set {', '.join(OVERRIDES)}"
+                f"{word}: a saved run keeps its own config; KEY=VALUE may set {', '.join(keys_in_eval())}"
             )
-    config = OmegaConf.create(with_defaults(record["config"]))
+    config = OmegaConf.create(upgrade_config(record["config"]))
     cfg = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
     assert isinstance(cfg, DictConfig)
-    return finalize(
+    return resolve(
         cfg, {key: record.get(key) for key in ("task", "model", "experiment")}, overrides
     )
 

@@ -3,7 +3,7 @@
 A cell of ours is the median test accuracy in percent over the seeds of one configuration, with a bootstrap interval of
 the mean and the number of seeds. Runs of one task that differ in protocol, data source or data never share a row. Of
 several configurations of one model the best by validation is shown, and the cell says so; keys that cannot change a
-result (`NO_EFFECT`) do not make two. Runs that did not finish are counted below the table, never in it. `csv` is the
+result do not make two. Runs that did not finish are counted below the table, never in it. `csv` is the
 same table in long form with every number behind a cell.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lra.config.compose import with_defaults
+from lra.config.compose import upgrade_config
+from lra.config.schema import keys_affecting
 from lra.errors import ConfigError
 from lra.files import write_atomically
 from lra.report.formats import Table, TableRow, render
@@ -26,14 +27,6 @@ from lra.runs.sanity import is_at_chance
 
 PUBLISHED = ("featured", "all", "none")
 RESAMPLES = 10_000
-
-# of the keys in `config_hash`, those that cannot change a result: runs that differ in them are one configuration
-NO_EFFECT = (
-    *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
-    *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.log_every"),
-    *("trainer.remat", "trainer.deterministic", "backbone.remat"),
-    *("trainer.first_loss_tolerance", "trainer.chance_after"),
-)
 SHORT_TIER_SUFFIX = "_short"  # `x_short` is a smaller tier of task `x`; the only thing known here of any task's name
 
 Record = Mapping[str, Any]
@@ -227,10 +220,9 @@ def _best_config(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The runs of the configuration with the best mean validation accuracy, one a seed, and notes for the reader."""
     configs: dict[str, dict[Any, Record]] = defaultdict(dict)
     for record in group:
-        config = with_defaults(
-            record["config"]
-        )  # so that a key which is new since is no other configuration
-        configs[config_hash(config, without=["seed", *NO_EFFECT])][record["seed"]] = record
+        config = upgrade_config(record["config"])
+        configuration = config_hash(config, without=["seed", *keys_affecting("speed")])
+        configs[configuration][record["seed"]] = record
     best = max(
         configs.values(),
         key=lambda runs: statistics.mean(_accuracy(r, "val") or 0.0 for r in runs.values()),

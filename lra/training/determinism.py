@@ -4,14 +4,14 @@ import os
 
 import jax
 
-from lra.config.schema import format_value
+from lra.config.rules import format_value
 from lra.errors import ConfigError
 
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 _flag_added = False  # whether a run of this process has added DETERMINISTIC_FLAG to XLA_FLAGS
 
 
-def use_deterministic_ops(enabled: object) -> None:
+def use_deterministic_ops(enabled: bool) -> None:
     """Adds XLA's flag for deterministic GPU operations to XLA_FLAGS, or removes what it added.
 
     XLA reads the flag once, when JAX starts its backend. A flag that the user has set in the
@@ -21,8 +21,6 @@ def use_deterministic_ops(enabled: object) -> None:
         ConfigError: the backend has already started with the other setting.
     """
     global _flag_added
-    if not isinstance(enabled, bool):
-        raise ConfigError(f"trainer.deterministic={format_value(enabled)} must be true or false")
     flags = os.environ.get("XLA_FLAGS", "").split()
     if enabled == (DETERMINISTIC_FLAG in flags) or not (enabled or _flag_added):
         return

@@ -19,7 +19,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra import errors
-from lra.config.schema import format_value
+from lra.config.rules import format_value
+from lra.config.schema import keys_affecting
 from lra.runs.machine import versions
 from lra.runs.run_folder import RunFolder
 from lra.training.determinism import backend_started, use_deterministic_ops
@@ -30,8 +31,6 @@ T = TypeVar("T")
 HEARTBEAT_TIMEOUT_S = 100  # JAX ends all processes when one has sent no heartbeat for this long
 SHUTDOWN_TIMEOUT_S = 60  # for process 0 to finish its tracker while the others wait in JAX's exit
 MEMBER_KEYS = {"coordinator": str, "num_processes": int, "process_id": int}
-# processes of one run may set these keys differently
-PER_PROCESS_KEYS = ("trainer.distributed.", "data.root.", "output.root.", "names.command.")
 # found in the messages of JAX errors that follow the loss of another process
 PEER_LOST = re.compile("Gloo|NCCL|UNAVAILABLE|[Hh]eartbeat|[Cc]oordination service")
 MESSAGE_BYTES = 4096  # messages are padded to multiples of this, so that few shapes are compiled
@@ -181,10 +180,11 @@ def check_same_config(cfg: DictConfig) -> None:
         **{f"version of {name}": version for name, version in versions().items()},
         **dict(_flatten(OmegaConf.to_container(cfg))),
     }
+    may_differ = tuple(f"{key}." for key in (*keys_affecting("process"), "names.command"))
     own = {
         key: format_value(value)
         for key, value in own.items()
-        if not f"{key}.".startswith(PER_PROCESS_KEYS)
+        if not f"{key}.".startswith(may_differ)
     }
     for number, other in enumerate(configs := all_gather(own)):
         first = configs[0]

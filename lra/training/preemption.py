@@ -1,6 +1,5 @@
 """Stops a run in time: SIGINT and SIGTERM, and the wall-time limit `trainer.time_limit`."""
 
-import re
 import signal
 import sys
 import time
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lra.errors import ConfigError, PreemptedError
+from lra.errors import PreemptedError
 
 EXIT_S, EXIT_SHARE = (
     30.0,
@@ -117,32 +116,3 @@ class Deadline:
     def record_save(self, seconds: float) -> None:
         """Notes the duration of a checkpoint save."""
         self._longest_save = max(self._longest_save, seconds)
-
-
-def parse_duration(key: str, value: object) -> float | None:
-    """Parses a duration to seconds; None for null.
-
-    Args:
-        key: config key of `value`, for the error message.
-        value: a number of seconds, "3h30m", "1d12h", "HH:MM:SS" or SLURM's "D-HH:MM:SS".
-
-    Raises:
-        ConfigError: `value` has none of these forms or is not positive.
-    """
-    if value is None:
-        return None
-    text, seconds = str(value).strip(), 0.0
-    if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
-        seconds = float(text)
-    elif match := (
-        re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-        or re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
-    ):
-        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-        seconds = float(86400 * days + 3600 * hours + 60 * minutes + rest)
-    if seconds <= 0:
-        raise ConfigError(
-            f"{key}={value} must be a duration above 0: "
-            f"seconds, 3h30m, HH:MM:SS, D-HH:MM:SS, or null"
-        )
-    return seconds

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from lra.config.build import data_arguments
 from lra.config.compose import run_config, to_container
+from lra.config.rules import parse_duration
 from lra.data.store import prepare
 from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
 from lra.runs import records, sanity
@@ -31,7 +32,7 @@ from lra.training.data_parallel import DataParallel, choose_devices
 from lra.training.evaluation import predict, score
 from lra.training.memory import is_out_of_memory, out_of_memory_advice
 from lra.training.micro_batch import Batches, check_micro_batch, choose_sizes, make_batches
-from lra.training.preemption import Deadline, Signals, parse_duration
+from lra.training.preemption import Deadline, Signals
 from lra.training.prefetch import place_data
 from lra.training.profiling import FOLDER as PROFILE
 from lra.training.profiling import Profile, profiled_steps
@@ -104,7 +105,7 @@ class Trainer:
         self.cfg, self.setup, self.devices, self.recorder = cfg, setup, devices, recorder
         folder = recorder.folder.path
         self.checkpoints = Checkpoints(folder / CHECKPOINTS)
-        limit = parse_duration("trainer.time_limit", cfg.trainer.time_limit)
+        limit = parse_duration(cfg.trainer.time_limit)
         self.deadline = Deadline(limit, recorder.started)
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, folder / PROFILE, recorder.console.console.print)

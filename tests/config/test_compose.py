@@ -1,156 +1,39 @@
-"""What the config accepts, and the one line it answers where it does not."""
+"""Overrides become one resolved config, and recorded configs are upgraded to today's keys."""
 
-import jax
+import copy
+import json
+from pathlib import Path
+
 import pytest
-from flax import nnx
 from omegaconf import OmegaConf
 from tiny import TINY
 
 import lra
-from lra.config.build import build_task, model_builder
+from lra.config.compose import normalize_overrides, upgrade_config
 from lra.config.options import options
-from lra.config.schema import Range
 from lra.errors import ConfigError
-from lra.training.optimizer import adamw
+from lra.runs.records import config_hash
+
+RECORDS = sorted((Path(__file__).parents[2] / "results" / "runs").rglob("record.json"))
 
 
-def build(*overrides):
-    """Everything a run makes of its config before it reads data, without the arrays."""
-    owned = any(word.startswith("experiment=listops") for word in overrides)
-    cfg = lra.compose([*([] if owned else TINY), *overrides])
-    task = build_task(cfg)
-    model = nnx.eval_shape(
-        lambda: model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
-    )
-    adamw(OmegaConf.to_container(cfg.optim), 4, nnx.state(model, nnx.Param))
+@pytest.fixture(scope="module")
+def today():
+    """A recorded config of this version."""
+    cfg = OmegaConf.to_container(lra.compose([*TINY, "model=lru", "backbone.width=24"]))
+    del cfg["names"]
     return cfg
 
 
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        ("seed=99999999999999999999", "must be a whole number in [0, 4294967295]"),
-        ("seed=-1", "must be a whole number in [0, 4294967295]"),
-        ("seed=true", "must be a whole number in [0, 4294967295]"),
-        ("tuning_runs=0", "must be a whole number of at least 1"),
-        ("data.root=null", "must be the path of a folder"),
-        ("data.allow_partial=1", "data.allow_partial=1 must be true or false"),
-        ("data.download=perhaps", "data.download=perhaps must be true or false"),
-        ("output.root=3", "must be the path of a folder"),
-        ("optim.lr=inf", "must be a finite number above 0"),
-        ("optim.lr=nan", "must be a number above 0"),
-        ("optim.lr=true", "must be a number above 0"),
-        ("optim.lr_start=x", "must be a number of at least 0"),
-        ("optim.lr_end=abc", "must be a number of at least 0"),
-        ("optim.warmup=1.5", "must be a number in [0, 1]"),
-        ("optim.b1=foo", "must be a number in [0, 1)"),
-        ("optim.b2=1", "must be a number in [0, 1)"),
-        ("optim.eps=0", "must be a number above 0"),
-        ("optim.clip=-1", "must be a number above 0 or null"),
-        ("optim.clip=0", "must be a number above 0 or null"),
-        ("optim.clip=abc", "must be a number above 0 or null"),
-        ("optim.no_decay='('", "must be a regular expression"),
-        ("optim.no_decay=3", "must be a regular expression"),
-        ("optim.groups=3", "must be a mapping"),
-        ("optim.groups={a: {match: m_u}}", "must have exactly match, lr_factor and weight_decay"),
-        (
-            "optim.groups={default: {match: m_u, lr_factor: 1, weight_decay: 0}}",
-            "has the name of a built-in group",
-        ),
-        ("optim.groups={a: {match: (, lr_factor: 1, weight_decay: 0}}", "cannot read an override"),
-        (
-            "optim.groups={a: {match: '(', lr_factor: 1, weight_decay: 0}}",
-            "must be a regular expression",
-        ),
-        (
-            "optim.groups={a: {match: m_u, lr_factor: -1, weight_decay: 0}}",
-            "must be a number of at least 0",
-        ),
-        ("backbone.depth=0", "must be a whole number of at least 1"),
-        ("backbone.width=0", "must be a whole number of at least 1"),
-        ("backbone.dropout=1.5", "must be a number in [0, 1)"),
-        ("backbone.norm_momentum=2", "must be a number in [0, 1)"),
-        ("model._target_=models.nope.X", "cannot be imported: No module named 'models.nope'"),
-        ("model._target_=models.stu.X", "is not a class: models.stu has no class X"),
-        ("model._target_=null", "cannot be imported"),
-        ("task.sizes=null", "must be a mapping"),
-        ("task.sizes.val=0", "must be a whole number of at least 1"),
-        ("task.sizes.val=x", "must be a whole number of at least 1"),
-        ("tracker=null", "a run needs one; expected one of: none, wandb"),
-    ],
-)
-def test_senseless_value_is_one_line_with_its_key(bad, words):
-    with pytest.raises(ConfigError) as caught:
-        build(bad)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert bad.partition("=")[0] in str(caught.value) or words.startswith("cannot read")
+def test_null_undoes_an_earlier_choice():
+    assert normalize_overrides(["experiment=listops/nope", "experiment=null"]) == []
+    assert normalize_overrides(["debug=tiny", "seed=1", "debug=null"]) == ["seed=1"]
+    assert normalize_overrides(["debug=null", "debug=tiny"]) == ["debug=tiny"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
-        (["model=lru", "model.state_size=0"], "model.state_size=0 must be at least 1"),
-        (["model=lru", "model.max_phase=-1"], "model.max_phase=-1 must be an angle above 0"),
-        (["model=transformer", "model.num_heads=0"], "model.num_heads=0 must be at least 1"),
-        (["model=transformer", "model.num_heads=-1"], "model.num_heads=-1 must be at least 1"),
-        (
-            ["model=transformer", "backbone.width=18", "model.num_heads=6"],
-            "model.positions=rotary needs an even head width",
-        ),
-        (
-            [
-                "model=transformer",
-                "backbone.width=9",
-                "model.num_heads=3",
-                "model.positions=sinusoidal",
-            ],
-            "backbone.positions=sinusoidal needs an even backbone.width, found 9",
-        ),
-        (
-            ["model=transformer", "model.max_len=20"],
-            "task.seq_len=32 is longer than model.max_len=20",
-        ),
-        (
-            ["model=stu", "model.num_filters=33"],
-            "lower model.num_filters or raise task.seq_len",
-        ),  # K > L
-        (["model=stu_t", "model.num_filters=33"], "lower model.num_filters or raise task.seq_len"),
-        (
-            ["model=ar_stu", "model.k_y=32"],
-            "model.k_u=3 and model.k_y=32 reach further back than task.seq_len=32",
-        ),
-        (["model=stu", "model.k_u=33"], "model.k_u=33 and model.k_y=null reach further back"),
-        (
-            ["model=lru", "backbone.positions=rotary"],
-            "backbone.positions=rotary does not go with this mixer",
-        ),
-        (
-            ["model=transformer", "backbone.positions=learned"],
-            "backbone.positions=learned does not go with this mixer",
-        ),
-        (["model=transformer", "model.positions=rotari"], "model.positions=rotari is unknown"),
-        (
-            ["model=lru", "model.dtype=bfloat16"],
-            "unknown key model.dtype",
-        ),  # complex states are always complex64
-        (
-            ["model=lru", "model.num_filters=16"],
-            "model=lru has no num_filters; it has: activation, bidirectional,",
-        ),
-        (
-            ["experiment=listops/lru", "model.num_filters=16"],
-            "model=lru has no num_filters; it has: activation, bidirectional",
-        ),
-        (
-            ["model.state_size=16"],
-            "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "
-            "negative_filters, num_filters",
-        ),
-        (
-            ["experiment=listops/quik"],
-            "unknown experiment=listops/quik (did you mean listops/quick",
-        ),
         (
             ["experiment=listops/stu", "model=lru"],
             "experiment=listops/stu owns its task and model; drop model=lru, or",
@@ -159,60 +42,85 @@ def test_senseless_value_is_one_line_with_its_key(bad, words):
             ["task=listops", "experiment=listops/quick"],
             "drop task=listops, or drop experiment=listops/quick",
         ),
-        (
-            ["hydra/launcher=nope"],
-            "no installed plugin provides hydra/launcher=nope; pip install -e '.[sweep]'",
-        ),
-        (["hydra/sweeper=nope"], "no installed plugin provides hydra/sweeper=nope"),
+        (["tracker=null"], "tracker=null: a run needs one; expected one of: none, wandb"),
+        (["model.budget=params:lru"], "model.budget is now model.param_count"),
+        (["+model.budget=200k"], "model.budget is now model.param_count"),
+        (["task.budget.steps=9"], "task.budget is now task.hparams; set task.hparams.steps"),
+        (["~task.budget"], "task.budget is now task.hparams"),
     ],
 )
-def test_choices_that_do_not_fit_together_are_one_line(overrides, words):
+def test_overrides_that_cannot_be_meant_are_one_line(overrides, message):
     with pytest.raises(ConfigError) as caught:
-        build(*overrides)
-    assert words in str(caught.value)
+        normalize_overrides(overrides)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "word", ["experiment=null", "optim.clip=null", "optim.no_decay=null", "optim.lr_end=0"]
-)
-def test_null_and_the_ends_of_a_range_are_accepted(word):
-    build(word)
+def test_key_of_a_user_s_yaml_with_an_old_name_is_named(tmp_path):
+    (tmp_path / "task").mkdir()
+    old = "_target_: lra.tasks.synthetic.Copy\nname: mine\nbudget: {depth: 2}\n"
+    (tmp_path / "task" / "mine.yaml").write_text(old)
+    with pytest.raises(ConfigError, match=r"task\.budget in a config file is now task\.hparams"):
+        lra.compose([f"hydra.searchpath=[file://{tmp_path}]", "task=mine"])
 
 
-def test_null_undoes_an_earlier_choice():
-    assert build("experiment=listops/nope", "experiment=null").names.experiment is None
-    assert lra.compose(["debug=tiny", "debug=null"]) == lra.compose()
-    assert lra.compose(["debug=null", "debug=tiny"]).backbone.width == 16
+def test_names_and_command_of_a_composed_config():
+    cfg = lra.compose(["experiment=listops/quick", "seed=3"])
+    assert cfg.names == {
+        "task": "listops_short",
+        "model": "stu",
+        "experiment": "listops/quick",
+        "protocol": "strict",
+        "command": "lra train experiment=listops/quick seed=3",
+    }
 
 
-@pytest.mark.parametrize(
-    ("interval", "inside", "outside"),
-    [
-        ("[0, 1)", (0, 0.5), (-0.1, 1)),
-        ("(0, 1]", (0.1, 1), (0, 1.1)),
-        ("(0, inf)", (1e-9, 1e30), (0, float("inf"))),
-    ],
-)
-def test_range_knows_its_ends(interval, inside, outside):
-    for value in inside:
-        Range(interval).check("key", value)
-    for value in (*outside, float("nan"), "1", None, True):
-        with pytest.raises(ConfigError, match="key="):
-            Range(interval).check("key", value)
-    Range(interval, optional=True).check("key", None)
-    with pytest.raises(ConfigError, match="whole number"):
-        Range("[0, 9]", whole=True).check("key", 0.5)
-
-
-@pytest.mark.parametrize("model", options("model"))
-def test_every_model_is_offered_where_an_unknown_one_is_asked_for(model):
-    with pytest.raises(ConfigError, match=rf"unknown model=nope.*expected one of:.*\b{model}\b"):
-        lra.compose(["model=nope"])
-
-
-def test_debug_has_the_last_word():
-    """So that its runs lie apart from those that tables count."""
-    cfg = lra.compose(["debug=tiny"])
-    assert cfg.output.root == "debug_runs"
+def test_debug_is_applied_last_and_lies_apart_from_the_results():
+    assert lra.compose(["debug=tiny"]).output.root == "debug_runs"
     assert lra.compose(["debug=tiny", "output.root=mine"]).output.root == "mine"
+
+
+def test_invalid_value_is_refused():
+    with pytest.raises(ConfigError, match="optim.lr=-1 must be a number above 0"):
+        lra.compose(["optim.lr=-1"])
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment_differs_from_its_defaults_in_every_key(name):
+    """A key that repeats a default would hide a later change of the default."""
+    file = OmegaConf.load(Path(lra.config.options.CONF) / "experiment" / f"{name}.yaml")
+    chosen = {
+        key.removeprefix("override /"): option
+        for choice in file.pop("defaults")
+        for key, option in choice.items()
+    }
+    assert chosen.get("protocol") != "strict"
+    default = lra.compose([f"{group}={option}" for group, option in chosen.items()])
+    for section, keys in file.items():
+        for key, value in keys.items():
+            assert default[section][key] != value, f"{section}.{key}"
+
+
+def test_old_names_and_missing_keys_are_upgraded(today):
+    old = copy.deepcopy(today)
+    old["task"]["budget"] = old["task"].pop("hparams")
+    old["model"]["budget"] = "params:lru+-5%"
+    del old["model"]["param_count"], old["optim"]["ema"], old["data"]["placement"]
+    del old["tracker"], old["backbone"]["remat"]
+    before = copy.deepcopy(old)
+    upgraded = upgrade_config(old)
+    assert old == before
+    assert upgraded["model"]["param_count"] == "lru+-5%"
+    assert upgraded["backbone"]["width"] == 24
+    assert upgraded["optim"]["ema"] is None
+    assert config_hash(upgraded) == config_hash(today) != config_hash(old)
+    assert upgrade_config(today) == today
+
+
+@pytest.mark.parametrize("file", RECORDS[:1])
+def test_record_of_the_first_version_is_upgraded(file):
+    config = json.loads(file.read_text())["config"]
+    upgraded = upgrade_config(config)
+    assert upgraded["task"]["hparams"] == config["task"]["budget"]
+    assert "budget" not in upgraded["task"]
+    assert set(upgraded["trainer"]) == set(lra.compose().trainer)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
-import lra
+from lra.config.compose import upgrade_config
 from lra.errors import ConfigError, LraError
 from lra.report import formats, tables
 from lra.report.formats import render
@@ -206,18 +205,9 @@ def test_settings_without_effect_do_not_split_the_seeds():
     ]
 
 
-def test_each_key_without_effect_is_a_key():
-    """A renamed key would split configurations again, silently."""
-    cfg = lra.compose()
-    missing = object()
-    assert [
-        key for key in tables.NO_EFFECT if OmegaConf.select(cfg, key, default=missing) is missing
-    ] == []
-
-
 def test_a_key_that_is_new_since_is_no_other_configuration():
     old = [r for r in load_records([ROOT / "results" / "runs"]) if r["model"] == "lru"]
-    config = tables.with_defaults(old[0]["config"])
+    config = upgrade_config(old[0]["config"])
     assert "ema" in config["optim"]
     assert "ema" not in old[0]["config"]["optim"]
     assert config["backbone"]["precision"] == "float32"  # which refers to another key

@@ -14,7 +14,7 @@ from lra.config.compose import run_config
 from lra.errors import ConfigError, DataError, LraError, PreemptedError
 from lra.runs.progress import Reporter
 from lra.runs.records import read_record, run_path
-from lra.training import distributed, memory, micro_batch, prefetch, trainer
+from lra.training import distributed, micro_batch, prefetch, trainer
 from lra.training.memory import compiled_bytes
 from lra.training.micro_batch import halvings, largest_that_fits, micro_batch_sizes
 from lra.training.step import make_step_functions

@@ -18,7 +18,7 @@ from lra.training.optimizer import adamw, ema_update
 from lra.training.prefetch import on_device
 from lra.training.setup import Setup
 from lra.training.state import eval_weights, initial_state
-from lra.training.step import make_step_functions, cross_entropy
+from lra.training.step import cross_entropy, make_step_functions
 
 
 def rate(step, steps=10):
