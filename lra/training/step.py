@@ -58,14 +58,16 @@ def compile_program(
 
     @contextmanager
     def tracing() -> Iterator[None]:
-        with layout.tracing(), matmul_precision(setup.precision):
+        with layout.mesh_context(), matmul_precision(setup.precision):
             yield
 
     def gradients(state: State, fixed, draw: Callable[[jax.Array | int], Examples], key) -> tuple:
         """Mean gradient over the batch, batch statistics and tally; `draw(part)` is a micro-batch."""
 
         def gradient(params, stats, fixed, batch: Examples, key):
-            return jax.grad(loss, has_aux=True)(params, stats, fixed, layout.split(batch), key)
+            return jax.grad(loss, has_aux=True)(
+                params, stats, fixed, layout.shard_batch(batch), key
+            )
 
         if parts == 1:
             grads, (stats, tally) = gradient(state.params, state.batch_stats, fixed, draw(0), key)
@@ -141,10 +143,10 @@ def compile_program(
 
     @jax.jit
     def apply(params, stats, fixed, inputs, lengths):
-        inputs, lengths = layout.split((inputs, lengths))
+        inputs, lengths = layout.shard_batch((inputs, lengths))
         with tracing():
             logits = nnx.merge(graph, params, stats, fixed)(decode(inputs), lengths, train=False)
-        return layout.gather(logits)
+        return layout.replicate_under_jit(logits)
 
     return Program(run, run_window, apply)
 

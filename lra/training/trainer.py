@@ -30,10 +30,9 @@ from lra.training.checkpoint import (
     Checkpoints,
     check_metadata,
     checkpoint_metadata,
-    holds_checkpoint,
+    has_checkpoint,
 )
 from lra.training.data_parallel import DataParallel, choose_devices
-from lra.training.deadline import Deadline, seconds_of
 from lra.training.evaluation import predict, score
 from lra.training.memory import is_out_of_memory, out_of_memory_advice
 from lra.training.micro_batch import (
@@ -43,7 +42,7 @@ from lra.training.micro_batch import (
     micro_batch_sizes,
 )
 from lra.training.optimizer import Group
-from lra.training.preemption import Signals
+from lra.training.preemption import Deadline, Signals, parse_duration
 from lra.training.prefetch import DeviceData, HostPrefetch, fits_on_device, on_device, on_host
 from lra.training.profiling import FOLDER as PROFILE
 from lra.training.profiling import Profile, profiled_steps
@@ -71,32 +70,30 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     started = time.monotonic()  # waiting for other processes counts
     check(cfg)
-    distributed.start(cfg)  # before anything asks JAX for a device
+    distributed.initialize(cfg)  # before anything asks JAX for a device
     if cfg.trainer.compilation_cache:
         use_compilation_cache()
-    with distributed.together() as ending:
-        return train_here(cfg, started, ending)
+    return train_here(cfg, started)
 
 
-def train_here(cfg: DictConfig, started: float, ending: distributed.Ending) -> dict[str, Any]:
+def train_here(cfg: DictConfig, started: float) -> dict[str, Any]:
     """This process's part of `train`, which began at `started` on the monotonic clock."""
-    distributed.check_same(cfg)
+    distributed.check_same_config(cfg)
     layout = choose_devices(cfg)
-    check_micro_batch(cfg, layout.count)
+    check_micro_batch(cfg, layout.num_devices)
     setup = Setup(cfg)  # whatever is wrong with the config shows here, before a folder is made
     path = records.run_path(cfg.output.root, run_config(cfg), to_container(cfg.names))
-    with distributed.open_folder(path) as folder:
+    with distributed.open_run_folder(path) as folder:
         if (
-            finished := distributed.agree(lambda: claim(folder, run_config(cfg), cfg.resume))
+            finished := distributed.broadcast(lambda: claim(folder, run_config(cfg), cfg.resume))
         ) is not None:
             return finished
         run = Run(cfg, folder, setup, layout, started)
-        ending.record = run.end_elsewhere
         try:
-            with Signals() as signals, signals.resumable():
+            with Signals() as signals, signals.sigterm_preempts():
                 return run.train(signals)
         except BaseException as caught:
-            error = distributed.explained(caught)
+            error = distributed.lost_peer_error(caught) or caught
             try:
                 run.end(status_of(error), error)
             except LraError as second:  # a full disk, say: the first error is the one to report
@@ -143,7 +140,7 @@ def claim(folder: run_folder.RunFolder, config: dict, resume: str) -> dict | Non
         raise RunFolderError(
             f"{folder.path} holds another run; choose another output.root or remove that folder"
         )
-    worth_keeping = record["status"] in ("finished", "diverged") or holds_checkpoint(
+    worth_keeping = record["status"] in ("finished", "diverged") or has_checkpoint(
         folder.path / CHECKPOINTS
     )
     if worth_keeping and resume != "auto":
@@ -165,7 +162,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"trainer.{key}={cfg.trainer[key]} changes nothing: this backbone has no argument {key}"
             )
-    seconds_of("trainer.time_limit", cfg.trainer.time_limit)
+    parse_duration("trainer.time_limit", cfg.trainer.time_limit)
     profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
@@ -192,8 +189,8 @@ class Run:
             started or time.monotonic(),
         )
         self.layout = layout
-        self.before = distributed.agree(folder.read_record) or {}
-        self.eval_batch = layout.whole(cfg.trainer.eval_batch_size)
+        self.before = distributed.broadcast(folder.read_record) or {}
+        self.eval_batch = layout.round_up(cfg.trainer.eval_batch_size)
         self.trackers = Trackers([])
         self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(
@@ -201,16 +198,18 @@ class Run:
         )
         self.reporter.console.quiet = not distributed.is_first()
         self.record = first_record(cfg, self.before, setup.groups)
-        self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
+        self.record["device"] |= {"count": layout.num_devices, "processes": jax.process_count()}
         self.deadline = Deadline(
-            seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started
+            parse_duration("trainer.time_limit", cfg.trainer.time_limit), self.started
         )
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, folder.path / PROFILE, self.reporter.console.print)
 
     def train(self, signals: Signals) -> dict[str, Any]:
         cfg, setup = self.cfg, self.setup
-        store = preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
+        store = distributed.run_on_all(
+            lambda: preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
+        )
         check_batch_size(
             cfg, len(store.splits["train"])
         )  # again, for a task that did not know its size before
@@ -238,7 +237,7 @@ class Run:
         self.reporter.header(self.record, self.rates(), self.folder.path)
         self.feed.start(int(state.step))
         try:
-            with signals.noted(), self.reporter:
+            with signals.deferred(), self.reporter:
                 state, best = self.loop(state, best, data, signals)
         finally:
             self.profile.close()
@@ -287,7 +286,7 @@ class Run:
 
         def training(size: int) -> tuple[Any, tuple]:
             made[:] = make(size)
-            return made[0].trial(made[1], self.new_state(), self.setup.constants, int(alone))
+            return made[0].jitted_call(made[1], self.new_state(), self.setup.constants, int(alone))
 
         def evaluation(size: int) -> tuple[Any, tuple]:
             rows = np.arange(size) % len(val.labels)
@@ -295,15 +294,15 @@ class Run:
 
         largest = partial(
             largest_that_fits,
-            agree=lambda fits: all(distributed.gather(fits)),
-            sharing=layout.local_count,
+            agree=lambda fits: all(distributed.all_gather(fits)),
+            sharing=layout.num_local_devices,
         )
 
         def choices(what: str, key: str, whole: int) -> tuple[str, list[int]]:
-            before = self.before.get(key) if holds_checkpoint(self.checkpoints.folder) else None
-            if before in micro_batch_sizes(whole, layout.count):
+            before = self.before.get(key) if has_checkpoint(self.checkpoints.folder) else None
+            if before in micro_batch_sizes(whole, layout.num_devices):
                 return f"the {what} that this run began with,", [before]
-            return f"a {what}", halvings(whole, layout.count)
+            return f"a {what}", halvings(whole, layout.num_devices)
 
         size, needs = largest(*choices("micro-batch", "micro_batch", batch_size), training)
         state = self.new_state()  # it is there while an evaluation runs
@@ -365,7 +364,7 @@ class Run:
         progress |= checkpoint_metadata(self.record["config"], self.setup.task.vocab)
         start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
-        self.deadline.saved(time.monotonic() - start)
+        self.deadline.record_save(time.monotonic() - start)
         self.save_record(step=step)
 
     def loop(
@@ -380,18 +379,22 @@ class Run:
             due_at = [next_multiple(step, n) for n in every.values()]
             asked = time.perf_counter()
             until = min(
-                step + per_call, *due_at, cfg.steps, self.feed.end(step), self.profile.end(step)
+                step + per_call,
+                *due_at,
+                cfg.steps,
+                self.feed.available_until(step),
+                self.profile.next_boundary(step),
             )
             waited = time.perf_counter() - asked  # for data that come from the host
-            with self.profile.tracing(step, until):
+            with self.profile.trace(step, until):
                 start = time.perf_counter()
                 state = jax.block_until_ready(
-                    self.feed.run(self.program, state, self.setup.constants, until)
+                    self.feed.call(self.program, state, self.setup.constants, until)
                 )
                 seconds, done = waited + time.perf_counter() - start, until - step
             # the clocks of several processes differ, what they run may not
             per_call, step = (
-                distributed.agree(partial(rate.steps_per_call, done, seconds)),
+                distributed.broadcast(partial(rate.steps_per_call, done, seconds)),
                 int(state.step),
             )
             if not bool(state.finite):
@@ -399,7 +402,7 @@ class Run:
                     f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
                     f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; the checkpoint before it is kept"
                 )
-                raise distributed.common(DivergedError(message))
+                raise DivergedError(message)
             first_call = step == done == 1
             if first_call:
                 self.check_first_loss(float(state.metric_sums[0] / state.metric_sums[2]))
@@ -413,7 +416,7 @@ class Run:
                 self.deadline.reached() and f"trainer.time_limit={cfg.time_limit}"
             )
             stop = next(
-                (word for word in distributed.gather(told) if word), None
+                (word for word in distributed.all_gather(told) if word), None
             )  # whichever process is told first
             over = step == cfg.steps or self.stopped_early(step, best)
             if "checkpoint" in due or stop or over:
@@ -425,7 +428,7 @@ class Run:
                     f"stopped by {stop} at step {step} of {cfg.steps}, saved in {self.folder.path}; "
                     f"the same command with resume=auto continues"
                 )
-                raise distributed.common(PreemptedError(message))
+                raise PreemptedError(message)
         return state, best
 
     def log(self, step: int, state: State) -> State:
@@ -444,7 +447,7 @@ class Run:
         params, stats = eval_weights(state)
         logits = self.predict(params, stats, val)
         # of process 0 on all, which act on it
-        result = distributed.agree(partial(score, logits, np.asarray(val.labels)))
+        result = distributed.broadcast(partial(score, logits, np.asarray(val.labels)))
         self.write(step, {"val/loss": result["loss"], "val/accuracy": result["accuracy"]})
         improved = result["accuracy"] > best.accuracy
         if improved:
@@ -553,19 +556,13 @@ class Run:
 
     def end(self, status: str, error: BaseException | None) -> None:
         """Write the last word of this run: its status, and the error that ended it."""
-        if not distributed.is_alone(error):  # orbax may wait for the other processes
-            self.checkpoints.close()  # its threads
+        self.checkpoints.close()  # its threads
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         self.save_record(
             status=status, error=None if error is None else f"{type(error).__name__}: {error}"
         )
         self.trackers.summary({"status": status, **flat_metrics(self.record)})
         self.trackers.finish(status)
-
-    def end_elsewhere(self, error: BaseException) -> None:
-        """Write down, from another thread, that an error of another process ends this run."""
-        if self.record["status"] == "running":
-            self.save_record(status=status_of(error), error=f"{type(error).__name__}: {error}")
 
 
 def intervals(cfg: DictConfig) -> dict[str, int]:
@@ -660,7 +657,7 @@ def place(store: Store, layout: DataParallel, placement: str) -> dict[str, Examp
     unique = {id(split): split for split in store.splits.values()}
     size = sum(split.inputs.nbytes for split in unique.values())
     stay = placement == "host" or (
-        placement == "auto" and not all(distributed.gather(fits_on_device(size, layout)))
+        placement == "auto" and not all(distributed.all_gather(fits_on_device(size, layout)))
     )
     put = on_host if stay or layout.mesh else on_device
     try:

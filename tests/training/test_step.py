@@ -1,11 +1,7 @@
 """What a step computes does not depend on how it is cut: micro-batches, rematerialisation, precision, where the data lie."""
 
-import json
 import os
 import re
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +16,7 @@ from lra.config.options import options
 from lra.data.store import prepare
 from lra.errors import ConfigError, DataError, LraError, PreemptedError
 from lra.runs.records import read_record, run_path
-from lra.training import distributed, memory, prefetch, trainer
-from lra.training.data_parallel import DataParallel
+from lra.training import memory, trainer
 from lra.training.memory import compiled_bytes
 from lra.training.micro_batch import halvings, largest_that_fits, micro_batch_sizes
 from lra.training.prefetch import on_device
@@ -151,19 +146,9 @@ def test_sizes_divide_the_batch_and_the_devices_share_them():
         ("trainer.remat=all", "trainer.remat=all is unknown; choose one of none, block, dots"),
         ("data.placement=disk", "data.placement=disk is unknown; choose one of auto, device, host"),
         ("trainer.deterministic=1", "trainer.deterministic=1 must be true or false"),
-        (
-            "trainer.deterministic=true",
-            "comes too late, .* set XLA_FLAGS=--xla_gpu_deterministic_ops=true",
-        ),
-        ("trainer.distributed=no", "trainer.distributed=no must be .*coordinator: HOST:PORT"),
-        ("trainer.distributed=auto", "trainer.distributed comes too late"),
-        ("+trainer.distributed.coordinator=here", "must be .*coordinator"),
     ],
 )
-def test_bad_values_are_refused_in_one_line(tiny, tmp_path, monkeypatch, override, message):
-    jax.devices()  # JAX has started, which initialize() finds out by itself
-    late = "late" in message
-    monkeypatch.setattr(distributed, "has_started", lambda: late)
+def test_bad_values_are_refused_in_one_line(tiny, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         lra.train([*tiny, override])
     assert "\n" not in str(caught.value)
@@ -261,55 +246,6 @@ def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
     with pytest.raises(LraError, match="out of memory even at a micro-batch of 4"):
         largest_that_fits("a micro-batch", [8, 4], trial, lambda fits: fits, sharing=4)
     assert not tried
-
-
-@pytest.mark.parametrize(
-    ("message", "exhausted"),
-    [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte", True),
-        ("INTERNAL: Failed to create cuFFT batched plan with scratch allocator", True),
-        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY", True),
-        ("INTERNAL: Gloo all-reduce failed", False),
-    ],
-)
-def test_running_out_of_memory_has_many_names(message, exhausted):
-    assert memory.is_out_of_memory(jax.errors.JaxRuntimeError(message)) is exhausted
-    assert not memory.is_out_of_memory(ValueError(message))
-
-
-def test_a_trial_takes_a_step_of_its_own_state(made):
-    setup, data = made()
-    before = jax.device_get(setup.params)
-    function, args = prefetch.DeviceData(data).trial(
-        compile_program(setup, 8), state_of(setup), setup.constants, 1
-    )
-    assert int(function(*args).step) == 1
-    assert_equal(setup.params, before)
-
-
-def test_out_of_memory_ends_in_advice(tiny, monkeypatch):
-    def full(*_):
-        raise EXHAUSTED
-
-    monkeypatch.setattr(prefetch.DeviceData, "run", full)
-    with pytest.raises(LraError) as caught:
-        lra.train([*tiny, "trainer.micro_batch=2"])
-    message = str(caught.value)
-    assert message.startswith(
-        "out of memory at trainer.batch_size=4, trainer.micro_batch=2, trainer.remat=none"
-    )
-    assert (
-        "set trainer.micro_batch below 2 (the batch stays 4), or trainer.remat=block, or trainer.precision=bf16"
-        in message
-    )
-    without_batch_norm = memory.out_of_memory_advice(lra.compose([*tiny, "backbone.norm=layer"]), 2)
-    assert "set trainer.micro_batch=auto or below 2 (the batch stays 4)" in without_batch_norm
-    assert "\n" not in message
-    cfg = lra.compose([*tiny, "trainer.micro_batch=2"])
-    assert (
-        read_record(run_path(cfg.output.root, trainer.run_config(cfg), dict(cfg.names)))["status"]
-        == "failed"
-    )
 
 
 # ---- rematerialisation
@@ -433,142 +369,3 @@ def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert asked("float32") == {"HIGHEST"}
     assert asked("tf32") == {"HIGH", "HIGHEST"}
-
-
-# ---- data on the host
-
-
-@pytest.mark.parametrize("micro_batch", ["null", "2"])
-def test_batches_from_the_host_give_the_same_run_bit_for_bit(
-    tiny, tmp_path, monkeypatch, micro_batch
-):
-    monkeypatch.setattr(
-        prefetch, "WINDOW_BYTES", 3 * 4 * 40
-    )  # three steps: windows end between evaluations and in epochs
-    options = [
-        f"trainer.micro_batch={micro_batch}",
-        "trainer.steps=40",
-        "trainer.eval_every=7",
-        "backbone.dropout=0.1",
-    ]
-    seen = []
-
-    run = prefetch.HostPrefetch.run
-    # the method, not the class: beartype takes two classes of one name, of two cases of this test, for one
-    monkeypatch.setattr(
-        prefetch.HostPrefetch,
-        "run",
-        lambda self, *a: seen.append(self.window_steps) or run(self, *a),
-    )
-    ends = []
-    finish = trainer.Run.finish
-    monkeypatch.setattr(
-        trainer.Run, "finish", lambda run, state, *a: ends.append(state) or finish(run, state, *a)
-    )
-    on_the_device = lra.train([*tiny, *options])
-    assert not seen
-    from_the_host = lra.train(
-        [*tiny, *options, "data.placement=host", f"output.root={tmp_path / 'host'}"]
-    )
-    assert set(seen) == {3}
-    assert from_the_host["metrics"] == on_the_device["metrics"]
-    assert from_the_host["selection"] == on_the_device["selection"]
-    assert_equal(ends[0], ends[1])
-
-
-def test_feed_reads_two_windows_ahead_and_stops(made, monkeypatch):
-    setup, data = made()
-    split = lra.training.state.Examples(*(np.asarray(x) for x in data))
-    monkeypatch.setattr(prefetch, "WINDOW_BYTES", 1)
-    source = prefetch.HostPrefetch(split, setup.order_key, 8, 8, DataParallel(), steps=30)
-    window, begun = source.window, []
-    monkeypatch.setattr(source, "window", lambda first: begun.append(first) or window(first))
-    source.start(3)
-    assert source.end(3) == 4
-    assert source.end(4) == 5
-    np.testing.assert_array_equal(source.current.batches.labels[0, 0], split.labels[source.rows(4)])
-    deadline = time.monotonic() + 20
-    while source.ready.qsize() < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)  # time enough for one too many
-    assert begun == [3, 4, 5, 6]  # the current one is 4
-    source.close()
-    assert not source.thread.is_alive()
-    assert source.ready.empty()
-
-
-def test_waiting_for_data_counts_as_training_time(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(prefetch.DeviceData, "end", lambda self, step: time.sleep(0.05) or step + 1)
-    advance = trainer.Reporter.advance
-    monkeypatch.setattr(
-        trainer.Reporter, "advance", lambda self, *a: told.append(a[2]) or advance(self, *a)
-    )
-    record = lra.train([*tiny, "trainer.steps=4", "trainer.eval_every=4"])
-    assert min(told) >= 0.05
-    assert record["time"]["train_s"] >= 0.15  # of three calls; the first one compiles
-
-
-def test_an_error_of_the_feed_reaches_the_run(made):
-    setup, data = made()
-    split = lra.training.state.Examples(*(np.asarray(x) for x in data))
-    source = prefetch.HostPrefetch(split, setup.order_key, 8, 8, DataParallel(), steps=10)
-    source.rows = lambda step: (_ for _ in ()).throw(OSError("the disk is gone"))
-    source.start(0)
-    with pytest.raises(OSError, match="the disk is gone"):
-        source.end(0)
-    source.close()
-
-
-def test_auto_placement_follows_the_memory(tiny, monkeypatch):
-    assert prefetch.fits_on_device(10**18, DataParallel())  # one CPU device reads the mapped file
-    layout = DataParallel()
-    layout.mesh = type("Two", (), {"local_devices": [0, 1]})()
-    monkeypatch.setattr(prefetch, "device_bytes", lambda device: 1000)
-    assert prefetch.fits_on_device(250, layout)
-    assert not prefetch.fits_on_device(251, layout)
-
-
-# ---- determinism
-
-
-def test_determinism_is_asked_for_before_the_backend_starts(tiny):
-    code = f"""
-import json, os
-import lra
-lra.train({[*tiny, "trainer.deterministic=true"]!r})
-print(json.dumps(os.environ["XLA_FLAGS"]))
-"""
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == distributed.DETERMINISTIC
-
-
-def test_runs_of_one_process_cannot_differ_in_determinism(monkeypatch):
-    """XLA reads its flags once: a second run would record what was not."""
-    monkeypatch.setenv("XLA_FLAGS", "--a=1")
-    monkeypatch.setattr(distributed, "_ours", False)
-    monkeypatch.setattr(distributed, "_early", False)
-    monkeypatch.setattr(distributed, "_in_the_shell", lambda: False)
-    started = False
-    monkeypatch.setattr(distributed, "has_started", lambda: started)
-    distributed.be_deterministic(True)
-    assert os.environ["XLA_FLAGS"] == f"--a=1 {distributed.DETERMINISTIC}"
-    distributed.be_deterministic(False)  # nothing has read it yet
-    assert os.environ["XLA_FLAGS"] == "--a=1"
-    distributed.be_deterministic(True)
-    started = True
-    distributed.be_deterministic(True)
-    with pytest.raises(ConfigError, match="trainer.deterministic=false comes too late"):
-        distributed.be_deterministic(False)
-    monkeypatch.setattr(distributed, "_ours", False)
-    distributed.be_deterministic(False)
-    with pytest.raises(
-        ConfigError, match="trainer.deterministic=true comes too late"
-    ):  # the flag is there, set too late
-        distributed.be_deterministic(True)
-    monkeypatch.setattr(distributed, "_in_the_shell", lambda: True)
-    distributed.be_deterministic(True)
