@@ -147,27 +147,32 @@ def run_on_all(work: Callable[[], T]) -> T:
         LraError: of the same class as on the process that failed, "on process I: ..."; another
             error keeps its class only on the process that raised it.
     """
-    if jax.process_count() == 1:
-        return work()
-    own: Exception | None = None
-    try:
-        value = work()
-    except Exception as error:
-        own = error
-    found = all_gather(None if own is None else [type(own).__name__, str(own)])
-    if own is not None:
-        raise own
-    for number, failure in enumerate(found):
-        if failure is not None:
-            kind = getattr(errors, failure[0], errors.LraError)
-            raise kind(f"on process {number}: {failure[1]}")
-    return value
+    return work() if jax.process_count() == 1 else _run(work, share=False)[0]
 
 
 def broadcast(work: Callable[[], Any]) -> Any:
     """Returns the value of `work()` on process 0 (JSON types) on all; errors as in `run_on_all`."""
-    value = run_on_all(work if is_first() else lambda: None)
-    return value if jax.process_count() == 1 else all_gather(value)[0]
+    if jax.process_count() == 1:
+        return work()
+    return _run(work if is_first() else lambda: None, share=True)[1]
+
+
+def _run(work: Callable[[], Any], *, share: bool) -> tuple[Any, Any]:
+    """Returns the value of `work()` on this process and, if shared, on process 0."""
+    value, own = None, None
+    try:
+        value = work()
+    except Exception as error:
+        own = error
+    failure = None if own is None else [type(own).__name__, str(own)]
+    outcomes = all_gather([failure, value if share else None])
+    if own is not None:
+        raise own
+    for number, (found, _) in enumerate(outcomes):
+        if found is not None:
+            kind = getattr(errors, found[0], errors.LraError)
+            raise kind(f"on process {number}: {found[1]}")
+    return value, outcomes[0][1]
 
 
 def check_same_config(cfg: DictConfig) -> None:

@@ -15,9 +15,12 @@ from lra.runs.records import read_metrics, read_predictions, read_record
 ROOT = Path(__file__).parents[2]
 # 2.5 epochs; dropout masks and batch-norm statistics are those of the whole batch
 PARALLEL_RUN = [
+    "model=lru",
+    "backbone.depth=1",
     "trainer.batch_size=8",
     "trainer.steps=20",
     "trainer.eval_every=5",
+    "trainer.log_every=5",
     "backbone.dropout=0.1",
     "backbone.norm=batch",
 ]

@@ -15,6 +15,8 @@ from lra.training.setup import Setup
 # 2.5 epochs of 16 steps, with dropout; checkpoints and evaluations at different steps
 LONG = [
     *TINY,
+    "model=lru",
+    "backbone.depth=1",
     "trainer.steps=40",
     "backbone.dropout=0.1",
     "trainer.eval_every=4",

@@ -45,7 +45,7 @@ def call_and_signal(self, step_fns, state, constants, until):
     return call(self, step_fns, state, constants, until)
 DeviceData.call = call_and_signal
 try:
-    lra.train([*overrides, "trainer.log_every=1", f"output.root={root}/stopped"])
+    lra.train([*overrides, "trainer.log_every=13", f"output.root={root}/stopped"])
 except PreemptedError as error:
     found["stopped"] = str(error)
 
@@ -113,7 +113,7 @@ def test_four_devices_give_the_run_of_one(single_run, four_devices, name):
 def test_one_device_continues_a_checkpoint_of_four(single_run, four_devices):
     overrides, _ = single_run["default"]
     found, root = four_devices
-    here = [*overrides, "trainer.log_every=1", f"output.root={root / 'stopped'}"]
+    here = [*overrides, "trainer.log_every=13", f"output.root={root / 'stopped'}"]
     assert "stopped by SIGTERM at step 13 of 20" in found["stopped"]
     assert read_record(folder_of(here))["device"]["count"] == 4
     resumed = lra.train([*here, "resume=auto", "trainer.devices=1"])

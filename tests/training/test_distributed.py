@@ -50,7 +50,7 @@ def call_and_signal(self, step_fns, state, constants, until):
         os.kill(os.getpid(), 15)
     return call(self, step_fns, state, constants, until)
 DeviceData.call = call_and_signal
-attempt("trainer.log_every=1", f"output.root={scratch}/stopped")
+attempt("trainer.log_every=13", f"output.root={scratch}/stopped")
 """
 
 
@@ -73,7 +73,7 @@ def test_two_processes_agree_and_give_the_run_of_one(single_run, tmp_path):
         assert "Traceback" not in error
         config, folder, data, device, again, host, stopped = re.findall("^RESULT (.*)", out, re.M)
         assert re.match(
-            r"ConfigError: process 1 was started with optim.lr=0.1, not 0.004 as process 0; start",
+            r"ConfigError: process 1 was started with optim.lr=0.1, not 0[.0-9]* as process 0",
             config,
         )
         assert re.match(
@@ -92,7 +92,7 @@ def test_two_processes_agree_and_give_the_run_of_one(single_run, tmp_path):
     assert_close_run(folder_of(here), undisturbed)
     assert_close_run(folder_of([*overrides, f"output.root={tmp_path / 'host'}"]), undisturbed)
     # one process continues the run of two
-    here = [*overrides, "trainer.log_every=1", f"output.root={tmp_path / 'stopped'}"]
+    here = [*overrides, "trainer.log_every=13", f"output.root={tmp_path / 'stopped'}"]
     resumed = lra.train([*here, "resume=auto"])
     assert (resumed["status"], resumed["resumed_from"]) == ("finished", [13])
     assert resumed["device"]["processes"] == 1
@@ -107,7 +107,7 @@ from lra.training.prefetch import DeviceData
 distributed.HEARTBEAT_TIMEOUT_S, distributed.SHUTDOWN_TIMEOUT_S = 10, 5
 call = DeviceData.call
 def call_or_die(self, step_fns, state, constants, until):
-    if "process_id:1" in sys.argv[-1] and until > 5:
+    if "process_id:1" in sys.argv[-1] and until > 1:
         os.kill(os.getpid(), 9)
     return call(self, step_fns, state, constants, until)
 DeviceData.call = call_or_die
@@ -186,7 +186,7 @@ def test_errors_of_process_0_keep_their_class(monkeypatch):
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     for name, kind in (("RunFolderError", RunFolderError), ("OSError", LraError)):
         monkeypatch.setattr(
-            distributed, "all_gather", lambda value, name=name: [[name, "taken"], None]
+            distributed, "all_gather", lambda value, name=name: [[[name, "taken"], None], value]
         )
         with pytest.raises(kind, match="on process 0: taken"):
             distributed.broadcast(lambda: pytest.fail("only process 0 works"))

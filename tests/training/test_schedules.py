@@ -127,6 +127,7 @@ def test_plateau_scales_every_group_and_no_other_schedule_does():
 ALL = [
     *TINY,
     ONE_STEP_CALLS,
+    "model=lru",
     "backbone.depth=1",
     "trainer.steps=40",
     "backbone.dropout=0.1",
