@@ -1,6 +1,5 @@
 """What a fault leaves behind: killed at any moment and resumed a run ends as if never killed; what is damaged is passed over."""
 
-import json
 import os
 import random
 import re
@@ -19,14 +18,10 @@ from tiny import TINY
 import lra
 from lra.errors import (
     ConfigError,
-    DataError,
-    LraError,
-    MismatchError,
     PreemptedError,
     RunFolderError,
 )
-from lra.report import evaluate
-from lra.runs.records import read_predictions, read_record
+from lra.runs.records import read_record
 from lra.training import trainer
 from lra.training.checkpoint import SUMS, Checkpoints
 from lra.training.deadline import Deadline, seconds_of
@@ -425,127 +420,6 @@ def test_full_disk_is_reported_and_the_checkpoint_before_resumes(whole, tmp_path
 
 
 # ---- scored again
-
-
-def test_new_process_reproduces_the_predictions_bit_for_bit(whole, lra_command):
-    _, folder = whole
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    done = lra_command("eval", folder)
-    assert done.returncode == 0, done.stderr
-    assert "predictions.npz: identical, bit for bit" in done.stdout
-    record = read_record(folder)
-    assert f"test accuracy {100 * record['metrics']['test']['accuracy']:.2f} %" in done.stdout
-    assert (
-        f"weights of step {record['selection']['step']} (best), from the checkpoint of step 40"
-        in done.stdout
-    )
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
-
-
-def test_validation_train_and_the_last_weights_are_scored_again_too(whole):
-    _, folder = whole
-    record = read_record(folder)
-    for split in ("val", "train"):
-        text = evaluate.evaluate_run(folder, split=split)
-        assert f"{split} accuracy {100 * record['metrics'][split]['accuracy']:.2f} %" in text
-        assert "record.json: identical" in text
-    text = evaluate.evaluate_run(folder, split="val", weights="last")
-    assert f"val accuracy {100 * record['selection']['last_val_accuracy']:.2f} %" in text
-    assert "weights of step 40 (last)" in text
-    assert "nothing to compare with" in text
-
-
-def test_other_predictions_are_counted_and_only_close_ones_pass(copied):
-    _, folder = copied
-    stored = read_predictions(folder)
-    logits = stored["logits"]
-    order = np.argsort(logits[0])
-    first, second = order[-1], order[-2]
-    logits[0, second] = logits[0, first] + 5e-4  # the stored class is another, by less than 1e-3
-    np.savez(folder / "predictions.npz", **stored)
-    text = evaluate.evaluate_run(folder)
-    assert (
-        "1 of 21 classes differ, 1 of them where the two largest logits were closer than 0.001"
-        in text
-    )
-    logits[0, second] = logits[0, first] + 5e-3
-    np.savez(folder / "predictions.npz", **stored)
-    with pytest.raises(MismatchError, match="1 of 21 classes differ, 0 of them") as caught:
-        evaluate.evaluate_run(folder)
-    assert caught.value.exit_code == 6
-    assert "\n" not in str(caught.value)
-
-
-def test_logits_that_differ_by_rounding_alone_are_told_with_what_is_different_here(copied):
-    _, folder = copied
-    stored = read_predictions(folder)
-    stored["logits"][3, 2] = np.nextafter(stored["logits"][3, 2], np.float32(np.inf))
-    np.savez(folder / "predictions.npz", **stored)
-    record = read_record(folder)
-    record["versions"]["jax"] = "0.0.1"
-    (folder / "record.json").write_text(json.dumps(record))
-    text = evaluate.evaluate_run(folder)
-    assert "0 of 21 classes differ" in text
-    assert re.search(r"the run was made elsewhere: jax 0.0.1, here \d", text)
-    record["device"] |= {"count": 4, "processes": 2}
-    assert evaluate.elsewhere(record)[0].startswith(
-        "the run was made elsewhere: devices 4, here 1; processes 2, here 1; jax 0.0.1"
-    )
-
-
-def test_scoring_again_keeps_the_runs_determinism_and_says_what_does_not_fit(copied, monkeypatch):
-    _, folder = copied
-
-    def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
-
-    asked = []
-    monkeypatch.setattr("lra.training.distributed.be_deterministic", asked.append)
-    monkeypatch.setattr(evaluate, "predict", full)
-    for deterministic in (False, True):
-        record = read_record(folder)
-        record["config"]["trainer"]["deterministic"] = deterministic
-        (folder / "record.json").write_text(json.dumps(record))
-        with pytest.raises(
-            LraError, match="out of memory at trainer.eval_batch_size=8; take a smaller one"
-        ):
-            evaluate.evaluate_run(folder)
-        assert asked == [True] * deterministic
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.lr=1", "a saved run keeps its own config"),
-        ("nonsense", "a saved run keeps its own config"),
-        ("trainer.eval_batch_size=0", "must be a whole number"),
-    ],
-)
-def test_another_config_is_not_the_runs(whole, override, message):
-    with pytest.raises(ConfigError, match=message):
-        evaluate.evaluate_run(whole[1], overrides=[override])
-
-
-def test_what_cannot_be_scored_again_says_why(copied, whole, tmp_path):
-    _, folder = copied
-    with pytest.raises(RunFolderError, match="holds no run"):
-        evaluate.evaluate_run(tmp_path / "nowhere")
-    record = read_record(folder)
-    record["data"]["splits"]["test"]["sha256"] = "0"
-    (folder / "record.json").write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"test under data.root=.* holds other examples"):
-        evaluate.evaluate_run(folder)
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(RunFolderError, match="holds no checkpoint"):
-        evaluate.evaluate_run(folder)
-
-
-def test_run_of_an_older_version_gets_todays_defaults_for_keys_it_did_not_know(copied):
-    _, folder = copied
-    record = read_record(folder)
-    del record["config"]["trainer"]["time_limit"]
-    (folder / "record.json").write_text(json.dumps(record))
-    assert "identical, bit for bit" in evaluate.evaluate_run(folder)
 
 
 def test_checkpoint_says_what_its_weights_mean(whole):
