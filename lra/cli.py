@@ -28,7 +28,7 @@ What exactly is measured: docs/diagnose.md."""
 
 TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
-Train one model on one task and print the comparison table. Every key of conf/ can be set; --cfg job prints them all.
+Train one model on one task and print the comparison table. Every key of conf/ can be set: --help KEY describes one, `lra keys` all, --cfg job prints their values.
 
   lra train experiment=listops/quick                       minutes on a CPU
   lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
@@ -154,6 +154,12 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)"
     )
+
+    keys = commands.add_parser("keys", help="list the config keys: default, valid values, help")
+    keys.add_argument(
+        "prefixes", nargs="*", metavar="PREFIX", help="keys or sections, such as optim (all)"
+    )
+    keys.set_defaults(run=keys_command)
 
     commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
     models = commands.add_parser(
@@ -303,6 +309,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train_command(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]) and argv[1:]:
+        print_keys(argv[1:])
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(TRAIN_HELP)
         for group in ("experiment", "task", "model", "protocol"):
@@ -468,6 +477,17 @@ def list_options(args: argparse.Namespace) -> int:
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
         print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
     return 0
+
+
+def keys_command(args: argparse.Namespace) -> int:
+    print_keys(args.prefixes)
+    return 0
+
+
+def print_keys(prefixes: Sequence[str]) -> None:
+    from lra.config.keys import describe_keys
+
+    print(describe_keys(prefixes), end="")
 
 
 def models_command(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Builds the task and the model of a config. Hydra's `_target_` is the only registry."""
+"""Builds the task and the model of a config. Hydra's `_target_` is the only registry of them."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config.options import NOT_ARGUMENTS
-from lra.config.schema import format_value
+from lra.config.rules import format_value
 from lra.errors import ConfigError
 
 SIMPLE = {
@@ -26,7 +26,7 @@ SIMPLE = {
 
 
 def constructor_arguments(section: Mapping[str, Any]) -> DictConfig:
-    """A task's or model's section without the parts that are not constructor constructor_arguments."""
+    """A task's or model's section without the keys that the harness reads."""
     return OmegaConf.create(
         {key: value for key, value in section.items() if key not in NOT_ARGUMENTS}
     )
@@ -36,7 +36,7 @@ def build_task(cfg: DictConfig):
     """The task object of a config.
 
     Raises:
-        ConfigError: its constructor refuses a value.
+        ConfigError: the constructor refuses a value.
     """
     return instantiate(
         "task",
@@ -47,7 +47,7 @@ def build_task(cfg: DictConfig):
 
 
 def data_arguments(cfg: DictConfig) -> dict[str, Any]:
-    """What `lra.data.store.prepare` takes besides the task."""
+    """Keyword arguments of `lra.data.store.prepare`, from the section `data`."""
     return {
         "data_root": Path(cfg.data.root),
         "download": cfg.data.download,
@@ -56,7 +56,7 @@ def data_arguments(cfg: DictConfig) -> dict[str, Any]:
 
 
 def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
-    """`build(rngs=...)` makes the model of a config for a task; sizes that the task fixes are filled in here."""
+    """Returns `build(rngs=...)`, which makes the model of a config with the task's sizes."""
     mixer = instantiate("model", constructor_arguments(cfg.model))
     shape = {
         "num_classes": task.num_classes,
@@ -74,15 +74,16 @@ def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
 
 
 def instantiate(group: str, section: DictConfig, **extra):
-    """`hydra.utils.instantiate` of a config group whose errors are one line.
+    """`hydra.utils.instantiate` of a config group, with errors of one line.
 
     Raises:
-        ConfigError: a value of the wrong type, or one that the constructor refuses with a ValueError or TypeError.
+        ConfigError: a value of the wrong type, or one that the constructor refuses with a
+            ValueError or TypeError.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
-    if os.getcwd() not in sys.path:  # a user's own mixer lies beside the shell, not in the package
+    if os.getcwd() not in sys.path:  # for a mixer in the user's current folder
         sys.path.append(os.getcwd())
     try:
         check_types(group, section)
@@ -93,13 +94,17 @@ def instantiate(group: str, section: DictConfig, **extra):
             raise ConfigError(" ".join(str(cause).split())) from None
         if isinstance(cause, TypeError):
             raise ConfigError(
-                f"{section._target_}: {cause}; its YAML has to carry every constructor argument"
+                f"{section._target_}: {cause}; its YAML must have every argument of the constructor"
             ) from cause
         raise ConfigError(" ".join(str(error).split())) from error
 
 
 def check_types(group: str, section: DictConfig) -> None:
-    """Refuse a value where the constructor's annotation asks for another simple type or for a mapping."""
+    """Checks values against the constructor's annotations that are simple types or mappings.
+
+    Raises:
+        ConfigError: a value has another type.
+    """
     parameters = inspect.signature(
         inspect.getattr_static(target_class(group, section), "__init__")
     ).parameters
@@ -113,13 +118,12 @@ def check_types(group: str, section: DictConfig) -> None:
         if not all(kind in SIMPLE for kind in allowed):
             continue
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ConfigError(
-                f"{group}.{key}={format_value(value)} must be {' or '.join(SIMPLE[kind] for kind in allowed)}"
-            )
+            expected = " or ".join(SIMPLE[kind] for kind in allowed)
+            raise ConfigError(f"{group}.{key}={format_value(value)} must be {expected}")
 
 
 def target_class(group: str, section: DictConfig) -> type:
-    """The class that `_target_` names.
+    """The class that a section's `_target_` names.
 
     Raises:
         ConfigError: there is no such class.

@@ -1,10 +1,8 @@
-"""From words on the command line to a resolved config, and from a config to a task and a model.
-
-Hydra's `_target_` is the only registry: nothing here knows a task or a model by name.
-"""
+"""Composes the config of a run from command-line overrides, and upgrades recorded configs."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -12,15 +10,26 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lra.config.messages import translated_errors
 from lra.config.options import CONF, OPTIONAL_GROUPS, options
-from lra.config.schema import FILLED, check_ranges, format_value
+from lra.config.schema import COMPLETE_SECTIONS, RENAMED, check_config
 from lra.errors import ConfigError
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The config that `lra train OVERRIDES` would run.
+    """The resolved config that `lra train OVERRIDES` would run.
 
     Raises:
-        ConfigError: an unknown key, option or value; one line with the nearest known names.
+        ConfigError: an unknown key, option or value; one line with the nearest valid names.
+    """
+    with composed(overrides) as (cfg, choices):
+        return finalize(cfg, choices, normalize_overrides(overrides))
+
+
+@contextmanager
+def composed(overrides: Sequence[str] = ()) -> Iterator[tuple[DictConfig, dict[str, Any]]]:
+    """The unresolved config and the chosen option of each group, while Hydra is initialized.
+
+    Raises:
+        ConfigError: an unknown key or option.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -32,37 +41,15 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         choices = dict(cfg.hydra.runtime.choices)
         with open_dict(cfg):
             del cfg["hydra"]
-        return finalize(cfg, choices, overrides)
-
-
-def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded config with today's defaults for keys that the version which wrote it did not know."""
-    filled, missing = dict(config), []
-    for section in FILLED:
-        if section in config:
-            filled[section] = {**_defaults()[section], **config[section]}
-            missing += [(section, key) for key in filled[section] if key not in config[section]]
-    if missing:
-        resolved = OmegaConf.create(filled)
-        for section, key in missing:  # defaults may refer to other keys
-            filled[section][key] = OmegaConf.select(
-                resolved, f"{section}.{key}", throw_on_resolution_failure=False
-            )
-            if OmegaConf.is_config(filled[section][key]):
-                filled[section][key] = OmegaConf.to_container(filled[section][key])
-    return filled
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(compose()))
+        yield cfg, choices
 
 
 def normalize_overrides(overrides: Sequence[str]) -> list[str]:
-    """`overrides` without `experiment=null` and `debug=null`, which Hydra does not take, and what they undo.
+    """Removes `experiment=null` and `debug=null`, which Hydra does not accept, and what they undo.
 
     Raises:
-        ConfigError: no task, model, ... is chosen; or an experiment together with a task or model, which it owns.
+        ConfigError: null for a group that every run needs, an experiment together with a task or
+            model, or a key that has a new name.
     """
     words = list(overrides)
     for group in OPTIONAL_GROUPS:
@@ -70,16 +57,21 @@ def normalize_overrides(overrides: Sequence[str]) -> list[str]:
         words = [
             word for i, word in enumerate(words) if i > undone or not word.startswith(f"{group}=")
         ]
-    for folder in CONF.iterdir():
-        if folder.is_dir() and f"{folder.name}=null" in words:
-            expected = ", ".join(options(folder.name))
-            raise ConfigError(f"{folder.name}=null: a run needs one; expected one of: {expected}")
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        for old, new in RENAMED.items():
+            if key == old or key.startswith(f"{old}."):
+                raise ConfigError(f"{word}: {old} is now {new}; set {key.replace(old, new, 1)}")
+        group, _, option = word.partition("=")
+        if option == "null" and (CONF / group).is_dir():
+            expected = ", ".join(options(group))
+            raise ConfigError(f"{word}: a run needs one; expected one of: {expected}")
     experiments = [word for word in words if word.startswith("experiment=")]
     owned = [word for word in words if word.startswith(("task=", "model="))]
     if experiments and owned:
-        experiment = experiments[-1]
         raise ConfigError(
-            f"{experiment} owns its task and model; drop {' and '.join(owned)}, or drop {experiment}"
+            f"{experiments[-1]} owns its task and model; drop {' and '.join(owned)}, "
+            f"or drop {experiments[-1]}"
         )
     return words
 
@@ -87,28 +79,68 @@ def normalize_overrides(overrides: Sequence[str]) -> list[str]:
 def finalize(
     cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str], flags: Sequence[str] = ()
 ) -> DictConfig:
-    """`cfg`, resolved, with `names`: the chosen task, model and experiment, and the command that composes it.
+    """Resolves and checks a composed config, and chooses its width if `model.param_count` is set.
 
-    Where `model.param_count` is set, `backbone.width` becomes what meets it.
+    Args:
+        cfg: as Hydra composes it, without `hydra`.
+        choices: the chosen option of each config group.
+        overrides: the overrides of the command line.
+        flags: flags of Hydra that stand before them.
 
     Raises:
-        ConfigError: a number out of its range, a folder without a name, or a budget that no width meets.
+        ConfigError: an invalid value, or a number of parameters that no width gives.
+    """
+    for old, new in RENAMED.items():
+        if OmegaConf.select(cfg, old) is not None:
+            raise ConfigError(f"{old} in a config file is now {new}; rename the key")
+    if OmegaConf.select(cfg, "model.param_count") is not None:
+        from lra.config.width import choose_width  # imports JAX
+
+        choose_width(cfg, choices, overrides)
+    return resolve(cfg, choices, overrides, flags)
+
+
+def resolve(
+    cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str], flags: Sequence[str] = ()
+) -> DictConfig:
+    """Resolves and checks a config in place and adds `names`.
+
+    `names` holds the chosen task, model, experiment and protocol, and the command of the run.
+
+    Raises:
+        ConfigError: an invalid value.
     """
     with open_dict(cfg):
         cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
         cfg.names.protocol = cfg.protocol.name
         cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
     with translated_errors(overrides):
-        if OmegaConf.select(cfg, "model.param_count") is not None:
-            from lra.config.width import choose_width
-
-            choose_width(cfg, choices, overrides)
         OmegaConf.resolve(cfg)
-        check_ranges(cfg)
-    for key in ("data.root", "output.root"):
-        if not isinstance(root := OmegaConf.select(cfg, key), str):
-            raise ConfigError(f"{key}={format_value(root)} must be the path of a folder")
-    for key in ("data.download", "data.allow_partial"):
-        if not isinstance(switch := OmegaConf.select(cfg, key), bool):
-            raise ConfigError(f"{key}={format_value(switch)} must be true or false")
+    check_config(cfg)
     return cfg
+
+
+def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Upgrades the config of a record: renames keys, and adds missing ones with today's defaults.
+
+    Args:
+        config: resolved, as a run recorded it.
+    """
+    upgraded = {
+        name: dict(section) if isinstance(section, Mapping) else section
+        for name, section in config.items()
+    }
+    for old, new in RENAMED.items():
+        (section, old_name), new_name = old.split("."), new.split(".")[1]
+        if old_name in upgraded.get(section, {}):
+            upgraded[section][new_name] = upgraded[section].pop(old_name)
+    if isinstance(size := upgraded.get("model", {}).get("param_count"), str):
+        upgraded["model"]["param_count"] = size.removeprefix("params:")
+    for section in {"backbone", *COMPLETE_SECTIONS} & upgraded.keys():
+        upgraded[section] = {**_defaults()[section], **upgraded[section]}
+    return upgraded
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(compose()))

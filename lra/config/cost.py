@@ -1,8 +1,4 @@
-"""What does a model cost? Parameters, operations and recurrent state, counted from shapes: no array is made, nothing runs.
-
-Operations are counted in the jaxpr and not asked of XLA, whose `cost_analysis` counts the body of a loop once, whatever its
-length, so that a recurrence over 16,384 steps would look free.
-"""
+"""Computes a model's parameters, FLOPs and recurrent state from shapes alone."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,18 +13,27 @@ from lra.config.flops import UncountedError, flops
 
 
 class Cost(NamedTuple):
-    """Sizes of a model for a task; None where there is none, or where it cannot be counted."""
+    """Sizes of a model for a task.
+
+    Attributes:
+        width: D.
+        depth: number of blocks.
+        params: see `parameters`.
+        flops: of one example, forward, in evaluation; None if they cannot be counted.
+        state: see `state_size`.
+        note: why `flops` is None.
+    """
 
     width: int
     depth: int
     params: int
     flops: int | None
     state: int | None
-    note: str = ""  # why `flops` is None
+    note: str = ""
 
 
 def cost(cfg: DictConfig) -> Cost:
-    """The cost of a resolved config's model: see `parameters`, `flops` (of one example, evaluated) and `state_size`.
+    """The cost of a resolved config's model on its task.
 
     Raises:
         ConfigError: the task or the model refuses a value.
@@ -61,7 +66,7 @@ def cost(cfg: DictConfig) -> Cost:
 
 
 def abstract_model(cfg: DictConfig, task) -> Any:
-    """The model of a config, shapes in place of arrays.
+    """The model of a config with shapes instead of arrays.
 
     Raises:
         ConfigError: the model refuses a value.
@@ -71,14 +76,14 @@ def abstract_model(cfg: DictConfig, task) -> Any:
 
 
 def parameters(model: nnx.Module) -> int:
-    """How many numbers are trained."""
+    """Number of trained parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def state_size(model: Any) -> int | None:
-    """Real numbers that the recurrent form keeps for one sequence, all layers together; a complex one counts as two.
+    """Real numbers in the recurrent state of one sequence, over all layers; a complex one is two.
 
-    None where a mixer has no recurrent form, or none with these options.
+    None if a mixer has no recurrent form with its options.
     """
     graph, variables = nnx.split(model)
 
@@ -89,7 +94,7 @@ def state_size(model: Any) -> int | None:
         return None
     try:
         leaves = jax.tree.leaves(jax.eval_shape(states, variables))
-    except ValueError:  # bidirectional, say
+    except ValueError:  # such as a bidirectional mixer
         return None
     return sum(
         leaf.size * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1) for leaf in leaves

@@ -1,4 +1,4 @@
-"""Counts the operations of a JAX function in its jaxpr.
+"""Counts the floating-point operations of a JAX function in its jaxpr.
 
 XLA's `cost_analysis` is not used, because it counts the body of a loop once, whatever its length.
 """
@@ -11,43 +11,40 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-# what moves, names or makes up numbers without calculating
+# Primitives that move, name or generate numbers without arithmetic.
 # fmt: off
 FREE = frozenset((
-    "broadcast", "broadcast_in_dim", "bitcast_convert_type", "complex", "concatenate", "conj", "convert_element_type",
-    "copy", "copy_p", "device_put", "dynamic_slice", "dynamic_update_slice", "empty", "expand_dims", "gather", "get",
-    "imag", "iota", "optimization_barrier", "pad", "platform_index", "random_bits", "random_fold_in", "random_seed",
-    "random_split", "random_unwrap", "random_wrap", "real", "reduce_precision", "reshape", "rev", "select_n",
-    "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "swap", "threefry2x32", "transpose",
+    "broadcast", "broadcast_in_dim", "bitcast_convert_type", "complex", "concatenate", "conj",
+    "convert_element_type", "copy", "copy_p", "device_put", "dynamic_slice",
+    "dynamic_update_slice", "empty", "expand_dims", "gather", "get", "imag", "iota",
+    "optimization_barrier", "pad", "platform_index", "random_bits", "random_fold_in",
+    "random_seed", "random_split", "random_unwrap", "random_wrap", "real", "reduce_precision",
+    "reshape", "rev", "select_n", "sharding_constraint", "slice", "split", "squeeze",
+    "stop_gradient", "swap", "threefry2x32", "transpose",
 ))
 # fmt: on
-COMPLEX = {
-    "mul": 6,
-    "div": 11,
-    "square": 6,
-    "add": 2,
-    "sub": 2,
-    "neg": 2,
-}  # real operations of a complex one; others 2
-
-
-# --- operations ----------------------------------------------------------------------------------------------------
+# Real operations of one complex operation; 2 for any other.
+COMPLEX = {"mul": 6, "div": 11, "square": 6}
 
 
 class UncountedError(ValueError):
-    """A program whose operations depend on more than its shapes."""
+    """The number of operations depends on more than the shapes."""
 
 
 def flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations on real numbers in one call of `function`; `args` may be `jax.ShapeDtypeStruct`s.
+    """Operations on real numbers in one call of `function`.
 
-    Products of matrices and convolutions count 2 for each multiply-add (8 where complex), an FFT 5 n log2 n (half where one
-    side is real), a reduction 1 for each number it reads, all else 1 for each number it makes (COMPLEX lists the complex
-    ones), and what only moves numbers nothing. A loop counts its body times its length; of branches the one counts that this
-    backend runs, where `lax.platform_dependent` says so, else the most expensive one.
+    Matrix products and convolutions count 2 for each multiply-add (8 if complex), an FFT
+    5 n log2 n (half if one side is real), a reduction 1 for each input element, anything else 1
+    for each output element (`COMPLEX` if complex), and moving data 0. A loop counts its body
+    times its length. A conditional counts the branch of this backend
+    (`lax.platform_dependent`), or else its most expensive branch.
+
+    Args:
+        args: arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-        UncountedError: a while loop whose number of steps the values decide.
+        UncountedError: a while loop whose number of steps depends on values.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -61,7 +58,7 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     if name in FREE:
         return 0
     if name == "while":
-        raise UncountedError("a while loop whose number of steps the values decide")
+        raise UncountedError("a while loop whose number of steps depends on values")
     if name == "cond":
         return _count_branches(params)
     if name == "scan":
@@ -109,7 +106,7 @@ def _count_branches(params: dict[str, Any]) -> int:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """The programs among an equation's parameters, what it calls first: a derivative rule stands behind its function."""
+    """The jaxprs among an equation's parameters, a function before its derivative rule."""
     for key in ("call_jaxpr", "fun_jaxpr", "jaxpr", *params):
         value = params.get(key)
         if isinstance(value, core.ClosedJaxpr):

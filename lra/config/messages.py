@@ -1,4 +1,4 @@
-"""Turns the errors of Hydra and OmegaConf into one line that names the nearest valid key or option."""
+"""Turns errors of Hydra and OmegaConf into one line that names the nearest valid key or option."""
 
 import difflib
 import re
@@ -15,7 +15,11 @@ from lra.errors import ConfigError
 
 @contextmanager
 def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Turns the errors of Hydra and OmegaConf into one ConfigError line; `overrides` are what the user typed."""
+    """Raises errors of Hydra and OmegaConf as a ConfigError of one line.
+
+    Args:
+        overrides: the overrides of the command line, which the message may quote.
+    """
     from hydra.errors import HydraException
 
     try:
@@ -26,12 +30,12 @@ def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
         if "Config group override must be" not in str(error):
             raise
         raise ConfigError(
-            "a config group cannot be null in a sweep; sweep over its names alone"
+            "a config group cannot be null in a sweep; sweep over the names of its options"
         ) from None
 
 
 def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """What went wrong in a config, in one line, with the nearest known names."""
+    """The message of an error of Hydra or OmegaConf, with the nearest valid names."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -43,58 +47,71 @@ def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return unknown_option(group, option)
     if "See https" in text or "viable" in text or "mismatched input" in text:
         return f"cannot read an override: {text.split(' See https')[0]}; expected key=value"
-    return (
-        " ".join(str(root).split())
-        if root is not error
-        else text.split(" Set the environment variable")[0]
-    )
+    if root is not error:
+        return " ".join(str(root).split())
+    return text.split(" Set the environment variable")[0]
 
 
 def unknown_key(key: str, overrides: Sequence[str]) -> str:
-    """The constructor_arguments of the chosen_options option where `key` is one of another option of its group, else the nearest keys."""
+    """Message for an unknown key, with the nearest keys.
+
+    If another option of the group has the key, the message lists the arguments of the chosen one.
+    """
     group, _, name = key.partition(".")
     known = known_keys()
     for option in chosen_options(group, overrides) if key in known else []:
-        own = known_keys(group, option)  # none of an option in a user's own folder
-        names = dict.fromkeys(
-            part for path in own for part in path.split(".")[1:2] if part[0] != "_"
-        )
+        own = known_keys(group, option)  # empty for an option outside conf/
         if own and key not in own:
-            return f"{group}={option} has no {name}; it has: {', '.join(n for n in names if n not in NOT_ARGUMENTS)}"
+            names = dict.fromkeys(
+                part for path in own for part in path.split(".")[1:2] if part[0] != "_"
+            )
+            arguments = ", ".join(n for n in names if n not in NOT_ARGUMENTS)
+            return f"{group}={option} has no {name}; it has: {arguments}"
     hint = nearest(key, [other for other in known if other != key])
     return f"unknown key {key}{hint}; `lra train --help` lists the groups, --cfg job all keys"
 
 
 def chosen_options(group: str, overrides: Sequence[str]) -> list[str]:
-    """The task or model that `overrides` choose, several in a sweep; empty where conf/ cannot tell."""
-    from lra.config.compose import compose
+    """The options of a group that `overrides` or the defaults choose; several in a sweep.
 
-    words = [word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")]
-    if words:
-        return words[-1].split(",")
-    try:
-        return [
-            compose([word for word in overrides if word.startswith("experiment=")]).names[group]
-        ]
-    except (
-        ConfigError,
-        OmegaConfBaseException,
-    ):  # of a user's own config folder, or of a group without a name
+    Empty if the experiment is not in conf/.
+    """
+    chosen = dict(word.split("=", 1) for word in overrides if "=" in word)
+    if group in chosen:
+        return chosen[group].split(",")
+    files = [CONF / "train.yaml"]
+    if "experiment" in chosen:
+        files.insert(0, CONF / "experiment" / f"{chosen['experiment']}.yaml")
+    if not files[0].exists():
         return []
+    for file in files:
+        section = OmegaConf.to_container(OmegaConf.load(file))
+        for choice in section.get("defaults", []) if isinstance(section, dict) else []:
+            for name, option in choice.items() if isinstance(choice, dict) else []:
+                if name.removeprefix("override ").lstrip("/") == group:
+                    return [option]
+    return []
 
 
 def unknown_option(group: str, option: str) -> str:
+    """Message for an unknown option, with the valid ones."""
     if group == "hydra":
         group, option = f"hydra/{option.split('/')[0]}", option.split("/")[-1]
-        extra = "pip install -e '.[sweep]' adds hydra-joblib-launcher (joblib) and hydra-submitit-launcher (submitit_*)"
-        return f"no installed plugin provides {group}={option}{f'; {extra}' if group == 'hydra/launcher' else ''}"
+        message = f"no installed plugin provides {group}={option}"
+        if group == "hydra/launcher":
+            message += (
+                "; pip install -e '.[sweep]' adds hydra-joblib-launcher (joblib) and "
+                "hydra-submitit-launcher (submitit_*)"
+            )
+        return message
     known = options(group) if (CONF / group).is_dir() else []
     if not known:
         return f"unknown config group {group or option}; `lra train --help` lists the groups"
     return f"unknown {group}={option}{nearest(option, known)}; expected one of: {', '.join(known)}"
 
 
-def nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint such as " (did you mean listops?)", or nothing."""
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
@@ -109,15 +126,15 @@ def known_keys(group: str = "", option: str = "**/*") -> list[str]:
     return sorted(keys)
 
 
-def dotted_keys(node: Any, prefix: str) -> list[str]:
+def dotted_keys(node: Any, prefix: str = "") -> list[str]:
+    """Keys of an unresolved config, sections included."""
     if not isinstance(node, DictConfig):
         return [prefix]
     keys = [prefix] if prefix else []
     for key in map(str, node):
         path = f"{prefix}.{key}" if prefix else key
-        keys += (
-            [path]
-            if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)
-            else dotted_keys(node[key], path)
-        )
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            keys.append(path)
+        else:
+            keys += dotted_keys(node[key], path)
     return keys

@@ -1,9 +1,9 @@
-"""Names of the config groups, their options and the folder that holds them."""
+"""Names of the config groups and of their options, and the folder that holds them."""
 
 from pathlib import Path
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-# parts of a task's or model's section that others read, not constructor constructor_arguments
+# parts of a task's or model's section that the harness reads, not its constructor
 NOT_ARGUMENTS = ("hparams", "param_count", "recipe")
 OPTIONAL_GROUPS = ("experiment", "debug")
 

@@ -1,10 +1,8 @@
-"""`model.param_count`: which width gives a model as many parameters as it may have?
+"""Chooses `backbone.width` for a number of parameters, `model.param_count`.
 
-    model.param_count=params:200k          200,000 parameters, within 10 %; also 1.5M, 200000
-    model.param_count=params:lru           as many as `lra models` shows for that model on this task
-    model.param_count=params:lru+-5%       within 5 % of them
-
-The width found stands in `backbone.width` of the resolved config, as if it had been typed.
+model.param_count=200k          200,000 parameters, within 10 %; also 1.5M, 200000
+model.param_count=lru           as many as `lra models` prints for that model on this task
+model.param_count=lru+-5%       the same, within 5 %
 """
 
 import bisect
@@ -16,88 +14,109 @@ from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lra.config.build import build_task
+from lra.config.cost import abstract_model, parameters
+from lra.config.messages import translated_errors
+from lra.config.rules import format_value
+from lra.config.schema import check_config
 from lra.errors import ConfigError
 
-GRAMMAR = re.compile(r"params:(?P<target>[\w./-]+?)(\+-(?P<percent>\d+(\.\d+)?)%)?")
+GRAMMAR = re.compile(r"(?P<target>[\w./-]+?)(\+-(?P<percent>\d+(\.\d+)?)%)?")
 NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kM]?)")
 TOLERANCE = 0.1
 SMALLEST = 512  # a model that accepts some widths accepts one up to here, and its multiples
 WIDEST = 2**16
-COMPOSITE = 2**6 * 3**2 * 5 * 7  # a width for every customary number of heads
+COMPOSITE = 2**6 * 3**2 * 5 * 7  # a multiple of every customary number of heads
 
 
-class Budget(NamedTuple):
-    """Parameters that a model may have: a count, or the name of the model that has them; and how far off is near."""
+class ParamCount(NamedTuple):
+    """A parsed `model.param_count`.
+
+    Attributes:
+        target: number of parameters, or the name of the model that has them.
+        tolerance: largest relative deviation.
+    """
 
     target: int | str
     tolerance: float
 
 
-def parse(text: Any) -> Budget:
-    """Raises: ConfigError, if `text` is no budget."""
-    match = GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+def parse(value: Any) -> ParamCount:
+    """Parses `model.param_count`.
+
+    Raises:
+        ConfigError: the value has another form.
+    """
+    shown = f"model.param_count={format_value(value)}"
+    text = "" if isinstance(value, bool) else str(value)
+    if text.startswith("params:"):
+        new = text.removeprefix("params:")
+        raise ConfigError(f"{shown} has an old form; set model.param_count={new}")
+    match = GRAMMAR.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"model.param_count={text} must be a number of parameters or a model's name, with a tolerance if other than 10 %: "
-            "params:200k, params:lru or params:200k+-5%"
+            f"{shown} must be a number of parameters or the name of a model, and a tolerance if "
+            "other than 10 %: 200k, lru or 200k+-5%"
         )
-    number = NUMBER.fullmatch(match["target"])
     target: int | str = match["target"]
-    if number:
+    if number := NUMBER.fullmatch(match["target"]):
         target = round(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6}[number[2]])
     tolerance = float(match["percent"]) / 100 if match["percent"] else TOLERANCE
     if target == 0 or not 0 < tolerance < 1:
         raise ConfigError(
-            f"model.param_count={text}: expected at least 1 parameter, and a tolerance above 0 and below 100 %"
+            f"{shown}: expected at least 1 parameter, and a tolerance above 0 and below 100 %"
         )
-    return Budget(target, tolerance)
+    return ParamCount(target, tolerance)
 
 
 def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Set `backbone.width` of `cfg`, which is not resolved yet, to the width that meets its `model.param_count`.
+    """Sets `backbone.width` of an unresolved config to the width nearest to `model.param_count`.
 
     Args:
-        choices: the chosen options of each group. overrides: what the user typed.
+        cfg: as Hydra composes it; Hydra is still initialized.
+        choices: the chosen option of each config group.
+        overrides: the overrides of the command line.
 
     Raises:
-        ConfigError: no budget, no width near it, or a width that the user typed too.
+        ConfigError: an invalid value, no width within the tolerance, or a width on the command
+            line as well.
     """
-    from lra.config.build import build_task
-
-    text = OmegaConf.select(cfg, "model.param_count")
-    budget = parse(text)
+    value = OmegaConf.select(cfg, "model.param_count")
+    wanted, shown = parse(value), f"model.param_count={value}"
     typed = [word for word in overrides if word.lstrip("+").startswith("backbone.width=")]
     if typed:
         raise ConfigError(
-            f"model.param_count={text} chooses backbone.width; drop {typed[-1]}, or drop model.param_count"
+            f"{shown} chooses backbone.width; drop {typed[-1]}, or drop model.param_count"
         )
-    task = build_task(resolved(cfg))
-    target = budget.target
+    with translated_errors(overrides):
+        default = resolved(cfg)
+    task, guess = build_task(default), default.backbone.width
+    target = wanted.target
     if isinstance(target, str):
-        target = count(reference(cfg, target, choices, text), task)
+        try:
+            target = count(default_model(default, target, choices), task)
+        except ConfigError as error:
+            raise ConfigError(f"{shown}: {error}") from None
 
     @cache
     def params(width: int) -> int | None:
-        """Parameters at a width; None where the model does not take it."""
+        """Parameters at a width; None if the model refuses the width."""
         try:
             return count(resolved(cfg, width), task)
         except ConfigError:
             return None
 
-    guess = resolved(cfg).backbone.width
     if params(guess) is None and params(COMPOSITE) is None:
-        count(resolved(cfg), task)  # not the width is wrong; this says what is
+        count(default, task)  # raises the error that does not depend on the width
     near = nearest_widths(params, target, guess)
     if not near:
-        raise ConfigError(
-            f"model.param_count={text}: the model takes no backbone.width up to {SMALLEST}"
-        )
+        raise ConfigError(f"{shown}: the model accepts no backbone.width up to {SMALLEST}")
     best = min(near, key=lambda width: abs(near[width] - target))
-    if abs(near[best] - target) > budget.tolerance * target:
+    if abs(near[best] - target) > wanted.tolerance * target:
         found = " and ".join(f"{width} ({num:,})" for width, num in near.items())
         raise ConfigError(
-            f"model.param_count={text}: no backbone.width is within {100 * budget.tolerance:g} % of {target:,} parameters; "
-            f"the nearest: {found}"
+            f"{shown}: no backbone.width is within {100 * wanted.tolerance:g} % of "
+            f"{target:,} parameters; the nearest: {found}"
         )
     cfg.backbone.width = best
 
@@ -105,18 +124,22 @@ def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequenc
 def nearest_widths(
     params: Callable[[int], int | None], target: int, guess: int = 1
 ) -> dict[int, int]:
-    """The last width with at most `target` parameters and the first with more, each with its parameters, where they exist.
+    """The largest width with at most `target` parameters and the next one, with their parameters.
 
-    `params` grows with the width and is None for one that the model refuses. Those that it takes are multiples of one number,
-    as heads and pairs of channels ask for; single multiples may be refused. The search starts at `guess`.
+    Args:
+        params: parameters at a width, increasing; None if the model refuses the width. Valid
+            widths are multiples of one number, for heads and pairs of channels; single multiples
+            may be refused.
+        target: number of parameters.
+        guess: width at which the search starts.
     """
-    taken = (w for w in range(1, SMALLEST + 1) if params(w) is not None)
-    step = next((w for w in taken if params(2 * w) is not None and params(3 * w) is not None), None)
+    valid = (w for w in range(1, SMALLEST + 1) if params(w) is not None)
+    step = next((w for w in valid if params(2 * w) is not None and params(3 * w) is not None), None)
     if step is None:
         return {}
 
     def first(k: int) -> int | None:
-        """The first width from `k` steps on that the model takes."""
+        """The first valid width from `k` steps on."""
         return next(
             (w for w in range(k * step, (2 * k + 1) * step, step) if params(w) is not None), None
         )
@@ -134,39 +157,28 @@ def nearest_widths(
 
 
 def count(cfg: DictConfig, task) -> int:
-    from lra.config.cost import abstract_model, parameters
-
+    """Number of parameters of a resolved config's model on `task`."""
     return parameters(abstract_model(cfg, task))
 
 
 def resolved(cfg: DictConfig, width: int | None = None) -> DictConfig:
-    """A resolved copy of `cfg`, of another width."""
-    from lra.config.schema import check_ranges
-
+    """A resolved and checked copy of a config, with another width if one is given."""
     cfg = copy.deepcopy(cfg)
     if width is not None:
         cfg.backbone.width = width
     OmegaConf.resolve(cfg)
-    check_ranges(cfg)
+    check_config(cfg)
     return cfg
 
 
-def reference(cfg: DictConfig, name: str, choices: Mapping[str, Any], text: str) -> DictConfig:
-    """The config of the model `name` as it is by default, on the task of `cfg`."""
+def default_model(cfg: DictConfig, name: str, choices: Mapping[str, Any]) -> DictConfig:
+    """The config of model `name` with its defaults, on the task and the protocol of `cfg`."""
     import hydra
-
-    from lra.config.messages import translated_errors
 
     debug = [f"debug={choices['debug']}"] if choices.get("debug") else []
     words = [f"task={choices['task']}", f"model='{name}'", *debug]
-    try:
-        with translated_errors(words):
-            other = hydra.compose("train", overrides=words)
-    except ConfigError as error:
-        raise ConfigError(f"model.param_count={text}: {error}") from None
+    with translated_errors(words):
+        other = hydra.compose("train", overrides=words)
     with open_dict(other):
-        other.task, other.protocol = (
-            cfg.task,
-            cfg.protocol,
-        )  # with what was typed and what an experiment says
+        other.task, other.protocol = cfg.task, cfg.protocol  # with their overrides
     return resolved(other)

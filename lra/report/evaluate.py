@@ -54,7 +54,7 @@ def evaluate_run(
 
     Args:
         weights: best or last; None for those that the protocol selects.
-        overrides: KEY=VALUE of `lra.report.saved_run.OVERRIDES`.
+        overrides: KEY=VALUE of the keys in `lra.config.schema.keys_in_eval`.
 
     Raises:
         MismatchError: a prediction differs from the stored one and is no tie.

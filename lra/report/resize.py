@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, model_builder
 from lra.config.messages import nearest, translated_errors
-from lra.config.schema import check_ranges
+from lra.config.schema import check_config
 from lra.errors import ConfigError
 from lra.report.saved_run import SavedRun
 from lra.training.setup import Setup, build
@@ -62,7 +62,7 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
             )
     with translated_errors(words):
         cfg = cast(DictConfig, OmegaConf.merge(run.cfg, OmegaConf.from_dotlist(list(words))))
-        check_ranges(cfg)
+        check_config(cfg)
     task = build_task(cfg)
     for name in FIXED:
         found, trained = getattr(task, name), getattr(run.task, name)

@@ -10,7 +10,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, data_arguments
-from lra.config.compose import finalize, with_defaults
+from lra.config.compose import resolve, upgrade_config
+from lra.config.schema import keys_in_eval
 from lra.data.store import Split, prepare
 from lra.errors import ConfigError, DataError, LraError, RunFolderError
 from lra.runs import records
@@ -24,16 +25,13 @@ from lra.training.state import Best, State, initial_state, selected_weights
 from lra.training.step import compile_program
 from lra.training.trainer import CHECKPOINTS, describe_data, use_compilation_cache
 
-# where the data are and how logits are computed; any other key would make another run
-OVERRIDES = ("data.root", "data.download", "data.allow_partial", "trainer.eval_batch_size")
-
 
 class SavedRun:
     """Reads the record of a run, and its data and weights on first use. Sets JAX up for its config.
 
     Args:
         folder: the run folder.
-        overrides: KEY=VALUE of the keys in `OVERRIDES`.
+        overrides: KEY=VALUE of the keys in `keys_in_eval`.
         split: train, val or test.
         weights: best or last; None for those that the protocol selects.
         examples: number of first examples of the split; None for as many as the run scored.
@@ -173,21 +171,21 @@ def resolved_config(record: Mapping[str, Any], overrides: Sequence[str] = ()) ->
     """The config of a record with overrides; keys that the record lacks have today's defaults.
 
     Raises:
-        ConfigError: an override of a key that is not in `OVERRIDES`.
+        ConfigError: an override of a key that is not in `keys_in_eval`.
     """
     for word in overrides:
         key, equals, _ = word.partition("=")
-        if not equals or key not in OVERRIDES:
+        if not equals or key not in keys_in_eval():
             raise ConfigError(
                 f"{word}: the config of a saved run is fixed; KEY=VALUE may set "
-                f"{', '.join(OVERRIDES)}"
+                f"{', '.join(keys_in_eval())}"
             )
-    config = OmegaConf.create(with_defaults(record["config"]))
+    config = OmegaConf.create(upgrade_config(record["config"]))
     if batch := record.get("eval_batch"):  # the batch that fit, and that gave the stored bits
         config.trainer.eval_batch_size = batch
     cfg = cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
     choices = {key: record.get(key) for key in ("task", "model", "experiment")}
-    return finalize(cfg, choices, overrides)
+    return resolve(cfg, choices, overrides)
 
 
 def first_examples(split: Split, limit: int | None) -> Split:

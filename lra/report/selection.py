@@ -4,6 +4,7 @@ Runs of a task that differ in protocol, data source or data never share a row. I
 several configurations, the row shows the one with the best validation accuracy and says so.
 """
 
+import re
 import shlex
 import statistics
 from collections import defaultdict
@@ -12,22 +13,16 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from lra.config.compose import compose, with_defaults
+from lra.config.compose import compose, upgrade_config
 from lra.config.options import NOT_ARGUMENTS
-from lra.config.schema import format_value
+from lra.config.rules import format_value
+from lra.config.schema import RENAMED, keys_affecting
 from lra.errors import ConfigError
 from lra.runs.records import config_hash, to_json
 from lra.runs.sanity import is_at_chance
 
 Record = Mapping[str, Any]
 
-# keys in `config_hash` that cannot change a result: runs that differ in them share a configuration
-NO_EFFECT = (
-    *("trainer.progress", "trainer.compilation_cache", "trainer.call_seconds"),
-    *("trainer.checkpoint_every", "trainer.eval_batch_size", "trainer.log_every"),
-    *("trainer.remat", "trainer.deterministic", "backbone.remat"),
-    *("trainer.first_loss_tolerance", "trainer.chance_after"),
-)
 COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")  # by `changed_defaults`
 
 
@@ -70,8 +65,9 @@ def best_configuration(group: Sequence[Record]) -> SelectedRuns:
     """The configuration with the best mean validation accuracy."""
     configs: dict[str, dict[Any, Record]] = defaultdict(dict)
     for record in group:
-        # with defaults, so that a key that is newer than the record makes no other configuration
-        identity = config_hash(with_defaults(record["config"]), without=["seed", *NO_EFFECT])
+        # upgraded, so that a key that is newer than the record makes no other configuration
+        config = upgrade_config(record["config"])
+        identity = config_hash(config, without=["seed", *keys_affecting("speed")])
         configs[identity][record["seed"]] = record
     best = list(max(configs.values(), key=mean_val_accuracy).values())
     notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
@@ -103,6 +99,8 @@ def changed_defaults(record: Record) -> list[str]:
     words = shlex.split(record.get("command") or "")[2:]  # without `lra train`
     if not words or any(word.startswith("-") for word in words):
         return []
+    for old, new in RENAMED.items():
+        words = [re.sub(rf"^{re.escape(old)}(?=[.=])", new, word) for word in words]
     if any(word.startswith("model.param_count=") for word in words):  # the search for it is slow
         words = [word for word in words if not word.startswith("model.param_count=")]
         words.append(f"backbone.width={record['config']['backbone']['width']}")
@@ -111,7 +109,7 @@ def changed_defaults(record: Record) -> list[str]:
     except ConfigError as error:
         return [f"its command is refused today ({error})"]
     today = _flat({name: config[name] for name in COMPARED})
-    recorded = _flat(record["config"])
+    recorded = _flat(upgrade_config(record["config"]))
     return [
         f"{key}={_format(recorded[key])} (today {_format(value)})"
         for key, value in today.items()
@@ -126,7 +124,7 @@ def _is_compared(key: str) -> bool:
         and not name.startswith("_")
         and rest[-1:] != ["match"]
         and name != "no_decay"
-        and key not in NO_EFFECT
+        and key not in keys_affecting("speed", "start", "process")
     )
 
 

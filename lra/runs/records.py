@@ -51,6 +51,7 @@ from typing import Any
 
 import numpy as np
 
+from lra.config.schema import keys_affecting
 from lra.errors import RunFolderError
 
 SCHEMA = 1
@@ -58,21 +59,6 @@ STATUSES = ("running", "finished", "preempted", "diverged", "failed")
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
 
 _REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
-_NOT_IDENTITY = (
-    "output",
-    "resume",
-    "tracker",
-    "tuning_runs",
-    "data.root",
-    "data.download",
-    "data.placement",
-    "trainer.devices",
-    "trainer.distributed",
-    "trainer.distributed_timeout",
-    "model.param_count",  # the width that it chose counts
-    "trainer.time_limit",
-    "trainer.profile",
-)  # where a run is kept and told of, how it was chosen, which devices work, when it has to stop, and what is traced
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -121,14 +107,10 @@ def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
     """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
 
-    Left out are `output`, `resume`, `tracker`, `tuning_runs`, `model.param_count`, where the data lie (`data.root`,
-    `data.download`, `data.placement`), which devices work and for how long (`trainer.devices`, `trainer.distributed`,
-    `trainer.distributed_timeout`, `trainer.time_limit`), so that a run may be resumed on other ones, what is traced
-    (`trainer.profile`), and the keys in `without`, dotted like these.
-    Everything else counts, also a key that cannot change the result, such as `trainer.progress`: another value of it is
-    another run, in a folder of its own. What the table takes for one configuration is `tables.NO_EFFECT`.
+    Leaves out the keys that affect a single start of a run (`lra.config.schema`), so that a resumed run may change them,
+    and the dotted keys in `without`.
     """
-    kept = _without(to_json(config), {*_NOT_IDENTITY, *without})
+    kept = _without(to_json(config), {*keys_affecting("start", "process"), *without})
     return hashlib.sha256(
         json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()
     ).hexdigest()

@@ -1,16 +1,12 @@
 """When does a run that may not run longer have to stop, so that its state is saved in time?"""
 
-import re
 import time
 from collections.abc import Callable
-
-from lra.errors import ConfigError
 
 ENDING_S, ENDING_SHARE = (
     30.0,
     0.05,
 )  # of a limit, what is left for the last words: the record, the tracker, the exit
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 class Deadline:
@@ -45,31 +41,3 @@ class Deadline:
     def saved(self, seconds: float) -> None:
         """A save took so long."""
         self.save_s = max(self.save_s, seconds)
-
-
-def seconds_of(key: str, value: object) -> float | None:
-    """Seconds of a duration: a number, "3h30m", "1d12h", "HH:MM:SS", "D-HH:MM:SS" as SLURM writes it; None for null.
-
-    Raises:
-        ConfigError: `value`, that of `key`, is none of these, or not above 0.
-    """
-    if value is None:
-        return None
-    text = str(value).strip()
-    total = 0.0
-    if not isinstance(value, bool):
-        if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
-            total = float(text)
-        elif units := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text):
-            total = sum(
-                int(n or 0) * size for n, size in zip(units.groups(), UNITS.values(), strict=True)
-            )
-        elif clock := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text):
-            total = sum(
-                int(n or 0) * size for n, size in zip(clock.groups(), UNITS.values(), strict=True)
-            )
-    if total <= 0:
-        raise ConfigError(
-            f"{key}={value} must be a duration above 0: seconds, 3h30m, HH:MM:SS, D-HH:MM:SS, or null"
-        )
-    return float(total)

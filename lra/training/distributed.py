@@ -25,7 +25,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lra import errors
-from lra.config.schema import format_value
+from lra.config.rules import format_value
+from lra.config.schema import keys_affecting
 from lra.runs.machine import versions
 from lra.runs.run_folder import RunFolder
 from lra.training.memory import is_out_of_memory
@@ -33,11 +34,6 @@ from lra.training.memory import is_out_of_memory
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _MEMBERS = {"coordinator": str, "num_processes": int, "process_id": int}
 _CHUNK = 4096  # bytes; messages are filled up to a multiple, so that few shapes are compiled
-_OWN = (
-    "trainer.distributed",
-    "data.root",
-    "output.root",
-)  # keys that processes of one run may set differently
 _PATIENCE_S = 10.0  # of waiting for the others before it is said
 _SHUTDOWN_S = 60  # for which JAX waits at the end; all have come out of `together` by then
 _POLL_S = 0.5  # between two looks at whether another process has ended
@@ -55,10 +51,6 @@ def start(cfg: DictConfig) -> None:
         ConfigError: it has started already, or the processes are described wrongly.
         LraError: the other processes do not answer.
     """
-    if not isinstance(cfg.trainer.deterministic, bool):
-        raise errors.ConfigError(
-            f"trainer.deterministic={format_value(cfg.trainer.deterministic)} must be true or false"
-        )
     be_deterministic(cfg.trainer.deterministic)
     if cfg.trainer.distributed is not None and not jax.distributed.is_initialized():
         connect(cfg.trainer.distributed, cfg.trainer.distributed_timeout)
@@ -239,7 +231,7 @@ def check_same(cfg: DictConfig) -> None:
     own = {
         key: format_value(value)
         for key, value in own.items()
-        if not f"{key}.".startswith(_dotted((*_OWN, "names.command")))
+        if not f"{key}.".startswith(_dotted((*keys_affecting("process"), "names.command")))
     }
     first = agree(lambda: own)
     differ = [key for key in sorted({*own, *first}) if own.get(key) != first.get(key)]

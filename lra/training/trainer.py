@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import data_arguments
 from lra.config.options import CONF
+from lra.config.rules import parse_duration
 from lra.data.store import Store, prepare
 from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, RunFolderError
 from lra.runs import machine, records, run_folder, sanity
@@ -33,7 +34,7 @@ from lra.training.checkpoint import (
     holds_checkpoint,
 )
 from lra.training.data_parallel import DataParallel, choose_devices
-from lra.training.deadline import Deadline, seconds_of
+from lra.training.deadline import Deadline
 from lra.training.evaluation import predict, score
 from lra.training.memory import is_out_of_memory, out_of_memory_advice
 from lra.training.micro_batch import (
@@ -156,16 +157,11 @@ def claim(folder: run_folder.RunFolder, config: dict, resume: str) -> dict | Non
 
 def check(cfg: DictConfig) -> None:
     """Refuse values that would fail late or be taken for something else."""
-    if cfg.resume not in ("never", "auto"):
-        raise ConfigError(f"resume={cfg.resume} is unknown; choose never or auto")
-    if cfg.protocol.select not in ("best", "last"):
-        raise ConfigError(f"protocol.select={cfg.protocol.select} is unknown; choose best or last")
     for key, default in (("precision", "float32"), ("remat", "none")):
         if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
             raise ConfigError(
                 f"trainer.{key}={cfg.trainer[key]} changes nothing: this backbone has no argument {key}"
             )
-    seconds_of("trainer.time_limit", cfg.trainer.time_limit)
     profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
@@ -202,9 +198,7 @@ class Run:
         self.reporter.console.quiet = not distributed.is_first()
         self.record = first_record(cfg, self.before, setup.groups)
         self.record["device"] |= {"count": layout.count, "processes": jax.process_count()}
-        self.deadline = Deadline(
-            seconds_of("trainer.time_limit", cfg.trainer.time_limit), self.started
-        )
+        self.deadline = Deadline(parse_duration(cfg.trainer.time_limit), self.started)
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, folder.path / PROFILE, self.reporter.console.print)
 
