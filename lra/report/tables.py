@@ -34,34 +34,22 @@ SHORT_TIER_SUFFIX = "_short"  # task `x_short` is a smaller tier of task `x`
 def comparison_table(
     paths: Iterable[str | Path],
     *,
-    tasks: Sequence[str] | None = None,
-    models: Sequence[str] | None = None,
-    protocol: str | None = None,
-    published: str = "featured",
-    csv: Sequence[str | Path] = (),
     format: str = "terminal",
     output: str | Path | None = None,
-    metric: str = "test",
     width: int | None = None,
     color: bool = False,
+    **selection: Any,
 ) -> str:
     """Returns the table of the records below `paths` as text and writes it to `output` if given.
 
-    For the other arguments see `make_table` and `lra.report.formats.render`.
+    Args:
+        format, width, color: see `lra.report.formats.render`.
+        selection: arguments of `make_table`.
 
     Raises:
         LraError: an unknown format or set of published rows, or a CSV file that is not valid.
     """
-    table = make_table(
-        load_records(paths),
-        tasks=tasks,
-        models=models,
-        protocol=protocol,
-        published=published,
-        user_csv=csv,
-        metric=metric,
-    )
-    text = render(table, format, width=width, color=color)
+    text = render(make_table(load_records(paths), **selection), format, width=width, color=color)
     if output is not None:
         write_atomically(Path(output), text.encode())
     return text
@@ -74,7 +62,7 @@ def make_table(
     models: Sequence[str] | None = None,
     protocol: str | None = None,
     published: str = "featured",
-    user_csv: Sequence[str | Path] = (),
+    csv: Sequence[str | Path] = (),
     metric: str = "test",
 ) -> Table:
     """Builds the table of records.
@@ -83,7 +71,7 @@ def make_table(
         records: as `load_records` returns them.
         tasks, models, protocol: restrict the records; None for all.
         published: featured (one row for each model), all or none of results/published.csv.
-        user_csv: files with the columns model, task, accuracy and optionally variant and source.
+        csv: files with the columns model, task, accuracy and optionally variant and source.
         metric: the split whose accuracy is shown, test or val.
     """
     if published not in PUBLISHED:
@@ -98,7 +86,7 @@ def make_table(
     scored = [record for record in records if is_scored(record, metric)]
     known = read_results(published_path())
     shown = {"featured": [row for row in known if row["featured"] == "1"], "all": known, "none": []}
-    user_results = {str(path): read_results(path) for path in user_csv}
+    user_results = {str(path): read_results(path) for path in csv}
     file_order = list(dict.fromkeys(row["task"] for row in known))  # the six tasks of LRA first
     found = {record["task"] for record in scored}
     found |= {row["task"] for rows in user_results.values() for row in rows}

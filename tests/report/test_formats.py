@@ -21,7 +21,7 @@ def table(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("model,task,accuracy,source\nA_b & 5%|c,text,90.40,a_b~c\\d [red]\n")
     records = [a_record(x, seed, task="text") for seed, x in enumerate([0.6, 0.61, 0.62])]
-    return make_table([*records, a_record(0.5, task="text", protocol="s4")], user_csv=[path])
+    return make_table([*records, a_record(0.5, task="text", protocol="s4")], csv=[path])
 
 
 def test_terminal_keeps_brackets_and_fits_its_width(table):

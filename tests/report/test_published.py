@@ -60,7 +60,7 @@ def test_user_results_have_a_section(tmp_path):
         "\ufeffmodel,task,accuracy,variant,source\n"
         "MyNet,text,91.5,big,my thesis\nMyNet,image,FAIL,big,my thesis\n"
     )
-    table = make_table([a_record(0.6, task="text")], published="none", user_csv=[path])
+    table = make_table([a_record(0.6, task="text")], published="none", csv=[path])
     assert cells(table, f"From {path}") == {"MyNet, big [1]": {"text": "91.5", "image": "FAIL"}}
     assert list(table.columns) == ["text", "image"]
     assert any(line.startswith("FAIL:") for line in table.remarks)
@@ -87,6 +87,6 @@ def test_errors_name_file_line_and_column(tmp_path, text, complaint):
     path = tmp_path / "mine.csv"
     path.write_text(text)
     with pytest.raises(LraError, match=complaint) as caught:
-        make_table([], user_csv=[path])
+        make_table([], csv=[path])
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -92,7 +92,7 @@ def test_columns_have_the_customary_order_and_new_tasks_come_last():
 
 def test_unknown_files_and_words_are_refused(tmp_path):
     with pytest.raises(LraError, match=r"cannot read .*nothing\.csv"):
-        make_table([], user_csv=[tmp_path / "nothing.csv"])
+        make_table([], csv=[tmp_path / "nothing.csv"])
     with pytest.raises(ConfigError, match="published=some"):
         make_table([], published="some")
     with pytest.raises(ConfigError, match="format=html"):
