@@ -80,7 +80,7 @@ def plot_efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path
         if cell["status"] == "ok":
             rows[cell["row"]].append(cell)
     lengths = sorted({cell["seq_len"] for found in rows.values() for cell in found})
-    figure, axes = _figure(len(panels), (15, 4.5))
+    figure, axes = _figure(len(panels), (15.0, 4.5))
     colors = matplotlib.colormaps["tab20"]
     for axis, (title, value) in zip(axes, panels, strict=True):
         for index, (name, found) in enumerate(rows.items()):

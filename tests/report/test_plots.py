@@ -8,7 +8,12 @@ import pytest
 
 from lra.errors import LraError
 from lra.report.intervals import accuracy_row
-from lra.report.plots import median_curve, plot_diagnostics, plot_learning_curves
+from lra.report.plots import (
+    median_curve,
+    plot_diagnostics,
+    plot_efficiency,
+    plot_learning_curves,
+)
 from lra.report.selection import select_runs
 from lra.runs.records import read_record
 from lra.runs.run_folder import load_records
@@ -45,3 +50,12 @@ def test_diagnostics_are_drawn_and_other_file_types_refused(tmp_path):
     assert "accuracy, %" in plot_diagnostics({"length": rows}, tmp_path / "a.svg").read_text()
     with pytest.raises(LraError, match="cannot draw"):
         plot_diagnostics({"length": rows}, tmp_path / "a.doc")
+
+
+def test_efficiency_is_drawn_without_cells_that_failed(tmp_path):
+    cell = {"row": "stu", "seq_len": 64, "status": "ok", "train": {"steps_per_s": 2.0}}
+    cell |= {"infer": {"steps_per_s": 5.0}, "memory": {"train_bytes": 10**9}}
+    cells = [cell, cell | {"seq_len": 128}, {"row": "gru", "seq_len": 64, "status": "oom"}]
+    text = plot_efficiency(cells, tmp_path / "a.svg").read_text()
+    assert "<!-- stu -->" in text
+    assert "<!-- gru -->" not in text
