@@ -429,9 +429,9 @@ def comparison_table(args: argparse.Namespace) -> int:
 
 
 def plot_command(args: argparse.Namespace) -> int:
-    from lra.report.plots import curves
+    from lra.report.plots import plot_learning_curves
 
-    print(curves(args.paths, args.output, args.task))
+    print(plot_learning_curves(args.paths, args.output, args.task))
     return 0
 
 
@@ -464,9 +464,9 @@ def diagnose_command(args: argparse.Namespace) -> int:
         print(text, end="\n\n", flush=True)
         tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
     if args.plot:
-        from lra.report.plots import draw_tables
+        from lra.report.plots import plot_diagnostics
 
-        print(f"{draw_tables(tables, args.plot)}")
+        print(f"{plot_diagnostics(tables, args.plot)}")
     return 0
 
 
@@ -494,9 +494,9 @@ def print_keys(prefixes: Sequence[str]) -> None:
 def models_command(args: argparse.Namespace) -> int:
     if not args.overrides:
         return list_options(args)
-    from lra.report.models import table
+    from lra.report.models import cost_table
 
-    print(table(args.overrides, args.format), end="")
+    print(cost_table(args.overrides, args.format), end="")
     return 0
 
 

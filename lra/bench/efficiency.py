@@ -257,13 +257,13 @@ def run(
 
 def write_all(result: dict[str, Any], file: Path) -> None:
     """The table as Markdown and LaTeX and the plot, beside the JSON."""
-    from lra.report.plots import efficiency
+    from lra.report.plots import plot_efficiency
 
     table = make_table(result)
     write_atomically(file.with_suffix(".md"), render(table, "markdown").encode())
     write_atomically(file.with_suffix(".tex"), render(table, "latex").encode())
     if not result["preset"]:
-        efficiency(result["cells"], file.with_suffix(".png"))
+        plot_efficiency(result["cells"], file.with_suffix(".png"))
 
 
 def _write(file: Path, result: dict[str, Any]) -> None:
@@ -566,7 +566,7 @@ def _length_table(result: Mapping[str, Any]) -> Table:
             row.cells[cell["column"]] = _shown(
                 table, cell, path, factor, base.get(cell["column"]) if relative else None
             )
-        table.add(
+        table.add_section(
             f"{title} (times that of {result['baseline']})" if relative else title, rows.values()
         )
     _remarks(table, result)
@@ -596,7 +596,7 @@ def _preset_table(result: Mapping[str, Any]) -> Table:
                     f"{cell['train']['steps_per_s'] / cell['published']:.3g} x"
                 )
         rows.append(row)
-    table.add("One model, one task a row", rows)
+    table.add_section("One model, one task a row", rows)
     _remarks(table, result)
     return table
 
@@ -611,8 +611,8 @@ def _shown(
     value = _value(cell, path)
     if value is None:
         if cell["status"] == "ok":
-            return "-" + (table.mark(cell["note"]) if cell.get("note") else "")
-        return ("OOM" if cell["status"] == "oom" else "-") + table.mark(
+            return "-" + (table.add_footnote(cell["note"]) if cell.get("note") else "")
+        return ("OOM" if cell["status"] == "oom" else "-") + table.add_footnote(
             f"{cell['row']}: {cell['reason']}"
         )
     text = f"{value * factor:,.3g}" if value * factor < 1000 else f"{value * factor:,.0f}"

@@ -1,4 +1,4 @@
-"""Renders a table for the terminal, as Markdown, LaTeX or CSV."""
+"""Renders a table for the terminal or as Markdown, LaTeX or CSV."""
 
 import io
 import os
@@ -9,39 +9,19 @@ from typing import Any
 from lra.errors import ConfigError
 
 FORMATS = ("terminal", "markdown", "latex", "csv")
+# fmt: off
 LONG_FORM_COLUMNS = (
-    *(
-        "kind",
-        "task",
-        "model",
-        "variant",
-        "protocol",
-        "data_source",
-        "data_key",
-        "accuracy",
-        "n",
-        "median",
-        "mean",
-    ),
-    *(
-        "ci_low",
-        "ci_high",
-        "std",
-        "min",
-        "max",
-        "learned",
-        "val_accuracy",
-        "params",
-        "steps",
-        "tuning_runs",
-    ),
-    *("source", "note"),
+    "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",
+    "median", "mean", "ci_low", "ci_high", "std", "min", "max", "learned", "val_accuracy", "params",
+    "steps", "tuning_runs", "source", "note",
 )
+# fmt: on
+INTEGER_COLUMNS = ("n", "params", "steps", "tuning_runs")
 
 
 @dataclass
 class TableRow:
-    """One line of the table: what it is called and, by task, what it says."""
+    """One line of a table: its name and the text of each cell by column."""
 
     name: str
     cells: dict[str, str] = field(default_factory=dict)
@@ -49,14 +29,14 @@ class TableRow:
 
 @dataclass
 class Table:
-    """What to print, before it is known where.
+    """A table that does not depend on its format.
 
     Attributes:
-        columns: heading of each task.
-        sections: title and rows of each part that has rows.
-        footnotes: numbered from 1, as `[1]` in the cells.
+        columns: headings by column, which is a task in a comparison of models.
+        sections: title and rows of each section.
+        footnotes: numbered from 1, as `[1]` in cells and row names.
         remarks: lines below the table.
-        long: one dictionary a number, with the keys of `LONG_FORM_COLUMNS`.
+        long: one dictionary for each number, with the keys of `LONG_FORM_COLUMNS`.
     """
 
     columns: dict[str, str]
@@ -65,26 +45,27 @@ class Table:
     remarks: list[str] = field(default_factory=list)
     long: list[dict[str, Any]] = field(default_factory=list)
 
-    def mark(self, text: str) -> str:
-        """` [k]`, the mark of this footnote, the same for the same text."""
+    def add_footnote(self, text: str) -> str:
+        """Adds a footnote unless it exists and returns its mark, ` [1]`."""
         if text not in self.footnotes:
             self.footnotes.append(text)
         return f" [{self.footnotes.index(text) + 1}]"
 
-    def add(self, title: str, rows: Iterable[TableRow]) -> None:
-        filled = [row for row in rows if row.cells]
-        if filled:
+    def add_section(self, title: str, rows: Iterable[TableRow]) -> None:
+        """Adds the rows that have cells as a section, if there are any."""
+        if filled := [row for row in rows if row.cells]:
             self.sections.append((title, filled))
 
 
 def render(
     table: Table, format: str = "terminal", *, width: int | None = None, color: bool = False
 ) -> str:
-    """The table as text, ending in a newline.
+    """Returns the table as text that ends in a newline.
 
     Args:
-        format: terminal, markdown, latex (booktabs) or csv.
-        width: of the terminal; by default the terminal's own. `color`: with escape sequences.
+        format: terminal, markdown, latex (booktabs) or csv (long form, every number).
+        width: of the terminal format; None for the width of the terminal.
+        color: whether the terminal format has escape sequences.
     """
     if format == "terminal":
         return _terminal(table, width, color)
@@ -97,23 +78,17 @@ def render(
     raise ConfigError(f"format={format} is unknown; choose {', '.join(FORMATS)}")
 
 
-# ---- formats
+def _header(table: Table) -> list[str]:
+    return ["model", *table.columns.values()]
 
 
-def _grid(table: Table) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
-    """Header, and each section as lists of cells."""
-    sections = [
-        (title, [[row.name, *(row.cells.get(task, "") for task in table.columns)] for row in rows])
-        for title, rows in table.sections
-    ]
-    return ["model", *table.columns.values()], sections
+def _cells(table: Table, row: TableRow) -> list[str]:
+    return [row.name, *(row.cells.get(column, "") for column in table.columns)]
 
 
-def _below(table: Table) -> list[str]:
-    return [
-        *table.remarks,
-        *(f"[{number}] {text}" for number, text in enumerate(table.footnotes, 1)),
-    ]
+def _lines_below(table: Table) -> list[str]:
+    footnotes = (f"[{number}] {text}" for number, text in enumerate(table.footnotes, 1))
+    return [*table.remarks, *footnotes]
 
 
 def _terminal(table: Table, width: int | None, color: bool) -> str:
@@ -122,22 +97,20 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    header, sections = _grid(table)
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in header:
+    for heading in _header(table):
         rich.add_column(Text(heading), overflow="fold")
-    for number, (title, rows) in enumerate(sections):
-        if number:
-            rich.add_section()
+    for title, rows in table.sections:
+        rich.add_section()
         rich.add_row(Text(title, style="bold"))
         for row in rows:
-            rich.add_row(*map(Text, row))
+            rich.add_row(*map(Text, _cells(table, row)))
     text = io.StringIO()
     console = Console(
         file=text, width=width or _terminal_width(), force_terminal=color, highlight=False
     )
     console.print(rich)
-    for line in _below(table):
+    for line in _lines_below(table):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
@@ -145,31 +118,32 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
 def _terminal_width() -> int:
     try:
         return os.get_terminal_size().columns
-    except OSError:  # a file or a pipe, which has no edge to wrap at
+    except OSError:  # a file or a pipe
         return 160
 
 
-def _frame(table: Table, heading: str) -> Any:
+def _data_frame(table: Table, title_format: str) -> Any:
     import pandas as pd
 
-    header, sections = _grid(table)
-    blank = [""] * len(table.columns)
-    lines = [line for title, rows in sections for line in ([heading.format(title), *blank], *rows)]
-    return pd.DataFrame(lines, columns=header, dtype=str)
+    empty = [""] * len(table.columns)
+    lines = []
+    for title, rows in table.sections:
+        lines += [[title_format.format(title), *empty], *(_cells(table, row) for row in rows)]
+    return pd.DataFrame(lines, columns=_header(table), dtype=str)
 
 
 def _markdown(table: Table) -> str:
-    frame = _frame(table, "**{}**").map(lambda text: text.replace("|", r"\|"))
+    frame = _data_frame(table, "**{}**").map(lambda text: text.replace("|", r"\|"))
     body = frame.to_markdown(index=False, disable_numparse=True)
-    return "\n".join([body, "", *(f"- {line}" for line in _below(table))]) + "\n"
+    return "\n".join([body, "", *(f"- {line}" for line in _lines_below(table))]) + "\n"
 
 
 def _latex(table: Table) -> str:
-    body = _frame(table, "{}").to_latex(
-        index=False, escape=True, column_format="l" + "l" * len(table.columns)
-    )
-    # paragraphs, since a line break would read the next line's [1] as its length
-    notes = "\n\n".join(rf"\noindent {_escaped(line)}" for line in _below(table))
+    column_format = "l" * (1 + len(table.columns))
+    frame = _data_frame(table, "{}")
+    body = frame.to_latex(index=False, escape=True, column_format=column_format)
+    # paragraphs, because LaTeX reads `[1]` after a line break `\\` as a length
+    notes = "\n\n".join(rf"\noindent {_escaped(line)}" for line in _lines_below(table))
     return f"{body}\n{{\\footnotesize\n{notes}\n\n}}\n"
 
 
@@ -182,11 +156,6 @@ def _escaped(text: str) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    whole = dict.fromkeys(
-        ("n", "params", "steps", "tuning_runs"), "Int64"
-    )  # which, unlike int, may be missing
-    return (
-        pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS))
-        .astype(whole)
-        .to_csv(index=False, lineterminator="\n")
-    )
+    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS))
+    frame = frame.astype(dict.fromkeys(INTEGER_COLUMNS, "Int64"))  # allows missing values
+    return frame.to_csv(index=False, lineterminator="\n")

@@ -12,25 +12,24 @@ from lra.config.cost import Cost, cost
 from lra.config.options import options
 from lra.errors import ConfigError
 
-# --- the table of `lra models` -------------------------------------------------------------------------------------
-
 HEADERS = ("model", "width", "depth", "parameters", "FLOPs", "state")
 FORMATS = {"terminal": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 
 
-def table(overrides: Sequence[str], format: str = "terminal") -> str:
-    """Costs of the models on a task, as text; one that cannot be built has the reason in its row.
+def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
+    """Returns the costs of the models on a task as text, with the reason if one cannot be built.
 
     Args:
         overrides: as for `lra train`; `model=A,B` restricts the rows.
         format: terminal, markdown, latex or csv (plain numbers).
     Raises:
-        ConfigError: an override is no KEY=VALUE, or no model can be built, all for one reason.
+        ConfigError: an override is not KEY=VALUE, or all models fail for the same reason.
     """
-    if stray := [word for word in overrides if "=" not in word]:
-        raise ConfigError(
-            f"{stray[0]}: expected KEY=VALUE words as for `lra train`, such as task=listops"
-        )
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(
+                f"{word}: expected KEY=VALUE as for `lra train`, such as task=listops"
+            )
     rows: dict[str, Cost | ConfigError] = {}
     title = ""
     for name, words in _each_model(overrides):
@@ -46,20 +45,23 @@ def table(overrides: Sequence[str], format: str = "terminal") -> str:
     if format == "csv":
         return _csv(rows)
     cells = [_cells(name, row, "{:,}".format) for name, row in rows.items()]
-    noted = [*HEADERS, ""] if any(row[-1] for row in cells) else HEADERS
+    headers = [*HEADERS, ""] if any(row[-1] for row in cells) else HEADERS
     body = tabulate(
-        [row[: len(noted)] for row in cells],
-        headers=noted,
+        [row[: len(headers)] for row in cells],
+        headers=headers,
         tablefmt=FORMATS[format],
         disable_numparse=True,
-        colalign=("left", *["right"] * (len(HEADERS) - 1), "left")[: len(noted)],
+        colalign=("left", *["right"] * (len(HEADERS) - 1), "left")[: len(headers)],
     )
-    about = f"{title}FLOPs: one example, forward, on {jax.default_backend()}; state: numbers a step keeps for one sequence"
-    return f"{about}\n\n{body}\n" if format in ("terminal", "markdown") else f"{body}\n"
+    caption = (
+        f"{title}FLOPs: one example, forward, on {jax.default_backend()}; "
+        "state: numbers a step keeps for one sequence"
+    )
+    return f"{caption}\n\n{body}\n" if format in ("terminal", "markdown") else f"{body}\n"
 
 
 def _each_model(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(name, overrides that choose it alone); an experiment names its model itself."""
+    """Yields (name, overrides) of each model; one item without a name for an experiment."""
     if any(word.startswith("experiment=") and word != "experiment=null" for word in overrides):
         yield "", list(overrides)
         return
@@ -69,14 +71,18 @@ def _each_model(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     yield from ((name, [*others, f"model={name}"]) for name in dict.fromkeys(names))
 
 
-def _cells(name: str, row: "Cost | ConfigError", shown: Callable[[int], str]) -> list[str]:
-    """One row, the note last."""
+def _cells(name: str, row: Cost | ConfigError, format_number: Callable[[int], str]) -> list[str]:
+    """The cells of one row, the note last."""
     if isinstance(row, ConfigError):
         return [name, *["-"] * (len(HEADERS) - 1), str(row)]
-    return [name, *("-" if number is None else shown(number) for number in row[:-1]), row.note]
+    return [
+        name,
+        *("-" if number is None else format_number(number) for number in row[:-1]),
+        row.note,
+    ]
 
 
-def _csv(rows: "Mapping[str, Cost | ConfigError]") -> str:
+def _csv(rows: Mapping[str, Cost | ConfigError]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*HEADERS, "note"])

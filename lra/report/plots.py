@@ -1,4 +1,4 @@
-"""How did validation accuracy grow? Learning curves of finished runs, a line a model, beside the lines they have to beat."""
+"""Draws learning curves, diagnostics and efficiency into PNG, PDF or SVG files."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,134 +8,67 @@ from typing import Any
 import numpy as np
 
 from lra.errors import LraError
-from lra.report.perturbations import AccuracyRow
-from lra.report.tables import shown_runs
+from lra.report.intervals import AccuracyRow
+from lra.report.selection import Record, select_runs
 from lra.runs.records import read_metrics
 from lra.runs.run_folder import load_records
 
 
-def curves(
+def plot_learning_curves(
     paths: Iterable[str | Path], output: str | Path, tasks: Sequence[str] | None = None
 ) -> Path:
-    """Draw validation accuracy over steps into `output` (png, pdf or svg), a panel a task.
+    """Plots validation accuracy over steps, one panel for each task.
 
-    The runs are those that the table counts: a thin line each, a thick one for the median of a model's. Dashed lines are the
-    test split's reference lines.
+    The runs are those in the table: a thin line for each, and a thick line for the median of a
+    model. Dashed lines are the reference lines of the test split.
 
     Raises:
-        LraError: no finished run below `paths`, or a file type that cannot be drawn.
+        LraError: there is no finished run below `paths`, or the file type is not supported.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    wanted = [
-        r
-        for r in load_records(paths)
-        if r["status"] == "finished" and (tasks is None or r["task"] in tasks)
+    finished = [
+        record
+        for record in load_records(paths)
+        if record["status"] == "finished" and (tasks is None or record["task"] in tasks)
     ]
-    panels: dict[str, dict[str, list[Any]]] = defaultdict(dict)
-    for (label, task), (runs, _) in shown_runs(wanted).items():
-        panels[task][label] = runs
+    panels: dict[str, dict[str, list[Record]]] = defaultdict(dict)
+    for (name, task), (runs, _) in select_runs(finished).items():
+        panels[task][name] = runs
     if not panels:
         raise LraError(f"no finished run below {', '.join(map(str, paths))}; `lra train` makes one")
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained"
-    )
-    for axis, (task, rows) in zip(axes[0], sorted(panels.items()), strict=True):
-        _panel(axis, task, rows)
-    return _saved(figure, output)
+    figure, axes = _figure(len(panels), (6.0 * len(panels), 4.0))
+    for axis, (task, rows) in zip(axes, sorted(panels.items()), strict=True):
+        _learning_curves(axis, task, rows)
+    return _save(figure, output)
 
 
-def draw_tables(tables: Mapping[str, Sequence[AccuracyRow]], output: str | Path) -> Path:
-    """Draw the tables of diagnostics into `output` (png, pdf or svg), a panel a table, with their 95 % intervals.
+def plot_diagnostics(tables: Mapping[str, Sequence[AccuracyRow]], output: str | Path) -> Path:
+    """Plots accuracies with their 95 % intervals, one panel for each table.
 
     Raises:
-        LraError: a file type that cannot be drawn.
+        LraError: the file type is not supported.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    tall = max(map(len, tables.values()))
-    wide = sum(
-        4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values()
-    )  # inches; room for the values
-    figure, axes = plt.subplots(
-        1,
-        len(tables),
-        figsize=(wide, 1.5 + 0.25 * tall),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
-    for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
-        middle = 100 * np.asarray([row.accuracy for row in rows])
+    # inches; room for the names of the values
+    width = sum(4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values())
+    height = 1.5 + 0.25 * max(map(len, tables.values()))
+    figure, axes = _figure(len(tables), (width, height), sharex=True)
+    for axis, (name, rows) in zip(axes, tables.items(), strict=True):
+        accuracy = 100 * np.asarray([row.accuracy for row in rows])
         ends = 100 * np.asarray([(row.low, row.high) for row in rows]).T
         places = range(len(rows))
-        axis.errorbar(middle, places, xerr=np.abs(ends - middle), fmt="o", capsize=3)
+        axis.errorbar(accuracy, places, xerr=np.abs(ends - accuracy), fmt="o", capsize=3)
         axis.set_yticks(places, [row.value for row in rows], fontsize=8)
         axis.invert_yaxis()  # the first row on top, as in the table
         axis.set(title=name, xlabel="accuracy, %")
-    return _saved(figure, output)
+    return _save(figure, output)
 
 
-def _saved(figure: Any, output: str | Path) -> Path:
-    import matplotlib.pyplot as plt
+def plot_efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path:
+    """Plots training and inference steps/s and peak training memory over the length.
 
-    try:
-        figure.savefig(output, dpi=130)
-    except ValueError as error:
-        raise LraError(f"cannot draw {output}: {error}") from error
-    finally:
-        plt.close(figure)
-    return Path(output)
-
-
-def _panel(axis: Any, task: str, rows: dict[str, list[Any]]) -> None:
-    for number, (label, records) in enumerate(rows.items()):
-        logs = [read_metrics(record["path"]) for record in records]
-        runs = [
-            np.asarray([(m["step"], 100 * m["val/accuracy"]) for m in log if "val/accuracy" in m])
-            for log in logs
-        ]
-        for run in runs:
-            axis.plot(*run.T, color=f"C{number}", linewidth=0.7, alpha=0.5)
-        axis.plot(
-            *median_curve(runs), color=f"C{number}", linewidth=2, label=f"{label}, n={len(runs)}"
-        )
-    reference = next(iter(rows.values()))[0]["reference"]
-    for name, value in reference.items():
-        axis.axhline(100 * value, color="grey", linewidth=1, linestyle="--")
-        place = {
-            "xy": (1, 100 * value),
-            "xycoords": ("axes fraction", "data"),
-            "ha": "right",
-            "va": "bottom",
-        }
-        axis.annotate(name.replace("_", " "), fontsize=7, **place)
-    axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
-    axis.legend(fontsize=8)
-
-
-def median_curve(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all runs have evaluated, and the median of their accuracies there; runs are rows of (step, accuracy)."""
-    common = sorted(set.intersection(*(set(run[:, 0]) for run in runs)))
-    values = [[dict(run)[step] for step in common] for run in runs]
-    return np.asarray(common), np.median(values, axis=0)
-
-
-def efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path:
-    """Draw training and inference steps/s and peak training memory over the length into `output`, a line a model.
-
-    All axes are logarithmic. Cells without a number, out of memory say, are left out of their line.
+    There is one line for each model, and all axes are logarithmic. Cells without a number, such as
+    those that ran out of memory, are left out.
     """
     import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
 
     panels = (
         ("training steps/s", lambda cell: cell["train"]["steps_per_s"]),
@@ -146,25 +79,75 @@ def efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path:
     for cell in cells:
         if cell["status"] == "ok":
             rows[cell["row"]].append(cell)
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
-    colours = plt.get_cmap("tab20")
-    for axis, (title, number) in zip(axes, panels, strict=True):
-        for place, (name, found) in enumerate(rows.items()):
-            points = sorted((cell["seq_len"], number(cell)) for cell in found)
-            axis.plot(
-                *zip(*points, strict=True),
-                color=colours(place % 20),
-                marker="os^Dv"[place % 5],
-                markersize=4,
-                label=name,
-            )
+    lengths = sorted({cell["seq_len"] for found in rows.values() for cell in found})
+    figure, axes = _figure(len(panels), (15.0, 4.5))
+    colors = matplotlib.colormaps["tab20"]
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for index, (name, found) in enumerate(rows.items()):
+            points = sorted((cell["seq_len"], value(cell)) for cell in found)
+            style = {"color": colors(index % 20), "marker": "os^Dv"[index % 5], "markersize": 4}
+            axis.plot(*zip(*points, strict=True), **style, label=name)
         axis.set(title=title, xlabel="length L", xscale="log", yscale="log")
-        lengths = sorted({cell["seq_len"] for found in rows.values() for cell in found})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     if rows:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(output, dpi=100)
-    plt.close(figure)
+    return _save(figure, output, dpi=100)
+
+
+def median_curve(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Median accuracy at the steps that all runs evaluated; a run has rows of (step, accuracy)."""
+    steps = sorted(set.intersection(*(set(run[:, 0]) for run in runs)))
+    values = [[dict(run)[step] for step in steps] for run in runs]
+    return np.asarray(steps), np.median(values, axis=0)
+
+
+def _learning_curves(axis: Any, task: str, rows: Mapping[str, Sequence[Record]]) -> None:
+    for index, (name, records) in enumerate(rows.items()):
+        color, runs = f"C{index}", []
+        for record in records:
+            lines = read_metrics(record["path"])
+            points = [(m["step"], 100 * m["val/accuracy"]) for m in lines if "val/accuracy" in m]
+            runs.append(np.asarray(points))
+        for run in runs:
+            axis.plot(*run.T, color=color, linewidth=0.7, alpha=0.5)
+        axis.plot(*median_curve(runs), color=color, linewidth=2, label=f"{name}, n={len(runs)}")
+    reference = next(iter(rows.values()))[0]["reference"]
+    for name, accuracy in reference.items():
+        axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
+        axis.annotate(
+            name.replace("_", " "),
+            xy=(1, 100 * accuracy),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
+    axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
+    axis.legend(fontsize=8)
+
+
+def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes side by side, without a display."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, panels, figsize=size, squeeze=False, layout="constrained", **options
+    )
+    return figure, axes[0]
+
+
+def _save(figure: Any, output: str | Path, dpi: int = 130) -> Path:
+    import matplotlib.pyplot as plt
+
+    try:
+        figure.savefig(output, dpi=dpi)
+    except ValueError as error:
+        raise LraError(f"cannot draw {output}: {error}") from error
+    finally:
+        plt.close(figure)
     return Path(output)

@@ -1,16 +1,18 @@
-"""Reads CSV files of published or user-supplied results."""
+"""Reads CSV files of published or user-supplied results and adds them to a table."""
 
 import csv
 import io
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lra.errors import LraError
+from lra.report.formats import Table, TableRow
 
 
 def published_path() -> Path:
-    """The file of published numbers: in a wheel beside this module, in a checkout under results/."""
+    """The file of published numbers: under results/ in a checkout, under lra/ in a wheel."""
     root = Path(__file__).resolve().parents[2]
     for path in (root / "results" / "published.csv", root / "lra" / "published.csv"):
         if path.exists():
@@ -19,10 +21,12 @@ def published_path() -> Path:
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV of results, checked: model, task, accuracy, and variant, source, note, featured where present.
+    """Rows of a CSV file with the columns model, task and accuracy (percent or FAIL).
+
+    The columns variant, source, note and featured are optional.
 
     Raises:
-        LraError: what is wrong, with file, line and column.
+        LraError: a value that is not valid, with file, line and column.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -34,31 +38,65 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
             raise LraError(
                 f"{path}, line 1: no column {column}; expected model,task,accuracy[,variant,source]"
             )
-    return [_result(path, reader.line_num, row) for row in reader]
+    return [_checked(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
-# ---- the numbers of others
+def add_results(table: Table, kind: str, title: str, results: Iterable[Mapping[str, str]]) -> None:
+    """Adds a section of results with their digits as printed; the source is a footnote of the row.
+
+    Args:
+        kind: published or user, for the long form.
+    """
+    groups: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = defaultdict(dict)
+    for result in results:
+        if result["task"] in table.columns:
+            key = result["model"], result.get("variant", ""), result.get("source", "")
+            groups[key][result["task"]] = result
+    rows = []
+    for (model, variant, source), by_task in groups.items():
+        footnote = "; ".join(filter(None, [source, _notes(by_task)]))
+        name = ", ".join(filter(None, [model, variant]))
+        name += table.add_footnote(footnote) if footnote else ""
+        rows.append(TableRow(name, {task: row["accuracy"] for task, row in by_task.items()}))
+        keys = ("task", "model", "variant", "accuracy", "source", "note")
+        table.long += [
+            {"kind": kind, **{key: result.get(key, "") for key in keys}}
+            for result in by_task.values()
+        ]
+    table.add_section(title, rows)
 
 
-def _result(path: str | Path, line: int, row: Mapping[str | None, Any]) -> dict[str, str]:
+def _notes(by_task: Mapping[str, Mapping[str, str]]) -> str:
+    """Each distinct note once, with its tasks unless it holds for all of them."""
+    tasks: dict[str, list[str]] = defaultdict(list)
+    for task, result in by_task.items():
+        for note in filter(None, result.get("note", "").split("; ")):
+            tasks[note].append(task)
+    return "; ".join(
+        note if len(names) == len(by_task) else f"{', '.join(names)}: {note}"
+        for note, names in tasks.items()
+    )
+
+
+def _checked(place: str, row: Mapping[str | None, Any]) -> dict[str, str]:
     if None in row:
         raise LraError(
-            f"{path}, line {line}: more values than columns; put values with commas in double quotes"
+            f"{place}: more values than columns; put values with commas in double quotes"
         )
     clean = {str(key): (value or "").strip() for key, value in row.items()}
     for column in ("model", "task"):
         if not clean[column]:
-            raise LraError(f"{path}, line {line}, column {column}: empty; expected a name")
-    found = clean["accuracy"]
-    if found != "FAIL" and not _is_percent(found):
+            raise LraError(f"{place}, column {column}: empty; expected a name")
+    accuracy = clean["accuracy"]
+    if accuracy != "FAIL" and not _is_percent(accuracy):
         raise LraError(
-            f"{path}, line {line}, column accuracy: found {found!r}; expected percent (61.04) or FAIL"
+            f"{place}, column accuracy: found {accuracy!r}; expected percent (61.04) or FAIL"
         )
     return clean
 
 
 def _is_percent(text: str) -> bool:
-    """A number in (1, 100] or 0: a fraction such as 0.61 is taken for the mistake it is."""
+    """Whether a number is 0 or in (1, 100]; a value such as 0.61 is a fraction."""
     try:
         value = float(text)
     except ValueError:

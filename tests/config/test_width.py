@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 import lra
 from lra.cli import main
 from lra.config.build import build_task
+from lra.config.compose import run_config
 from lra.config.cost import cost
 from lra.config.options import CONF
 from lra.config.width import ParamCount, count, nearest_widths, parse
 from lra.errors import ConfigError
 from lra.report.evaluate import evaluate_run
 from lra.runs.records import config_hash
-from lra.training.trainer import run_config
 
 TASK = ["task=listops_short", "backbone.depth=1"]
 

@@ -10,23 +10,23 @@ from lra.config import cost as cost_module
 from lra.config.cost import cost
 from lra.config.flops import UncountedError
 from lra.errors import ConfigError
-from lra.report.models import table
+from lra.report.models import cost_table
 
 
 def test_table_has_a_row_per_model_with_a_reason_if_it_cannot_be_built():
     words = ["task=listops_short", "model=lru,transformer", "backbone.width=9", "backbone.depth=1"]
-    rows = list(csv.DictReader(io.StringIO(table(words, "csv"))))
+    rows = list(csv.DictReader(io.StringIO(cost_table(words, "csv"))))
     assert [row["model"] for row in rows] == ["lru", "transformer"]
     expected = cost(lra.compose([*words[:1], "model=lru", *words[2:]]))
     assert (rows[0]["parameters"], rows[0]["FLOPs"]) == (str(expected.params), str(expected.flops))
     assert (rows[0]["width"], rows[0]["depth"], rows[0]["note"]) == ("9", "1", "")
     assert rows[1]["parameters"] == ""
     assert "must be at least 1 and divide backbone.width=9" in rows[1]["note"]
-    shown = table(words)
+    shown = cost_table(words)
     assert f"{expected.params:,}" in shown
     assert "listops_short, protocol strict" in shown
-    assert table(words, "markdown").splitlines()[2].startswith("| model ")
-    assert r"\toprule" in table(words, "latex")
+    assert cost_table(words, "markdown").splitlines()[2].startswith("| model ")
+    assert r"\toprule" in cost_table(words, "latex")
 
 
 def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
@@ -34,7 +34,7 @@ def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
         raise UncountedError("a while loop")
 
     monkeypatch.setattr(cost_module, "flops", refuse)
-    (row,) = csv.DictReader(io.StringIO(table(["task=listops_short", "model=lru"], "csv")))
+    (row,) = csv.DictReader(io.StringIO(cost_table(["task=listops_short", "model=lru"], "csv")))
     assert row["FLOPs"] == ""
     assert int(row["parameters"]) > 0
     assert row["note"] == "operations not counted: a while loop"
@@ -54,11 +54,11 @@ def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
 )
 def test_error_of_every_model_is_one_line(words, message):
     with pytest.raises(ConfigError) as caught:
-        table(words)
+        cost_table(words)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_table_of_an_experiment_has_its_model():
-    (row,) = csv.DictReader(io.StringIO(table(["experiment=listops/quick"], "csv")))
+    (row,) = csv.DictReader(io.StringIO(cost_table(["experiment=listops/quick"], "csv")))
     assert row["model"] == lra.compose(["experiment=listops/quick"]).names.model

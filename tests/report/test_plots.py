@@ -1,16 +1,25 @@
-"""Learning curves from records on disk."""
+"""Learning curves and diagnostics as files."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
 
-import lra
 from lra.errors import LraError
-from lra.report.plots import curves, median_curve
-from lra.report.tables import shown_runs
+from lra.report.intervals import accuracy_row
+from lra.report.plots import (
+    median_curve,
+    plot_diagnostics,
+    plot_efficiency,
+    plot_learning_curves,
+)
+from lra.report.selection import select_runs
+from lra.runs.records import read_record
 from lra.runs.run_folder import load_records
 
 
-def test_median_is_taken_where_all_runs_were_evaluated():
+def test_median_is_taken_at_steps_that_all_runs_evaluated():
     runs = [
         np.asarray([[1, 10.0], [2, 20.0], [3, 30.0]]),
         np.asarray([[1, 30.0], [3, 50.0]]),
@@ -21,13 +30,32 @@ def test_median_is_taken_where_all_runs_were_evaluated():
     np.testing.assert_array_equal(median, [20.0, 50.0])
 
 
-def test_finished_runs_are_drawn_and_nothing_is_an_error(tiny, tmp_path):
+def test_learning_curves_show_the_runs_of_the_table(copied_run, tmp_path):
     with pytest.raises(LraError, match="no finished run below"):
-        curves([tmp_path], tmp_path / "curves.png")
-    lra.train(tiny)
-    lra.train([*tiny, "optim.lr=0.1"])  # another configuration is not another seed
-    finished = load_records([tmp_path])
-    assert [len(runs) for runs, _ in shown_runs(finished).values()] == [1]
-    assert curves([tmp_path], tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        plot_learning_curves([tmp_path / "empty"], tmp_path / "curves.png")
+    other = shutil.copytree(copied_run, tmp_path / "other")
+    record = read_record(other)
+    record["config"]["optim"]["lr"] = 0.1  # another configuration is not another seed
+    (other / "record.json").write_text(json.dumps(record))
+    (selected,) = select_runs(load_records([tmp_path])).values()
+    assert len(selected.runs) == 1
+    path = plot_learning_curves([tmp_path], tmp_path / "curves.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(LraError, match="cannot draw"):
-        curves([tmp_path], tmp_path / "curves.doc")
+        plot_learning_curves([tmp_path], tmp_path / "curves.doc")
+
+
+def test_diagnostics_are_drawn_and_other_file_types_refused(tmp_path):
+    rows = [accuracy_row("as trained " * 9, np.ones(4)), accuracy_row("x", np.zeros(3))]
+    assert "accuracy, %" in plot_diagnostics({"length": rows}, tmp_path / "a.svg").read_text()
+    with pytest.raises(LraError, match="cannot draw"):
+        plot_diagnostics({"length": rows}, tmp_path / "a.doc")
+
+
+def test_efficiency_is_drawn_without_cells_that_failed(tmp_path):
+    cell = {"row": "stu", "seq_len": 64, "status": "ok", "train": {"steps_per_s": 2.0}}
+    cell |= {"infer": {"steps_per_s": 5.0}, "memory": {"train_bytes": 10**9}}
+    cells = [cell, cell | {"seq_len": 128}, {"row": "gru", "seq_len": 64, "status": "oom"}]
+    text = plot_efficiency(cells, tmp_path / "a.svg").read_text()
+    assert "<!-- stu -->" in text
+    assert "<!-- gru -->" not in text

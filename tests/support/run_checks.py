@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 import lra
+from lra.config.compose import run_config
 from lra.runs.records import read_predictions, read_record, run_path
 from lra.training.checkpoint import Checkpoints
 from lra.training.setup import Setup
 from lra.training.state import initial_state
-from lra.training.trainer import run_config
 
 ONE_STEP_CALLS = "trainer.call_seconds=1e-9"  # each jitted call trains one step
 KILLED = """

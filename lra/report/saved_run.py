@@ -1,0 +1,206 @@
+"""A saved run: its record, config, data and weights, and the logits of its model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from lra.config.build import build_task, data_arguments
+from lra.config.compose import resolve, upgrade_config
+from lra.config.schema import keys_in_eval
+from lra.data.store import Split, prepare
+from lra.errors import ConfigError, DataError, LraError, RunFolderError
+from lra.runs import records
+from lra.runs.progress import preparing
+from lra.training.checkpoint import Checkpoints, check_metadata
+from lra.training.determinism import use_deterministic_ops
+from lra.training.evaluation import predict
+from lra.training.memory import is_out_of_memory
+from lra.training.recorder import CHECKPOINTS, describe_data
+from lra.training.setup import Setup, use_compilation_cache
+from lra.training.state import Best, State, initial_state, selected_weights
+from lra.training.step import make_step_functions
+
+
+class SavedRun:
+    """Reads the record of a run, and its data and weights on first use. Sets JAX up for its config.
+
+    Args:
+        folder: the run folder.
+        overrides: KEY=VALUE of the keys in `keys_in_eval`.
+        split: train, val or test.
+        weights: best or last; None for those that the protocol selects.
+        examples: number of first examples of the split; None for as many as the run scored.
+
+    Raises:
+        RunFolderError: the folder holds no record.
+        ConfigError: an override of another key.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        overrides: Sequence[str] = (),
+        *,
+        split: str = "test",
+        weights: str | None = None,
+        examples: int | None = None,
+    ):
+        record = records.read_record(folder)
+        if record is None:
+            raise RunFolderError(
+                f"{folder} holds no run; name a run folder such as "
+                "runs/TASK/MODEL/strict-s0-1a2b3c4d"
+            )
+        self.folder, self.record, self.split = folder, record, split
+        self.cfg = cfg = resolved_config(record, overrides)
+        self.rule = weights or cfg.protocol.select
+        scored = cfg.trainer.train_eval_examples if split == "train" else cfg.trainer.eval_examples
+        self.limit: int | None = examples or scored
+        self.task = build_task(cfg)
+        # the training functions are never called, so the batch size is irrelevant
+        self._forward = cache(lambda setup: make_step_functions(setup, 1).predict)
+        if cfg.trainer.deterministic:
+            use_deterministic_ops(True)
+        if cfg.trainer.compilation_cache:
+            use_compilation_cache()
+
+    @cached_property
+    def data(self) -> Split:
+        """The evaluated examples, memory-mapped.
+
+        Raises:
+            DataError: the split differs from the data of the run.
+        """
+        store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
+        recorded = (self.record.get("data") or {}).get("splits", {})
+        if describe_data(store)["splits"][self.split] != recorded.get(self.split):
+            raise DataError(
+                f"{self.split} under data.root={self.cfg.data.root} differs from the data of the "
+                "run; set data.root to the data of the run"
+            )
+        return first_examples(store.splits[self.split], self.limit)
+
+    @cached_property
+    def setup(self) -> Setup:
+        return Setup(self.cfg)
+
+    @cached_property
+    def checkpoint(self) -> tuple[State, Best, int]:
+        """State, best weights and step of the newest checkpoint.
+
+        Raises:
+            RunFolderError: there is no checkpoint, or none can be read.
+        """
+        path = self.folder / CHECKPOINTS
+        if not path.is_dir():
+            raise RunFolderError(
+                f"{self.folder} holds no checkpoint: the run did not keep its weights, or it ended "
+                "before its first checkpoint"
+            )
+        state, best = initial_state(self.setup)
+        checkpoints = Checkpoints(path, read_only=True)
+        try:
+            saved = checkpoints.restore((state, best[:2]))
+        finally:
+            checkpoints.close()
+        if saved is None:
+            raise RunFolderError(
+                f"{self.folder} holds no checkpoint: the run ended before its first checkpoint"
+            )
+        check_metadata(self.folder, saved.progress, self.task.vocab)
+        state, best_weights = saved.state
+        return state, Best(*best_weights, **saved.progress["best"]), saved.step
+
+    @cached_property
+    def weights(self) -> tuple[Any, Any]:
+        """(params, batch_stats) of the requested weights."""
+        state, best, _ = self.checkpoint
+        return selected_weights(self.rule, state, best)
+
+    @property
+    def weights_step(self) -> int:
+        """The step at which the requested weights were saved."""
+        state, best, _ = self.checkpoint
+        return best.step if self.rule == "best" else int(state.step)
+
+    @property
+    def title(self) -> str:
+        record = self.record
+        return (
+            f"{record['model']} on {record['task']}, protocol {record['protocol']}, "
+            f"seed {record['seed']}"
+        )
+
+    @property
+    def scores_recorded(self) -> bool:
+        """Whether the run is finished and recorded the scores of the requested weights."""
+        return self.record["status"] == "finished" and self.rule == self.cfg.protocol.select
+
+    def stored_predictions(self) -> dict[str, np.ndarray] | None:
+        """The content of predictions.npz if it belongs to the requested split and weights."""
+        if self.split != "test" or not self.scores_recorded:
+            return None
+        return records.read_predictions(self.folder)
+
+    def logits(
+        self, inputs: np.ndarray, lengths: np.ndarray, setup: Setup | None = None
+    ) -> np.ndarray:
+        """Logits (n, C) or (n, T, C) of examples by the requested weights.
+
+        A batch holds as many positions as an evaluation batch of the run.
+
+        Args:
+            setup: a model for another length; None for the model of the run.
+        Raises:
+            LraError: a batch does not fit into device memory.
+        """
+        setup, size = setup or self.setup, self.cfg.trainer.eval_batch_size
+        positions = inputs.shape[lengths.ndim]
+        batch = max(1, min(size * self.task.seq_len // positions, max(size, len(lengths))))
+        forward = partial(self._forward(setup), *self.weights, setup.constants)
+        with out_of_memory_advice(self.cfg):
+            return predict(forward, inputs, lengths, batch)
+
+
+def resolved_config(record: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of a record with overrides; keys that the record lacks have today's defaults.
+
+    Raises:
+        ConfigError: an override of a key that is not in `keys_in_eval`.
+    """
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or key not in keys_in_eval():
+            raise ConfigError(
+                f"{word}: the config of a saved run is fixed; KEY=VALUE may set "
+                f"{', '.join(keys_in_eval())}"
+            )
+    config = OmegaConf.create(upgrade_config(record["config"]))
+    if batch := record.get("eval_batch"):  # the batch that fit, and that gave the stored bits
+        config.trainer.eval_batch_size = batch
+    cfg = cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
+    choices = {key: record.get(key) for key in ("task", "model", "experiment")}
+    return resolve(cfg, choices, overrides)
+
+
+def first_examples(split: Split, limit: int | None) -> Split:
+    """The first `limit` examples of a split, all if None, as views of the mapped memory."""
+    inputs = split.inputs[:limit].view(np.ndarray)
+    return Split(inputs, np.asarray(split.lengths)[:limit], split.labels[:limit])
+
+
+@contextmanager
+def out_of_memory_advice(cfg: DictConfig) -> Iterator[None]:
+    """Turns an out-of-memory error into one line of advice."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        size = cfg.trainer.eval_batch_size
+        raise LraError(f"out of memory at trainer.eval_batch_size={size}; set it lower") from error

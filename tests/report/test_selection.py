@@ -1,0 +1,166 @@
+"""Selection of the runs behind a cell, and the notes about them."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from table_records import a_record, cells, ours
+
+from lra.config.compose import upgrade_config
+from lra.report import selection
+from lra.report.formats import render
+from lra.report.tables import make_table
+from lra.runs.run_folder import load_records
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_run_has_learned_if_it_exceeds_the_majority_by_three_standard_errors():
+    line = 0.17 + 3 * (0.17 * 0.83 / 2000) ** 0.5
+    assert selection.has_learned(a_record(line + 1e-6)) is True
+    assert selection.has_learned(a_record(line - 1e-6)) is False
+    assert selection.has_learned(a_record(0.9, reference=None)) is None
+
+
+def test_partial_data_is_a_row_of_its_own():
+    partial = {"source": "release", "key": "aabbccddeeff", "partial": True}
+    rows = ours([a_record(0.6), a_record(0.9, data=partial), a_record(0.7, model="lru")])
+    assert {name: row["listops_short"] for name, row in rows.items()} == {
+        "lru [generated]": "70.0 n=1",
+        "stu [generated]": "60.0 n=1",
+        "stu [release, partial data]": "90.0 n=1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("val", "rule", "marked"), [("a", "best", True), ("b", "best", False), ("a", "last", False)]
+)
+def test_weights_chosen_on_test_are_marked(val, rule, marked):
+    data = {
+        "source": "release",
+        "key": "k",
+        "splits": {"val": {"sha256": val}, "test": {"sha256": "a"}},
+    }
+    text = render(
+        make_table([a_record(0.6, data=data, selection={"rule": rule})], published="none"),
+        "markdown",
+    )
+    assert ("weights chosen on the test split" in text) == marked
+
+
+def test_validation_selects_among_configurations_and_a_footnote_says_so():
+    good_on_val = [a_record(0.60, seed, val=0.62, config={"lr": 1}) for seed in range(2)]
+    good_on_test = [a_record(0.70, seed, val=0.61, config={"lr": 2}) for seed in range(2)]
+    table = make_table(good_on_test + good_on_val, published="none")
+    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 [60.0, 60.0] n=2 [1]"
+    assert table.footnotes == ["best of 2 configurations by validation"]
+
+
+def test_keys_without_effect_do_not_split_the_seeds():
+    trainers = [
+        {"steps": 9},
+        {"steps": 9, "progress": False, "compilation_cache": False, "call_seconds": 5.0},
+    ]
+    trainers.append({"steps": 9, "checkpoint_every": 3, "eval_batch_size": 8})
+    table = make_table(
+        [a_record(0.6, i, config={"trainer": t}) for i, t in enumerate(trainers)], published="none"
+    )
+    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 [60.0, 60.0] n=3"
+    longer = [a_record(0.6, i, config={"trainer": {"steps": 9 + i}}) for i in range(2)]
+    assert make_table(longer, published="none").footnotes == [
+        "best of 2 configurations by validation"
+    ]
+
+
+def test_a_key_newer_than_the_record_makes_no_other_configuration():
+    old = [r for r in load_records([ROOT / "results" / "runs"]) if r["model"] == "lru"]
+    config = upgrade_config(old[0]["config"])
+    assert "ema" in config["optim"]
+    assert "ema" not in old[0]["config"]["optim"]
+    assert config["backbone"]["precision"] == "float32"  # refers to another key
+    table = make_table(
+        [*old, old[0] | {"seed": 99, "config": config | {"seed": 99}}], published="none"
+    )
+    assert f"n={len(old) + 1}" in cells(table, "Ours")["lru"]["listops_short"]
+
+
+def test_tuning_runs_and_repeated_seeds_have_footnotes():
+    table = make_table(
+        [a_record(0.6, tuning_runs=12), a_record(0.6, path="again")], published="none"
+    )
+    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 n=1 [1]"
+    table = make_table([a_record(0.6, tuning_runs=12)], published="none")
+    assert table.footnotes == ["settings chosen by 12 runs"]
+
+
+def test_protocols_never_share_a_row():
+    records = [a_record(0.6), a_record(0.9, protocol="s4"), a_record(0.5, model="lru")]
+    assert set(ours(records)) == {"stu [strict]", "stu [s4]", "lru [strict]"}
+    assert set(ours(records, protocol="s4")) == {"stu"}
+    table = make_table(records, protocol="s4", published="none")
+    assert table.sections[0][0] == "Ours, test accuracy in %, protocol s4"
+
+
+def test_data_sources_and_data_never_share_a_row():
+    release, other = (
+        {"source": "release", "key": "11"},
+        {"source": "generated", "key": "9988776655"},
+    )
+    assert ours([a_record(0.6), a_record(0.9, data=release)]) == {
+        "stu [generated]": {"listops_short": "60.0 n=1"},
+        "stu [release]": {"listops_short": "90.0 n=1"},
+    }
+    assert set(ours([a_record(0.6), a_record(0.9, data=other)])) == {
+        "stu [data aabbccdd]",
+        "stu [data 99887766]",
+    }
+    two_tasks = [a_record(0.6), a_record(0.9, task="image", data=release)]
+    assert ours(two_tasks) == {"stu": {"image": "90.0 n=1", "listops_short": "60.0 n=1"}}
+
+
+def transformer_records():
+    """The three Transformer runs in results/, made before its MLP became SwiGLU."""
+    return load_records([ROOT / "results" / "runs" / "listops_short" / "transformer"])
+
+
+def test_runs_made_with_other_defaults_have_a_footnote():
+    table = make_table(load_records([ROOT / "results" / "runs"]), published="none")
+    (footnote,) = table.footnotes
+    assert footnote.startswith("made with other defaults than today's: ")
+    assert "backbone.mlp=gelu (today swiglu)" in footnote
+    found = {name: row["listops_short"][-3:] for name, row in cells(table, "Ours").items()}
+    assert found == {"lru": "n=3", "stu": "n=3", "transformer": "[1]"}
+
+
+def test_changed_defaults_are_those_of_keys_that_matter():
+    record = transformer_records()[0]
+    changed = ["backbone.mlp=gelu (today swiglu)", "backbone.mlp_ratio=4 (today 2.667)"]
+    assert selection.changed_defaults(record) == changed
+    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4"
+    assert selection.changed_defaults(record | {"command": typed}) == []
+    config = copy.deepcopy(record["config"])
+    config["trainer"] |= {"log_every": 7, "gone": 1}  # without effect; removed since
+    config["optim"]["no_decay"] = "another spelling"
+    config["optim"]["lr"] = 0.5
+    found = selection.changed_defaults(record | {"config": config})
+    assert sorted(found) == sorted([*changed, "optim.lr=0.5 (today 0.001)"])
+
+
+def test_commands_that_cannot_be_composed_break_no_table():
+    record = transformer_records()[0]
+    for command in (None, "", "lra train --config-dir mine model=mine"):
+        assert selection.changed_defaults(record | {"command": command}) == []
+    (found,) = selection.changed_defaults(record | {"command": "lra train optim.gone=1"})
+    assert found.startswith("its command is refused today (unknown key optim.gone")
+
+
+def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):
+    def search(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("lra.config.width.choose_width", search)
+    record = transformer_records()[0]
+    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu"
+    config = copy.deepcopy(record["config"])
+    config["backbone"] |= {"width": 30, "mlp_ratio": 8 / 3}
+    assert selection.changed_defaults(record | {"command": command, "config": config}) == []
