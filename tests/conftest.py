@@ -1,4 +1,4 @@
-"""Shared fixtures: one compilation cache, one small data root per session, and the `lra` command."""
+"""Shared fixtures: a compilation cache, a small data root per session, and the `lra` command."""
 
 import atexit
 import os
@@ -22,7 +22,7 @@ from tiny import TINY
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects `soak` tests unless `-m soak` is given; skips `gpu` tests without an accelerator."""
+    """Deselects `soak` tests without `-m soak`; skips `gpu` tests without an accelerator."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
@@ -79,5 +79,23 @@ def lra_command():
     def run(*args: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "lra.cli", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def lra_main(monkeypatch, capsys):
+    """Runs `lra ARGS` in this process and returns its stdout; the exit code must be 0."""
+
+    def run(*args: str) -> str:
+        from lra.cli import main
+
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
 
     return run
