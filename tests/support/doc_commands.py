@@ -22,14 +22,16 @@ class Command(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The arguments of `lra`."""
-        return shlex.split(self.line)[1:]
+        """The arguments of `lra`; of several seeds only the first."""
+        return [re.sub(r"^(seed=\d+),.*", r"\1", word) for word in shlex.split(self.line)[1:]]
 
     @property
     def verb(self) -> str:
         """The subcommand; `data`, `bench` and a sweep have two words."""
         first, *rest = self.words
-        return f"{first} {rest[0]}" if first in ("data", "bench") or "-m" in rest else first
+        if first in ("data", "bench") or "-m" in rest:
+            return " ".join([first, *rest[:1]])
+        return first
 
 
 def blocks(page: str, *languages: str) -> list[str]:
