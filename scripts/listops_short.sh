@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The table of results/listops_short.md: three models, three seeds, the defaults of conf/. About 40 minutes on 2 CPU cores.
-# From a clean commit, at the top of the checkout:  scripts/listops_short.sh
+# Makes results/listops_short.md: three models, three seeds, the defaults of conf/.
+# Takes about 40 minutes on 2 CPU cores. Run it from a clean commit at the top of the checkout.
 set -euo pipefail
-lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2 output.root=results/runs resume=auto tracker=none
-# what a table needs is the record, the metrics and the predictions; checkpoints stay out of the repository
+lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2 \
+  output.root=results/runs resume=auto tracker=none
+# A table needs the records, metrics and predictions. Checkpoints stay out of the repository.
 rm -rf results/runs/.sweeps results/runs/*/*/*/checkpoints results/runs/*/*/*/run.lock
-lra table results/runs --task listops_short --format markdown --output results/listops_short.md > /dev/null
+lra table results/runs --task listops_short --format markdown \
+  --output results/listops_short.md > /dev/null
 lra plot results/runs --task listops_short --output results/listops_short.png

@@ -1,6 +1,8 @@
-"""What every test shares: strict shapes, one small task on disk for the whole session, and a way to run the command."""
+"""Shared fixtures: a compilation cache, a small data root per session, and the `lra` command."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,17 +10,19 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "offline"
-# the same small programs are compiled by many tests and by the commands they start: once is enough
-_cache = tempfile.TemporaryDirectory(prefix="lra-xla-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Workers and the commands that tests start inherit the folder, so each program compiles once.
+    _cache = tempfile.mkdtemp(prefix="lra-xla-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 from tiny import TINY
 
 
 def pytest_collection_modifyitems(config, items):
-    """Soak tests take minutes, only `pytest -m soak` runs them; those marked gpu, `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
+    """Deselects `soak` tests without `-m soak`; skips `gpu` tests without an accelerator."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
@@ -36,6 +40,14 @@ def pytest_collection_modifyitems(config, items):
                 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """Frees compiled programs after each module; a worker that keeps them all grows to 5.5 GB."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
@@ -43,7 +55,7 @@ def data_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def publishers(tmp_path_factory) -> Path:
-    """A data root with a few examples of every publisher, in its own format."""
+    """A data root with a few examples of each published data set, in its original format."""
     import tiny_pictures
     import tiny_texts
 
@@ -56,16 +68,34 @@ def publishers(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(data_root, tmp_path):
-    """Overrides of a run of seconds, in a folder of the test's own; extend them with the test's."""
+    """Overrides for a run of a few seconds in the test's own folder."""
     return [*TINY, f"data.root={data_root}", f"output.root={tmp_path / 'runs'}"]
 
 
 @pytest.fixture
 def lra_command():
-    """Runs `lra ARGS` in a new process, as a user does."""
+    """Runs `lra ARGS` in a new process."""
 
     def run(*args: str, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "lra.cli", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def lra_main(monkeypatch, capsys):
+    """Runs `lra ARGS` in this process and returns its stdout; the exit code must be 0."""
+
+    def run(*args: str) -> str:
+        from lra.cli import main
+
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
 
     return run
