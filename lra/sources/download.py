@@ -47,14 +47,19 @@ def obtain(
     found = locate(source, data_root)
     if found is not None:
         return found
-    archive = find_archive(source, data_root)
-    if archive is not None and source.remote:
-        _check_hash(archive, source.remote)
-    if archive is None and download and source.remote:
-        archive = fetch_file(source.remote, data_root, on_progress)
-    if archive is None:
-        raise _missing(source, data_root)
-    return extract(archive, source, data_root, on_progress)
+    try:
+        archive = find_archive(source, data_root)
+        if archive is not None and source.remote:
+            _check_hash(archive, source.remote)
+        if archive is None and download and source.remote:
+            archive = fetch_file(source.remote, data_root, on_progress)
+        if archive is None:
+            raise _missing(source, data_root)
+        return extract(archive, source, data_root, on_progress)
+    except DataError as error:
+        if not source.alternative:
+            raise
+        raise DataError(f"{error}; or {source.alternative}") from error
 
 
 def _check_hash(archive: Path, remote: Remote) -> None:

@@ -88,6 +88,7 @@ class Source:
     contains: tuple[str, ...]  # what has to exist in it: ("train/pos", "test/neg")
     archives: tuple[str, ...]  # usual names of the archive: ("aclImdb_v1.tar.gz",)
     remote: Remote | None = None
+    alternative: str = ""  # ends the error if the files cannot be obtained
 
 
 def locate(source: Source, data_root: str | Path) -> Path | None:
@@ -103,8 +104,10 @@ def located(source: Source, data_root: str | Path, task_name: str) -> Path:
     """
     folder = locate(source, data_root)
     if folder is None:
+        or_else = f", or {source.alternative}" if source.alternative else ""
         raise DataError(
-            f"{source.title}: not found under {data_root}; run `lra data prepare {task_name}`"
+            f"{source.title}: no folder {source.folder} under {data_root}; run `lra data prepare "
+            f"{task_name}`{or_else}"
         )
     return folder
 

@@ -237,7 +237,7 @@ def test_two_callers_fetch_once(tmp_path, server):
     assert files_in(tmp_path) == ["file.gz"]
 
 
-# --- Obtaining -----------------------------------------------------------------------------------------------------
+# --- Obtaining ---
 
 
 def test_obtain_fetches_and_unpacks_when_asked(tmp_path, server):

@@ -37,7 +37,8 @@ def test_locate_too_deep(tmp_path):
 
 def test_located_names_the_command_to_run(tmp_path):
     with pytest.raises(
-        DataError, match=rf"IMDB reviews: not found under {tmp_path}; run `lra data prepare text`"
+        DataError,
+        match=rf"IMDB reviews: no folder aclImdb under {tmp_path}; run `lra data prepare text`",
     ):
         located(TEXTS, tmp_path, "text")
     folder = make(tmp_path / "aclImdb", "train/pos/", "test/neg/")

@@ -1,14 +1,13 @@
 """Both file formats of TFDS are read without TensorFlow; damaged files are refused by name."""
 
 import json
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
+from publisher_files import serialize, write_tfrecord
 
 from lra.errors import DataError
 from lra.sources import tfds_reader
@@ -18,25 +17,6 @@ EXAMPLES = [
     {"text": f"né {i}".encode(), "label": i % 2, "pair": [i, -1], "score": i / 2, "none": []}
     for i in range(5)
 ]
-
-
-def serialize(example):
-    message = tf_example_pb2.Example()
-    for key, value in example.items():
-        values = value if isinstance(value, list) else [value]
-        feature = message.features.feature[key]
-        kinds = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
-        if values:
-            kinds[type(values[0])].value.extend(values)
-    return message.SerializeToString()
-
-
-def write_tfrecord(path, records):
-    with open(path, "wb") as file:
-        for record in records:
-            length = struct.pack("<Q", len(record))
-            crcs = [struct.pack("<I", masked_crc32c(part)) for part in (length, record)]
-            file.write(length + crcs[0] + record + crcs[1])
 
 
 def write_array_record(path, records):
