@@ -440,8 +440,8 @@ def _open_split(folder: Path, name: str) -> Split:
     lengths, labels = (
         np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:]
     )
-    mode = "r" if len(labels) else None  # an empty array cannot be mapped
-    inputs = np.load(inputs_path, mmap_mode=mode, allow_pickle=False)
+    # an empty array cannot be mapped
+    inputs = np.load(inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False)
     return Split(inputs, lengths, labels)
 
 

@@ -137,11 +137,15 @@ def read_batch(path: Path) -> Pictures:
     content = restricted_pickle(path)
     data, labels = content.get(b"data"), content.get(b"labels")
     values = SHAPE[0] * SHAPE[1] * 3
-    is_array = isinstance(data, np.ndarray)
-    if not is_array or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
-        found = f"{data.dtype} {data.shape}" if is_array else type(data).__name__
+    if not isinstance(data, np.ndarray):
         raise DataError(
-            f"{path}: b'data' is {found}, expected uint8 (rows, {values}); fetch it again"
+            f"{path}: b'data' is {type(data).__name__}, expected uint8 (rows, {values}); fetch it "
+            "again"
+        )
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
+        raise DataError(
+            f"{path}: b'data' is {data.dtype} {data.shape}, expected uint8 (rows, {values}); fetch "
+            "it again"
         )
     if not isinstance(labels, list) or len(labels) != len(data):
         found = f"{len(labels)} long" if isinstance(labels, list) else f"a {type(labels).__name__}"

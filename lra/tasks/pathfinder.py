@@ -399,7 +399,7 @@ class Pathfinder(PictureTask):
         batches = [read_metadata(path) for path in self.source_files()]
         refuse_repeats(batches)
         if self._has_empty:
-            batches = [only(batch, lambda file: file != EMPTY[2]) for batch in batches]
+            batches = [select(batch, lambda file: file != EMPTY[2]) for batch in batches]
         if self.allow_partial:
             named = sum(len(batch.files) for batch in batches)
             batches = [without_missing(self._folders[0], batch) for batch in batches]

@@ -437,13 +437,13 @@ def test_store_of_the_release_knows_its_files(tmp_path, release):
 
 
 def test_generated_pictures_are_one_stream_with_test_first(tmp_path, threads):
-    task = make_task(data_root=tmp_path)
-    images, labels = draw(0, 60, 32, "hard", 0)
+    task = make_task(data_root=tmp_path, level="easy")
+    images, labels = draw(0, 60, 32, "easy", 0)
     for split, part in (("test", slice(0, 8)), ("val", slice(8, 16)), ("train", slice(16, 60))):
         found, classes = read(task, split)
         np.testing.assert_array_equal(found, images[part])
         np.testing.assert_array_equal(classes, labels[part])
-    more = make_task(data_root=tmp_path, sizes=SIZES | {"train": 50})
+    more = make_task(data_root=tmp_path, level="easy", sizes=SIZES | {"train": 50})
     np.testing.assert_array_equal(read(more, "test")[0], images[:8])
     np.testing.assert_array_equal(read(more, "train")[0][:44], images[16:])
 
@@ -473,26 +473,28 @@ def drawn(threads, monkeypatch):
 
 
 def test_interrupted_preparation_goes_on(tmp_path, drawn, monkeypatch):
-    task = make_task(data_root=tmp_path)
+    task = make_task(data_root=tmp_path, level="easy")
     expected = read(task, "train")
     assert sorted(drawn) == [(16, 26), (26, 36), (36, 46), (46, 56), (56, 60)]
     chunks = sorted((tmp_path / "generated").glob("*/*"))
-    assert [chunk.parent.name for chunk in chunks] == ["32-hard-0-44-8-8-v1"] * 5
+    assert [chunk.parent.name for chunk in chunks] == ["32-easy-0-44-8-8-v1"] * 5
 
     chunks[0].unlink()
     chunks[1].write_bytes(chunks[1].read_bytes()[:-100])
     chunks[2].write_bytes(b"")
     np.savez(chunks[3], images=np.zeros((10, 16, 16), np.uint8), labels=np.zeros(10, np.uint8))
     del drawn[:]
-    for found, wanted in zip(read(make_task(data_root=tmp_path), "train"), expected, strict=True):
+    for found, wanted in zip(
+        read(make_task(data_root=tmp_path, level="easy"), "train"), expected, strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
     assert sorted(drawn) == [(16, 26), (26, 36), (36, 46), (46, 56)]
 
 
 def test_complete_store_leaves_no_chunks(tmp_path, drawn):
-    interrupted = make_task(data_root=tmp_path)
+    interrupted = make_task(data_root=tmp_path, level="easy")
     list(interrupted.examples("train"))
-    store = prepare(make_task(data_root=tmp_path), tmp_path)
+    store = prepare(make_task(data_root=tmp_path, level="easy"), tmp_path)
     assert len(drawn) == 5 + 2  # train was there, val and test are a chunk each
     assert not (tmp_path / "generated").exists()
     assert verify(store).problems == ()
@@ -500,16 +502,16 @@ def test_complete_store_leaves_no_chunks(tmp_path, drawn):
 
 
 def test_a_small_store_leaves_the_chunks_of_an_unfinished_large_one(tmp_path, drawn):
-    list(make_task(data_root=tmp_path).examples("train"))
-    small = make_task(data_root=tmp_path, sizes={"train": 4, "val": 8, "test": 8})
+    list(make_task(data_root=tmp_path, level="easy").examples("train"))
+    small = make_task(data_root=tmp_path, level="easy", sizes={"train": 4, "val": 8, "test": 8})
     prepare(small, tmp_path)
     del drawn[:]
-    prepare(make_task(data_root=tmp_path), tmp_path)
+    prepare(make_task(data_root=tmp_path, level="easy"), tmp_path)
     assert sorted(drawn) == [(0, 8), (8, 16)]  # train was there
 
 
 def test_chunks_removed_by_another_process_are_drawn_again(tmp_path, drawn, monkeypatch):
-    expected = read(make_task(data_root=tmp_path), "val")
+    expected = read(make_task(data_root=tmp_path, level="easy"), "val")
     load = load_chunk
 
     def removed_meanwhile(path, count, size):
@@ -517,7 +519,9 @@ def test_chunks_removed_by_another_process_are_drawn_again(tmp_path, drawn, monk
         return load(path, count, size)
 
     monkeypatch.setattr(pathfinder, "load_chunk", removed_meanwhile)
-    for found, wanted in zip(read(make_task(data_root=tmp_path), "val"), expected, strict=True):
+    for found, wanted in zip(
+        read(make_task(data_root=tmp_path, level="easy"), "val"), expected, strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -556,7 +560,7 @@ def test_export_writes_nothing_beside_other_files(tmp_path, there):
     assert file.read_bytes() == b"mine"
 
 
-def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
+def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path, threads):
     for size in (32, 64, 128, 256):
         assert make_task(size=size, source="release").publisher.archives == (
             f"pathfinder{size}.tar.gz",
