@@ -163,7 +163,7 @@ def pixels(tables, places):
 
 
 @pytest.mark.parametrize(
-    ("size", "margin", "lanes"), [(32, 1, 80), (64, 1, 12), (128, 2, 6), (128, 3, 6), (256, 3, 3)]
+    ("size", "margin", "lanes"), [(32, 1, 40), (64, 1, 6), (128, 2, 3), (128, 3, 3), (256, 3, 2)]
 )
 def test_targets_grow_as_in_the_loop(size, margin, lanes):
     """The same random words give the same heads and masks, until a contour is stuck."""
@@ -220,7 +220,7 @@ def test_last_segment_of_the_first_target_is_not_occupied():
         np.testing.assert_array_equal(pictures.mask[lane], mask)
 
 
-@pytest.mark.parametrize(("size", "level", "count"), [(32, "hard", 12), (64, "easy", 1)])
+@pytest.mark.parametrize(("size", "level", "count"), [(32, "hard", 8), (64, "easy", 1)])
 def test_distractors_grow_as_in_the_loop(size, level, count):
     setting = settings(size, level)
     tables = pathfinder_generator._tables(setting, setting.margins[0])
@@ -275,7 +275,7 @@ def distractor(loop, words):
 
 @pytest.mark.parametrize(
     ("size", "level", "n"),
-    [(32, "hard", 60), (64, "easy", 20), (128, "intermediate", 8), (256, "hard", 4)],
+    [(32, "hard", 30), (64, "easy", 12), (128, "intermediate", 8), (256, "easy", 6)],
 )
 def test_label_is_one_where_both_dots_are_on_one_snake(size, level, n, monkeypatch):
     seen, paint = {}, pathfinder_generator._paint
@@ -362,7 +362,7 @@ def statistics(images):
     return np.array(rows)
 
 
-@pytest.mark.parametrize(("size", "n"), [(32, 1000), (128, 60)])
+@pytest.mark.parametrize(("size", "n"), [(32, 600), (128, 40)])
 def test_statistics_are_those_of_the_original(size, n):
     """Within four standard errors of the two samples."""
     golden = upstream(size)
