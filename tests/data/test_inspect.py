@@ -68,9 +68,6 @@ class Dots(Task):
     def split_sizes(self):
         return None
 
-    def fingerprint(self):
-        return {}
-
 
 @pytest.fixture
 def letters(tmp_path):

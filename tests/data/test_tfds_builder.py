@@ -40,9 +40,6 @@ class Pairs(Task):
     def split_sizes(self):
         return None
 
-    def fingerprint(self):
-        return {}
-
 
 class Colours(Task):
     """Three values per position, two labels per example, test as validation."""
@@ -58,9 +55,6 @@ class Colours(Task):
 
     def split_sizes(self):
         return None
-
-    def fingerprint(self):
-        return {}
 
 
 class Short(Colours):

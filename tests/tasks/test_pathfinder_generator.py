@@ -277,7 +277,7 @@ def distractor(loop, words):
     ("size", "level", "n"),
     [(32, "hard", 30), (64, "easy", 12), (128, "intermediate", 8), (256, "easy", 6)],
 )
-def test_label_is_one_where_both_dots_are_on_one_snake(size, level, n, monkeypatch):
+def test_label_is_one_if_both_dots_are_on_one_contour(size, level, n, monkeypatch):
     seen, paint = {}, pathfinder_generator._paint
 
     def spy(tables, targets, distractors, i, dots):
