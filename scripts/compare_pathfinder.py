@@ -1,6 +1,8 @@
-"""Our Pathfinder pictures beside the original program's: draws docs/pathfinder_grid.png and prints the table of docs/data.md.
+"""Compares our Pathfinder pictures with those of the original program.
 
-python scripts/compare_pathfinder.py
+    python scripts/compare_pathfinder.py
+
+Draws docs/pathfinder_grid.png and prints the table of docs/data.md.
 """
 
 from pathlib import Path
@@ -12,10 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.ndimage import label
 
-from lra.tasks.pathfinder_generator import generate
+from lra.tasks.pathfinder import generate
 
 COLUMNS = 8
-OURS = {32: 4500, 128: 150}  # pictures in the table; of the original's there are 500 and 50
+OURS = {32: 4500, 128: 150}  # pictures in the table; the original's are 500 and 50
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def statistics(images: np.ndarray) -> np.ndarray:
-    """Of each picture: mean, spread, shares of black and of bright pixels, contours and the area of the largest."""
+    """Per picture: mean, spread, shares of black and bright pixels, contours, largest contour."""
     rows = []
     for image in images:
         contours, count = label(image > 60, np.ones((3, 3)))
@@ -58,7 +60,7 @@ def draw_grid() -> None:
     for part, size in zip(figure.subfigures(2, 1), (32, 128), strict=True):
         with np.load(ROOT / "tests" / "golden" / f"pathfinder_upstream_{size}.npz") as golden:
             upstream = golden["images"][:COLUMNS], golden["labels"][:COLUMNS]
-        ours = generate(COLUMNS, size, "hard", seed=0, workers=1)
+        ours = generate(COLUMNS, size, "hard", seed=0)
         axes = part.subplots(
             2, COLUMNS, gridspec_kw={"wspace": 0.05, "hspace": 0.25, "left": 0.01, "right": 0.99}
         )

@@ -1,9 +1,9 @@
-"""Write lra/data/checksums.json from the stores under a data root: what `lra data verify` holds other copies against.
+"""Records content hashes in lra/data/checksums.json, with which `lra data verify` compares stores.
 
     python scripts/record_checksums.py DATA_ROOT text image scifar listops ...
 
-Prepares each task under every protocol where it is not yet, keeps what is known of other tasks, and prints a Markdown
-table for docs/data.md. The data should be the publisher's own, whole.
+Prepares each task under every protocol, keeps the records of other tasks, and prints a Markdown
+table for docs/data.md. The data should be the publisher's own and complete.
 """
 
 import json
@@ -20,11 +20,11 @@ PROTOCOLS = ("strict", "s4", "lra2020")
 def main(data_root: str, tasks: list[str]) -> None:
     known = json.loads(CHECKSUMS.read_text("utf-8")) if CHECKSUMS.exists() else {}
     print(
-        "| task | protocol | split | examples | mean length | smallest and largest class | SHA-256 |"
+        "| task | protocol | split | examples | mean length | smallest, largest class | SHA-256 |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in tasks:
-        protocols: dict[str, list[str]] = {}  # of one store
+        protocols: dict[str, list[str]] = {}  # by store
         manifests = {}
         for protocol in PROTOCOLS:
             cfg = compose([f"task={name}", f"protocol={protocol}", f"data.root={data_root}"])
@@ -35,13 +35,12 @@ def main(data_root: str, tasks: list[str]) -> None:
             known[store] = {split: entry["sha256"] for split, entry in manifest["splits"].items()}
             for split, entry in manifest["splits"].items():
                 if "same_as" not in entry:
-                    shares = [
-                        f"{100 * count / sum(entry['labels']):.1f}"
-                        for count in sorted(entry["labels"])
-                    ]
+                    labels, mean = entry["labels"], entry["lengths"]["mean"]
+                    low, high = (100 * x / sum(labels) for x in (min(labels), max(labels)))
                     print(
-                        f"| {name} | {', '.join(protocols[store])} | {split} | {entry['count']:,} | "
-                        f"{entry['lengths']['mean']:,.1f} | {shares[0]} %, {shares[-1]} % | `{entry['sha256'][:16]}` |"
+                        f"| {name} | {', '.join(protocols[store])} | {split} "
+                        f"| {entry['count']:,} | {mean:,.1f} | {low:.1f} %, {high:.1f} % "
+                        f"| `{entry['sha256'][:16]}` |"
                     )
     CHECKSUMS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 

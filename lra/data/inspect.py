@@ -1,4 +1,4 @@
-"""What is in a task's data, and is it sound? The texts and pictures of `lra data info`, `verify` and `show`."""
+"""The output of `lra data info`, `lra data verify` and `lra data show`."""
 
 import json
 import os
@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import Split, Store, existing, open_store, settings_name
-from lra.data.verify import Report, changed_sources, verify
+from lra.data.store import Split, Store, open_store, prepared_path, settings_name
+from lra.data.verify import Verification, changed_sources, verify
 from lra.errors import DataError
 from lra.tasks.base import Task
 
-CHECKSUMS = Path(__file__).with_name("checksums.json")  # made by scripts/record_checksums.py
-SHEET_PIXELS = 160  # pictures smaller than this are enlarged on a sheet
+CHECKSUMS = Path(__file__).with_name("checksums.json")  # by scripts/record_checksums.py
+SHEET_PIXELS = 160  # smaller pictures are enlarged
 SHEET_COLUMNS = 5
 
 
 def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
-    """Lines of `lra data verify`, each with whether it is a problem; the last says whether there was any."""
+    """Lines of `lra data verify`, each with whether it is a problem; the last is the verdict."""
     sound = True
     for line, problem in _findings(task, store):
         yield line, problem
@@ -28,7 +28,7 @@ def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
 
 
 def _findings(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
-    report = verify(store)
+    result = verify(store)
     yield f"{task.name}: {store.path}", False
     for name, entry in store.manifest["splits"].items():
         yield f"  {name:<6}{describe(entry)}", False
@@ -36,87 +36,93 @@ def _findings(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
         yield f"  source {source['name']}: sha256 {source['sha256'][:16]}", False
     for note in store.manifest["notes"]:
         yield f"  note: {note}", False
-    yield from ((f"  {line}", False) for line in overlap_lines(report))
+    yield from ((f"  {line}", False) for line in overlap_lines(result))
     if store.manifest["partial"]:
-        yield (
-            "  partial: made from fewer examples than there should be, with data.allow_partial=true",
-            False,
-        )
+        yield "  partial: made from too few examples, with data.allow_partial=true", False
     yield f"  {reference_line(task, store)}", differs(task, store)
     for source in changed_sources(task, store):
         yield (
-            f"  NOT SOUND: source {source} is not what the store was made of; delete {store.path} and prepare again",
+            f"  NOT SOUND: source {source} has changed since the store was made; delete "
+            f"{store.path} and prepare it again",
             True,
         )
-    for problem in report.problems:
+    for problem in result.problems:
         yield f"  NOT SOUND: {problem}", True
 
 
 def expected_hashes(task: Task) -> dict[str, str] | None:
-    """Content hashes of the splits that are known for a task's settings."""
+    """Recorded content hashes of the splits for a task's settings, or None."""
     return json.loads(CHECKSUMS.read_text("utf-8")).get(settings_name(task))
 
 
-def content(store: Store) -> dict[str, str]:
+def content_hashes(store: Store) -> dict[str, str]:
+    """Content hash of each split."""
     return {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
 
 
 def differs(task: Task, store: Store) -> bool:
-    """Whether a store that should equal the reference does not; TFDS's order and partial copies are others by right."""
+    """Whether a store differs from the reference although it should not.
+
+    A partial store differs, and so does one in TFDS's order.
+    """
     is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
-    return is_comparable and expected_hashes(task) not in (None, content(store))
+    return is_comparable and expected_hashes(task) not in (None, content_hashes(store))
 
 
 def reference_line(task: Task, store: Store) -> str:
-    """Whether the content is what the project's own copy of the data gives under the same settings."""
-    known, found = expected_hashes(task), content(store)
+    """Compares the content with the recorded hashes for the same settings."""
+    known, found = expected_hashes(task), content_hashes(store)
     if known is None:
         return "no reference is known for these settings"
     if found == known:
-        return "content equals the reference: the same bytes as on the machine that recorded it"
+        return "content equals the reference: the same bytes as recorded"
     others = ", ".join(name for name in found if found[name] != known.get(name))
-    return f"content DIFFERS from the reference in {others}: other source files, another order of them, or a partial copy"
+    return (
+        f"content DIFFERS from the reference in {others}: other source files, another order of "
+        "them, or a partial copy"
+    )
 
 
 def describe(entry: dict[str, Any]) -> str:
-    """One line of what a manifest says of a split: count, label balance, lengths, hash."""
+    """One line about a split of a manifest: count, label balance, lengths, hash."""
     if "same_as" in entry:
-        return f"is {entry['same_as']} itself, the protocol has no validation of its own"
+        return f"is {entry['same_as']}, the protocol has no validation of its own"
     labels, lengths = entry["labels"], entry["lengths"]
     total = max(sum(labels), 1)
-    shares = " ".join(f"{100 * count / total:.1f}" for count in labels[:20]) + (
-        " ..." if len(labels) > 20 else ""
-    )
+    shares = " ".join(f"{100 * count / total:.1f}" for count in labels[:20])
     return (
-        f"{entry['count']:>9,} examples; labels {shares} %; length {lengths['min']} to {lengths['max']}, "
-        f"mean {lengths['mean']:.1f}; sha256 {entry['sha256'][:16]}"
+        f"{entry['count']:>9,} examples; labels {shares}{' ...' * (len(labels) > 20)} %; "
+        f"length {lengths['min']} to {lengths['max']}, mean {lengths['mean']:.1f}; "
+        f"sha256 {entry['sha256'][:16]}"
     )
 
 
-def overlap_lines(report: Report) -> Iterator[str]:
-    """What two splits share; a shared example is the data's own and no fault of the store."""
-    yield "equal examples: " + (
-        ", ".join(f"{pair} {count:,}" for pair, count in report.overlaps.items()) or "none"
-    )
-    if report.documents:
-        shared = ", ".join(f"{pair} {count:,}" for pair, count in report.documents.items())
+def overlap_lines(result: Verification) -> Iterator[str]:
+    """Examples that two splits share; they are a property of the data, not an error."""
+    shared = ", ".join(f"{pair} {count:,}" for pair, count in result.overlaps.items())
+    yield f"equal examples: {shared or 'none'}"
+    if result.documents:
+        shared = ", ".join(f"{pair} {count:,}" for pair, count in result.documents.items())
         yield f"pairs with a document that the other split has too: {shared}"
 
 
 def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
-    """Lines of `lra data info`: what the task is, where its sources and its packed store are. Prepares nothing."""
+    """Lines of `lra data info`: the task, its sources and its packed store. Prepares nothing."""
     kind = (
         f"{task.num_tokens} tokens"
         if task.num_tokens
-        else f"{task.num_features} value(s) a position"
+        else f"{task.num_features} value(s) per position"
     )
     pair = "2 x " if task.dual else ""
-    targets = f", {task.num_targets} labels an example" if task.num_targets > 1 else ""
-    yield f"{task.name}, protocol {protocol}: length {pair}{task.seq_len:,}, {kind}, {task.num_classes} classes{targets}"
+    targets = f", {task.num_targets} labels per example" if task.num_targets > 1 else ""
+    yield (
+        f"{task.name}, protocol {protocol}: length {pair}{task.seq_len:,}, {kind}, "
+        f"{task.num_classes} classes{targets}"
+    )
     if sizes := task.split_sizes():
         yield "  should have " + ", ".join(f"{name} {count:,}" for name, count in sizes.items())
     if same := dict(task.same):
-        yield "  " + ", ".join(f"{name} is {other} itself" for name, other in same.items())
+        yield "  " + ", ".join(f"{name} is {other}" for name, other in same.items())
     try:
         files = task.source_files()
         where = (
@@ -128,7 +134,7 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
         where = str(error)
     yield f"  source: {where}"
     try:
-        store = open_store(existing(task, data_root))
+        store = open_store(prepared_path(task, data_root))
     except DataError:
         yield f"  not prepared; `lra data prepare {task.name}` does it"
         return
@@ -147,7 +153,7 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
 
 
 def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]:
-    """The first examples of a split as a person reads them."""
+    """The first examples of a split as readable text."""
     for row in range(min(count, len(split))):
         inputs, lengths = split.inputs[row], np.atleast_1d(split.lengths[row])
         sides = inputs if task.dual else inputs[None]

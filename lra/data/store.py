@@ -1,14 +1,15 @@
-"""Where do a run's examples come from, and are they still what they were?
+"""The packed store: the examples of a task as memory-mapped arrays with a manifest.
 
-A packed store is one folder: for each split an integer array of padded inputs (memory-mapped), their lengths and their
-labels, and a manifest that says what is in it and what it was made from. The folder's name carries a hash of the settings
-that change its bytes and one of the source files (their names, sizes and times), so another setting or another file is
-another store and old data is never reused by mistake. Where the source files are gone, the store made from them is used.
+A store is one folder. Each split has an integer array of padded inputs (memory-mapped), their
+lengths and their labels. The manifest describes the content and its origin. The folder's name
+contains a hash of the settings that change its bytes and one of the source files (their names,
+sizes and times). So other settings or other files have another store, and stale data is never
+reused. If the source files are missing, the store made from them is used.
 
     <data_root>/packed/<task>-<inputs>-<settings>[-<sources>][-partial]/
         {train,val,test}.{inputs,lengths,labels}.npy, manifest.json
 
-A store is built in a temporary folder beside its place and renamed when complete: there is no half store.
+A store is built in a temporary folder and renamed when complete, so no incomplete store exists.
 """
 
 import hashlib
@@ -29,19 +30,19 @@ from jaxtyping import Int, Integer
 
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
-from lra.sources.locate import Progress
+from lra.sources.locate import Progress, ignore_progress
 from lra.tasks.base import SPLITS, Example, Task
 
-STORE_VERSION = 2  # raise it when the same task gives other bytes here
+STORE_VERSION = 2  # increase it if the same task gives other bytes
 ARRAYS = ("inputs", "lengths", "labels")
 BYTES_PER_WRITE = 2**22
-LOCK_SECONDS = 5.0  # between two words to who waits for another process
-PARTIAL = "-partial"  # end of the name of a store with too few examples
+LOCK_SECONDS = 5.0  # between two messages while another process builds the store
+PARTIAL = "-partial"  # suffix of the name of a store with too few examples
 
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one split; pairs have a second axis of 2 in `inputs` and `lengths`."""
+    """The examples of one split; for pairs, `inputs` and `lengths` have a second axis of 2."""
 
     inputs: Integer[np.ndarray, "n *pair_L_F"]  # memory-mapped, padded with 0
     lengths: Int[np.ndarray, "n *pair"]
@@ -52,18 +53,20 @@ class Split:
 
     def batch(self, rows: Int[np.ndarray, " B"]) -> "Split":
         """These rows, copied into memory."""
-        # a plain view of the mapped memory: memmap's own indexing is slower
+        # a plain ndarray view, because memmap's own indexing is slower
         return Split(self.inputs.view(np.ndarray)[rows], self.lengths[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
 class Store:
+    """An opened store."""
+
     path: Path
     manifest: Mapping[str, Any]
     splits: Mapping[str, Split]
 
 
-# --- Names ---------------------------------------------------------------------------------------------------------
+# --- Names ---
 
 
 def settings_key(task: Task) -> str:
@@ -82,37 +85,39 @@ def settings_key(task: Task) -> str:
 
 
 def store_name(task: Task) -> str:
-    """Name of the store's folder: task, encoding, hash of the settings and, where there are source files, of those.
+    """Name of the store's folder: task, encoding, hash of the settings, hash of source files.
 
     Raises:
-        DataError: the source files are not there.
+        DataError: the source files are missing.
     """
     sources = task.source_signature()
     return settings_name(task) + (f"-{_digest(sources)[:8]}" if sources else "")
 
 
 def store_path(task: Task, data_root: str | Path) -> Path:
-    """Where the store of `task` is, or would be; without its source files, where one made from them is.
+    """The path of the store of `task`, whether or not it exists.
+
+    If the source files are missing, this is the newest store with the task's settings.
 
     Raises:
-        DataError: neither the source files nor a store made from such files is there.
+        DataError: both the source files and a store made from such files are missing.
     """
     packed = Path(data_root) / "packed"
     try:
         return packed / store_name(task)
     except DataError:
-        made = [
+        stores = [
             path
             for path in packed.glob(f"{settings_name(task)}-*")
             if not path.name.endswith(PARTIAL)
         ]
-        if not made:
+        if not stores:
             raise
-        return max(made, key=lambda path: path.stat().st_mtime)
+        return max(stores, key=lambda path: path.stat().st_mtime)
 
 
-def existing(task: Task, data_root: str | Path) -> Path:
-    """Where the store of `task` is: the whole one, else a partial one, else where it would be."""
+def prepared_path(task: Task, data_root: str | Path) -> Path:
+    """`store_path`, or the partial store if only that exists."""
     path = store_path(task, data_root)
     partial = path.with_name(path.name + PARTIAL)
     return partial if partial.exists() and not path.exists() else path
@@ -129,7 +134,7 @@ def _digest(value: Any) -> str:
     ).hexdigest()
 
 
-# --- Building ------------------------------------------------------------------------------------------------------
+# --- Building ---
 
 
 def prepare(
@@ -138,20 +143,20 @@ def prepare(
     *,
     download: bool = False,
     allow_partial: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = ignore_progress,
 ) -> Store:
-    """Open the packed store of `task`, building it first where it is missing.
+    """Open the packed store of `task`; builds it first if it does not exist.
 
-    Several processes may call this at once: one builds, the others wait for it. A build that fails or is interrupted
-    leaves nothing behind; what a killed one left is swept away by the next.
+    Concurrent calls are safe: one process builds, the others wait. A build that fails or is
+    interrupted leaves nothing behind; the next build removes what a killed one left.
 
     Args:
-        download: fetch the publisher's files where they are missing.
-        allow_partial: accept fewer examples than there should be; such a store is kept apart and says so.
+        download: download the publisher's files if they are missing.
+        allow_partial: accept too few examples; such a store has another name and is marked.
     Raises:
-        DataError: the sources are missing or malformed, the store cannot be written, or it is damaged.
+        DataError: the sources are missing or malformed, the store cannot be written, or it is
+            damaged.
     """
-    on_progress = on_progress or (lambda what, done, total: None)
     task.allow_partial = allow_partial
     try:
         path = store_path(task, data_root)
@@ -164,45 +169,47 @@ def prepare(
             path = partial
         elif partial.exists():
             raise DataError(
-                f"{task.name}: only a partial store is prepared, {partial}; data.allow_partial=true (lra data: "
-                "--allow-partial) uses it"
+                f"{task.name}: only a partial store is prepared, {partial}; "
+                "data.allow_partial=true (lra data: --allow-partial) uses it"
             )
         else:
             with disk_errors(path, "data.root", DataError):
-                path = _build_alone(task, path, partial if allow_partial else None, on_progress)
+                path = _build_locked(task, path, partial if allow_partial else None, on_progress)
     return open_store(path)
 
 
-def _build_alone(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
-    """Build under a lock; returns where the store is: `path`, or `partial` where that is given and rows are missing."""
+def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
+    """Build under a lock and return the store's path.
+
+    That is `partial` if it is given and examples are missing, otherwise `path`.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(FileLock(path.parent / f".{path.name}.lock"), on_progress):
-        for made in (path, partial):
-            if made is not None and made.exists():  # built while we waited
-                return made
-        for stale in path.parent.glob(
-            f".{path.name}.building-*"
-        ):  # of a killed process: only the lock's holder builds
+    prefix = f".{path.name}.building-"
+    with _acquired(FileLock(path.parent / f".{path.name}.lock"), on_progress):
+        for built in (path, partial):
+            if built is not None and built.exists():  # built by another process during the wait
+                return built
+        for stale in path.parent.glob(f"{prefix}*"):  # of a killed process
             shutil.rmtree(stale, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
+        building = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         try:
             is_partial = _build(task, building, partial is not None, on_progress)
-            building.chmod(0o755)  # mkdtemp's folder is for its owner only
-            made = partial if partial is not None and is_partial else path
-            _put(building, made)
+            building.chmod(0o755)  # mkdtemp's folder is readable by its owner only
+            built = partial if partial is not None and is_partial else path
+            _move_or_link(building, built)
             sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
     task.packed()
-    return made
+    return built
 
 
 @contextmanager
-def _held(lock: Any, on_progress: Progress) -> Iterator[None]:
-    """Hold a lock; says while another process has it."""
+def _acquired(lock: Any, on_progress: Progress) -> Iterator[None]:
+    """Hold a lock; reports progress while another process holds it."""
     while True:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
@@ -215,20 +222,21 @@ def _held(lock: Any, on_progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _put(building: Path, path: Path) -> None:
-    """Move a finished store to its place, or make its place a link to a store that holds the same bytes.
+def _move_or_link(building: Path, path: Path) -> None:
+    """Move a complete store to `path`, or link `path` to a store with the same content.
 
-    Sources that were copied have other times, and so another name for the same content: nothing is kept twice.
+    Copied source files have other times, and so another name for the same content; the link avoids
+    a second copy.
     """
-    if path.is_symlink():  # to a store that was deleted
+    if path.is_symlink():  # to a deleted store
         path.unlink()
     content = _content(building)
-    siblings = (
+    others = (
         other
         for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*")
         if not other.is_symlink()
     )
-    same = next((other for other in sorted(siblings) if _content(other) == content), None)
+    same = next((other for other in sorted(others) if _content(other) == content), None)
     if same is None:
         building.rename(path)
     else:
@@ -237,7 +245,7 @@ def _put(building: Path, path: Path) -> None:
 
 
 def _content(path: Path) -> Any:
-    """What two stores of the same content agree in; None where there is none to read."""
+    """A value that is equal for stores of the same content; None if there is no valid store."""
     try:
         manifest = _read_manifest(path)
     except DataError:
@@ -250,7 +258,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
     """Write all splits and the manifest into `folder`; returns whether examples are missing."""
     counts = task.split_sizes() or {}
     entries = {
-        name: _pack(task, name, folder, counts.get(name), allow_partial, on_progress)
+        name: _write_split(task, name, folder, counts.get(name), allow_partial, on_progress)
         for name in SPLITS
         if name not in task.same
     }
@@ -289,7 +297,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
     return is_partial
 
 
-def _pack(
+def _write_split(
     task: Task,
     name: str,
     folder: Path,
@@ -307,7 +315,7 @@ def _pack(
         while batch := list(itertools.islice(examples, rows)):
             padded = np.zeros((len(batch), *row_shape), dtype)
             lengths.extend(
-                fill(row, example, task) for row, example in zip(padded, batch, strict=True)
+                pad_into(row, example, task) for row, example in zip(padded, batch, strict=True)
             )
             file.write(padded.data)
             labels.extend(example.label for example in batch)
@@ -323,13 +331,13 @@ def _pack(
     _write_array(
         folder / f"{name}.labels.npy", np.array(labels, label_dtype).reshape(len(labels), *targets)
     )
-    return _describe(_open_split(folder, name), task.num_classes) | {
+    return describe_split(_open_split(folder, name), task.num_classes) | {
         "bytes": _file_sizes(folder, name)
     }
 
 
 def check_count(task: Task, name: str, found: int, allow_partial: bool = False) -> None:
-    """Raises: DataError, if the sources held another number of examples than the task should have."""
+    """Raises DataError if the sources held another number of examples than expected."""
     expected = (task.split_sizes() or {}).get(name)
     if expected is None or found == expected or (allow_partial and 0 < found < expected):
         return
@@ -342,22 +350,23 @@ def check_count(task: Task, name: str, found: int, allow_partial: bool = False) 
         else ""
     )
     raise DataError(
-        f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}{remedy}"
+        f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}"
+        f"{remedy}"
     )
 
 
 def inputs_shape(task: Task) -> tuple[int, ...]:
-    """Of one packed example: (L,), (2, L) for pairs, with a last axis F where a position has several values."""
+    """Shape of one packed example: (L,), (2, L) for pairs, with a last axis F if F > 1."""
     return (2,) * task.dual + (task.seq_len,) + (task.num_features,) * (task.num_features > 1)
 
 
 def rows_per_write(dtype: np.dtype, row_shape: tuple[int, ...]) -> int:
-    """So many that memory stays small and progress shows."""
+    """Number of rows per write: bounds the memory and the time between progress reports."""
     return int(np.clip(BYTES_PER_WRITE // (dtype.itemsize * math.prod(row_shape)), 1, 1024))
 
 
 def inputs_dtype(task: Task) -> np.dtype:
-    """The smallest type that holds the vocabulary; the task's own where inputs are values."""
+    """The smallest type that holds the vocabulary, or the task's type of values."""
     if task.vocab is None:
         return task.value_dtype.newbyteorder("<")
     return np.dtype(
@@ -365,20 +374,21 @@ def inputs_dtype(task: Task) -> np.dtype:
     )
 
 
-def fill(
+def pad_into(
     row: Integer[np.ndarray, "*pair_L_F"], example: Example, task: Task
 ) -> Int[np.ndarray, "*pair"]:
-    """Copy an example into the zeros of `row`, from the left; returns its length, or the two of a pair.
+    """Copy an example to the start of `row`, which is zero; returns its length (two for a pair).
 
     Raises:
-        DataError: the example does not fit.
-        ValueError: an id or a label is outside its range, a fault of the reader.
+        DataError: the example is longer than the row.
+        ValueError: an id or a label is out of range, which is a bug of the reader.
     """
     sequences = example.inputs if isinstance(example.inputs, tuple) else (example.inputs,)
     for place, sequence in zip(row if task.dual else [row], sequences, strict=True):
         if len(sequence) > task.seq_len:
             raise DataError(
-                f"{task.name}: an example has length {len(sequence)}; raise task.seq_len={task.seq_len}"
+                f"{task.name}: an example has length {len(sequence)}; raise "
+                f"task.seq_len={task.seq_len}"
             )
         if (
             task.vocab is not None
@@ -393,11 +403,14 @@ def fill(
     return lengths if task.dual else lengths.reshape(())
 
 
-# --- Files ---------------------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """An .npy header at the start of the file; NumPy pads it so that the number of rows can be filled in afterwards."""
+    """Write an .npy header at the start of the file.
+
+    NumPy pads it, so that it can be overwritten once the number of rows is known.
+    """
     file.seek(0)
     description = {
         "descr": np.lib.format.dtype_to_descr(dtype),
@@ -427,20 +440,20 @@ def _open_split(folder: Path, name: str) -> Split:
     lengths, labels = (
         np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:]
     )
-    inputs = np.load(
-        inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False
-    )  # nothing cannot be mapped
+    # an empty array cannot be mapped
+    inputs = np.load(inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False)
     return Split(inputs, lengths, labels)
 
 
-# --- Opening and checking ------------------------------------------------------------------------------------------
+# --- Opening and checking ---
 
 
 def open_store(path: str | Path) -> Store:
-    """Open a packed store; compares file sizes, not contents (that is `verify`).
+    """Open a packed store; checks file sizes, but not contents (use `verify` for that).
 
     Raises:
-        DataError: a file is missing or has another size than the manifest says, or the manifest cannot be read.
+        DataError: a file is missing or does not have the size that the manifest states, or the
+            manifest cannot be read.
     """
     path = Path(path)
     manifest = _read_manifest(path)
@@ -460,7 +473,7 @@ def open_store(path: str | Path) -> Store:
         }
     except ValueError as error:
         raise _damaged(path, manifest["task"], str(error)) from error
-    # one object for the two names, so that nothing holds its examples twice
+    # one object for both names, so that its examples are held once
     splits = {
         name: splits[entry.get("same_as", name)] for name, entry in manifest["splits"].items()
     }
@@ -489,8 +502,8 @@ def _damaged(path: Path, task: str, what: str) -> DataError:
     return DataError(f"{path}: {what}; delete the folder and run `lra data prepare {task}`")
 
 
-def _describe(split: Split, num_classes: int) -> dict[str, Any]:
-    """What the manifest says of a split and `verify` computes again."""
+def describe_split(split: Split, num_classes: int) -> dict[str, Any]:
+    """The description of a split in the manifest, which `verify` computes again."""
     digest = hashlib.sha256()
     for array in (split.inputs, split.lengths, split.labels):
         rows = rows_per_write(array.dtype, array.shape[1:])

@@ -1,12 +1,12 @@
-"""How does someone who works with TensorFlow Datasets get at our tasks?
+"""A TensorFlow Datasets (TFDS) builder for any task, without TensorFlow.
 
-`builder(task)` is an ordinary TFDS builder over the task's own reader, so example i of a split is row i of the packed
-store. It writes array_record files and needs no TensorFlow, as long as they are read with `as_data_source`;
-`as_dataset` and `tfds.load` do need it.
+`builder(task)` is an ordinary TFDS builder over the task's own reader, so that example i of a split
+is row i of the packed store. It writes array_record files. Reading them with `as_data_source` needs
+no TensorFlow; `as_dataset` and `tfds.load` need it.
 
     dataset = builder(task)
     dataset.download_and_prepare()
-    train = dataset.as_data_source("train")  # train[i]["inputs"], train[i]["length"], train[i]["label"]
+    train = dataset.as_data_source("train")  # train[i]["inputs"], train[i]["length"], ["label"]
 """
 
 from collections.abc import Iterator
@@ -15,43 +15,45 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import Store, check_count, fill, inputs_dtype, inputs_shape, store_name
+from lra.data.store import (
+    Store,
+    check_count,
+    inputs_dtype,
+    inputs_shape,
+    pad_into,
+    store_name,
+)
 from lra.tasks.base import SPLITS, Task
 
-FEATURES_VERSION = (
-    "1.0.0"  # of the features below; what changes the examples changes the name of the config
-)
+FEATURES_VERSION = "1.0.0"  # of the features; other examples have another config name
 
 
 def builder(task: Task, data_dir: str | Path | None = None, store: Store | None = None) -> Any:
-    """A `tfds.core.GeneratorBasedBuilder` named `lra_<task>`, with one config, named as the packed store.
+    """A `tfds.core.GeneratorBasedBuilder` named `lra_<task>`; its config has the store's name.
 
-    Features: `inputs`, padded with 0 to (seq_len,), or (2, seq_len) for pairs, with a last axis where a position has
-    several values, in the integer type of the packed store; `length`, () or (2,); `label`, () or (num_targets,). A
-    split that is another under a second name (validation is test) is written once.
+    Features: `inputs`, padded with 0 to (seq_len,), or (2, seq_len) for pairs, with a last axis F
+    if F > 1, in the integer type of the packed store; `length`, () or (2,); `label`, () or
+    (num_targets,). A split that equals another one (validation is test) is written once.
 
     Args:
-        data_dir: where TFDS keeps its data; None: its own default.
-        store: the packed store of this task, where there is one: then the records are its rows, and no source is read
-            or generated again.
+        data_dir: TFDS's data folder; None for its default.
+        store: the packed store of this task, if it exists. The records are then its rows, and no
+            source is read or generated again.
     """
     import tensorflow_datasets as tfds
 
-    made = (
-        store_name(task) if store is None else store.path.resolve().name
-    )  # whose sources may be gone
+    # the sources of an existing store may be missing
+    config = store_name(task) if store is None else store.path.resolve().name
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = f"lra_{task.name}"
         VERSION = tfds.core.Version(FEATURES_VERSION)
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=made.removeprefix(f"{task.name}-")),)
-        pkg_dir_path = Path(
-            __file__
-        ).parent  # where TFDS finds checksums.tsv: publishers' files, sizes and hashes
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=config.removeprefix(f"{task.name}-")),)
+        pkg_dir_path = Path(__file__).parent  # holds checksums.tsv, the publishers' files
 
         def _info(self):
             description = (type(task).__doc__ or task.name).splitlines()[0]
-            # In the order of the reader, so that row i here is row i of the packed store.
+            # no shuffling: record i is row i of the packed store
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=description,
@@ -63,9 +65,7 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
         def _split_generators(self, dl_manager):
             return {name: _records(task, name, store) for name in SPLITS if name not in task.same}
 
-        def _generate_examples(
-            self,
-        ):  # abstract upstream, but unused: _split_generators hands the records over
+        def _generate_examples(self):  # abstract upstream; _split_generators returns the records
             raise NotImplementedError
 
     return Builder(data_dir=data_dir, file_format="array_record")
@@ -84,7 +84,7 @@ def _features(task: Task) -> Any:
 
 
 def _origin(store: Store) -> dict[str, Any]:
-    """What TFDS keeps in metadata.json: where the examples come from, and the hash of each split's packed content."""
+    """Content of TFDS's metadata.json: the origin of the examples and the hash of each split."""
     known = {
         key: store.manifest[key]
         for key in ("source", "partial", "source_files", "notes", "versions")
@@ -113,7 +113,7 @@ def _rows_read(task: Task, split: str) -> Iterator[tuple[Any, Any, Any]]:
     count = 0
     for example in task.examples(split):
         inputs = np.zeros(shape, dtype)
-        length = fill(inputs, example, task)
+        length = pad_into(inputs, example, task)
         count += 1
         yield (
             inputs,

@@ -1,4 +1,4 @@
-"""Recomputes what a packed store's manifest says, and counts examples shared by two splits."""
+"""Compares a packed store with its manifest and counts examples shared by two splits."""
 
 import collections
 import hashlib
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lra.data.store import Store, _describe
+from lra.data.store import Store, describe_split
 from lra.errors import DataError
 from lra.tasks.base import SPLITS, Task
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `verify` found: `problems` is empty for a sound store.
+class Verification:
+    """The result of `verify`; `problems` is empty for a valid store.
 
-    `overlaps` counts, for "train/test", the rows of test whose inputs also occur in train; for a task of pairs
-    `documents` counts the rows of test of which one document or both occur in train.
+    `overlaps["train/test"]` counts the rows of test whose inputs also occur in train. For a task of
+    pairs, `documents["train/test"]` counts the rows of test with a document that occurs in train.
     """
 
     problems: tuple[str, ...]
@@ -26,8 +26,8 @@ class Report:
     documents: Mapping[str, int]
 
 
-def verify(store: Store) -> Report:
-    """Recompute hashes, counts, label balance and lengths, and look for examples that two splits share."""
+def verify(store: Store) -> Verification:
+    """Recompute hashes, counts, label balance and lengths; count examples that splits share."""
     problems = []
     distinct = {
         name: split
@@ -36,7 +36,7 @@ def verify(store: Store) -> Report:
     }
     for name, split in distinct.items():
         entry = store.manifest["splits"][name]
-        for what, found in _describe(split, store.manifest["num_classes"]).items():
+        for what, found in describe_split(split, store.manifest["num_classes"]).items():
             if found != entry[what]:
                 problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")
     overlaps, documents = {}, {}
@@ -54,11 +54,13 @@ def verify(store: Store) -> Report:
             documents[f"{one}/{other}"] = sum(
                 u in known or v in known for u, v in zip(*sides[other], strict=True)
             )
-    return Report(tuple(problems), overlaps, documents)
+    return Verification(tuple(problems), overlaps, documents)
 
 
 def changed_sources(task: Task, store: Store) -> list[str]:
-    """Read the sources again, where they still are: names of those that are not what the store was made of.
+    """Read the sources again and return the names of those that have changed since.
+
+    Missing sources are skipped.
 
     Raises:
         DataError: they can no longer be read.
@@ -66,7 +68,7 @@ def changed_sources(task: Task, store: Store) -> list[str]:
     try:
         if not task.source_files():
             return []
-    except DataError:  # gone
+    except DataError:  # missing
         return []
     task.allow_partial = store.manifest["partial"]
     for name in SPLITS:

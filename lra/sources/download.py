@@ -1,33 +1,34 @@
-"""How do a publisher's files get onto this disk?
+"""Finds, unpacks or downloads a publisher's files.
 
-They are there, or lie there in an archive, or are fetched when asked:
+    source = Source("IMDB", "aclImdb", ("train/pos", "test/neg"), (IMDB.filename,), IMDB)
+    folder = obtain(source, data_root, download=True)
 
-    folder = obtain(Source("IMDB reviews", "aclImdb", ("train/pos", "test/neg"), (IMDB.filename,), IMDB), data_root)
-
-A download has its name only once it is whole and, where size and hash are known, the publisher's; what breaks off leaves
-a part that the next attempt continues.
+`pooch` verifies the hash of a download and gives it its final name. The downloader in this module
+adds what pooch lacks: an interrupted download stays as `<name>.part` and is resumed, and a server
+that does not answer ends the command within seconds.
 """
 
-import hashlib
-import http.client
 import os
 import queue
-import re
 import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from lra.errors import DataError
-from lra.files import disk_errors, sync_folder
+from lra.files import disk_errors
 from lra.sources.archives import extract
-from lra.sources.locate import NESTING, Progress, Remote, Source, find_archive, locate
+from lra.sources.locate import (
+    NESTING,
+    Progress,
+    Remote,
+    Source,
+    file_hash,
+    find_archive,
+    ignore_progress,
+    locate,
+)
 
-CHUNK = 2**20  # bytes read at once
-CONTENT_RANGE = re.compile(
-    r"bytes (?:(\d+)-\d+|\*)/(\d+)"
-)  # of a part that is sent, or of a part that is not there
+CHUNK = 2**18  # bytes per read and per progress report
 
 
 def obtain(
@@ -35,208 +36,176 @@ def obtain(
     data_root: str | Path,
     *,
     download: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = ignore_progress,
 ) -> Path:
-    """The folder with the source's files: located, else unpacked from an archive that is there, else fetched.
+    """The folder with the source's files: found on disk, unpacked from an archive, or downloaded.
 
     Raises:
-        DataError: nothing was found and `download` is false, the archive that is there has another hash than the
-            publisher's, or fetching or unpacking failed.
+        DataError: nothing is found and `download` is false, the archive on disk does not have the
+            published hash, or the download or the unpacking fails.
     """
     found = locate(source, data_root)
     if found is not None:
         return found
-    archive = find_archive(source, data_root)
-    if archive is not None and source.remote:
-        _refuse_other(archive, source.remote)
-    if archive is None and download and source.remote:
-        archive = fetch_file(source.remote, data_root, on_progress)
-    if archive is None:
-        raise _missing(source, data_root)
-    return extract(archive, source, data_root, on_progress)
+    try:
+        archive = find_archive(source, data_root)
+        if archive is not None and source.remote:
+            _check_hash(archive, source.remote)
+        if archive is None and download and source.remote:
+            archive = fetch_file(source.remote, data_root, on_progress)
+        if archive is None:
+            raise _missing(source, data_root)
+        return extract(archive, source, data_root, on_progress)
+    except DataError as error:
+        if not source.alternative:
+            raise
+        raise DataError(f"{error}; or {source.alternative}") from error
 
 
-def _refuse_other(archive: Path, remote: Remote) -> None:
-    """Raises: DataError, if an archive that lies there has not the hash that its publisher's is known to have."""
+def _check_hash(archive: Path, remote: Remote) -> None:
+    """Raises DataError unless the archive has the published hash, or none is published."""
     if remote.sha256 is None:
         return
     with disk_errors(archive, "data.root", DataError):
-        found = _sha256(archive)
+        found = file_hash(archive)
     if found != remote.sha256:
-        size = (
-            f"expected {remote.sha256} of {remote.size:,}"
-            if remote.size
-            else f"expected {remote.sha256}"
-        )
+        size = f" of {remote.size:,}" if remote.size else ""
         raise DataError(
-            f"{archive}: SHA-256 {found} of {archive.stat().st_size:,} bytes, {size}; cut off or another file: remove it "
-            f"and fetch {remote.url}, or, if you trust it, unpack it there yourself"
+            f"{archive}: SHA-256 {found} of {archive.stat().st_size:,} bytes, expected "
+            f"{remote.sha256}{size}; it is truncated or another file: remove it and fetch "
+            f"{remote.url}, or, if you trust it, unpack it there yourself"
         )
 
 
 def _missing(source: Source, data_root: str | Path) -> DataError:
-    remedy = "bring one of the two there"
+    remedy = "put one of the two there"
     if source.remote:
         remedy = (
-            f"data.download=true (or `lra data prepare NAME --download`) fetches {source.remote} from "
-            f"{source.remote.url}, or bring it there yourself"
+            f"data.download=true (or `lra data prepare NAME --download`) fetches {source.remote} "
+            f"from {source.remote.url}, or put it there yourself"
         )
     return DataError(
         f"{source.title}: not found under {data_root}, neither a folder {source.folder} with "
-        f"{', '.join(source.contains)} (down to {NESTING} folders deep) nor an archive {' or '.join(source.archives)}; "
-        f"{remedy}"
+        f"{', '.join(source.contains)} (at most {NESTING} folders deep) nor an archive "
+        f"{' or '.join(source.archives)}; {remedy}"
     )
 
 
 def fetch_file(
-    remote: Remote, folder: str | Path, on_progress: Progress | None = None, timeout: float = 10.0
+    remote: Remote,
+    folder: str | Path,
+    on_progress: Progress = ignore_progress,
+    timeout: float = 10.0,
 ) -> Path:
-    """Fetch a file into `folder`, going on from `<name>.part` of an earlier attempt; returns its path.
+    """Download a file into `folder` and return its path; resumes `<name>.part` if it exists.
 
-    A file of the right size that is already there is taken as it is. What has another size or hash is removed.
+    An existing file with the published hash (with any content if none is published) is kept.
 
     Args:
-        timeout: seconds until the server has to answer, and then between two pieces of the file.
+        timeout: seconds until the server has to answer, and between two chunks of the file.
     Raises:
-        DataError: no answer, broken off, not the expected file, or the disk is full.
-        KeyboardInterrupt: its message says what is kept.
+        DataError: no answer, a dropped connection, another file than expected, or a full disk.
+        KeyboardInterrupt: the message names the file that is kept.
     """
+    import pooch
     from filelock import FileLock
 
     folder = Path(folder)
     target, part = folder / remote.filename, folder / f"{remote.filename}.part"
+    pooch.get_logger().setLevel("WARNING")
+
+    def download(url: str, output_file: str, _: Any) -> None:  # pooch checks what this leaves
+        _complete(part, remote, on_progress, timeout)
+        part.replace(output_file)
+
     with disk_errors(part, "data.root", DataError):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{remote.filename}.lock"):
-            if target.is_file() and remote.size in (None, target.stat().st_size):
-                return target
-            _complete(part, remote, on_progress or (lambda what, done, total: None), timeout)
-            _check(part, remote)
-            part.replace(target)
-            sync_folder(folder)
+            try:
+                pooch.retrieve(
+                    remote.url, remote.sha256, remote.filename, folder, downloader=download
+                )
+            except ValueError as error:  # pooch has removed the file
+                raise DataError(
+                    f"{remote.url}: {error} Try again, or fetch {remote} on another network and "
+                    f"put it into {folder}"
+                ) from error
     return target
 
 
 def _complete(part: Path, remote: Remote, on_progress: Progress, timeout: float) -> None:
-    """Fetch what `part` lacks, all of it where the server cannot go on from there."""
+    """Download the missing end of `part`, or all of it if the server cannot resume."""
+    import requests
+
     done = part.stat().st_size if part.exists() else 0
     if done and done == remote.size:
         return
-    with _answer(remote, done, part.parent, timeout) as response:
-        first, total = _extent(response)
-        if done and first not in (0, done):  # it has no such part
-            if total == done:
-                return
-            part.unlink()
-            return _complete(part, remote, on_progress, timeout)
+    with _request(remote, done, part.parent, timeout) as response:
+        if response.status_code == 416:  # the server has no bytes after `done`
+            if response.headers.get("Content-Range") != f"bytes */{done}":
+                part.unlink()
+                _complete(part, remote, on_progress, timeout)
+            return
+        if response.status_code != 206:
+            done = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else done + int(length)
         if total is not None and remote.size not in (None, total):
             raise DataError(
-                f"{remote.url}: the server offers {total:,} bytes, expected {remote.size:,}; is it a login page, or was "
-                "the file replaced? Nothing was fetched"
+                f"{remote.url}: the server offers {total:,} bytes, expected {remote.size:,}; is "
+                "it a login page, or was the file replaced? Nothing was fetched"
             )
-        _receive(response, part, first or 0, total, remote, on_progress)
+        try:
+            with open(part, "ab" if done else "wb") as file:
+                for chunk in response.iter_content(CHUNK):
+                    file.write(chunk)
+                    done += len(chunk)
+                    on_progress(f"fetching {remote.filename}", done, total)
+                file.flush()
+                os.fsync(file.fileno())
+            if total is not None and done < total:
+                raise requests.ConnectionError("the connection was closed")
+        except (requests.RequestException, KeyboardInterrupt) as error:
+            kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError
+            of = f" of {total:,}" if total else ""
+            raise kind(
+                f"{remote.url}: {str(error) or 'interrupted'} after {done:,}{of} bytes; they are "
+                f"kept in {part}, and the same command resumes there"
+            ) from error
 
 
-class _BrokenOff(Exception):
-    """The connection, as opposed to the disk, failed."""
+def _request(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
+    """The server's response to a request for the bytes from `first` on; 416 is a response.
 
-
-def _receive(
-    response: Any, part: Path, first: int, total: int | None, remote: Remote, on_progress: Progress
-) -> None:
-    done = first
-    try:
-        with open(part, "ab" if first else "wb") as file:
-            while chunk := _read(response):
-                file.write(chunk)
-                done += len(chunk)
-                on_progress(f"fetching {remote.filename}", done, total)
-            file.flush()
-            os.fsync(file.fileno())
-        if total is not None and done < total:
-            raise _BrokenOff("the connection was closed")
-    except (_BrokenOff, KeyboardInterrupt) as error:
-        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DataError
-        of = f" of {total:,}" if total else ""
-        raise kind(
-            f"{remote.url}: {str(error) or 'interrupted'} after {done:,}{of} bytes; they are kept in {part}, and the "
-            "same command goes on from there"
-        ) from error
-
-
-def _read(response: Any) -> bytes:
-    try:
-        return response.read1(CHUNK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenOff(str(error) or type(error).__name__) from error
-
-
-def _answer(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
-    """The server's answer to a request for the bytes from `first` on, with its status and headers.
-
-    Asked from a thread, since neither the look-up of a name nor the attempts at all of a host's addresses heed a
-    timeout.
+    A thread sends the request, because a timeout of `requests` covers neither the look-up of the
+    name nor the sum over all addresses of a host.
 
     Raises:
-        DataError: there is none, or it is an error; a refused range (416) is an answer.
+        DataError: no answer, or an error.
     """
-    headers = {"User-Agent": "lra-jax"} | ({"Range": f"bytes={first}-"} if first else {})
+    import requests
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={first}-"} if first else {})
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
-    def ask() -> None:
+    def send() -> None:
         try:
-            answers.put(
-                urllib.request.urlopen(
-                    urllib.request.Request(remote.url, headers=headers), timeout=timeout
-                )
-            )
+            answer = requests.get(remote.url, headers=headers, stream=True, timeout=timeout)
+            if not (first and answer.status_code == 416):
+                answer.raise_for_status()
+            answers.put(answer)
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
     try:
         answer = answers.get(timeout=timeout)
     except queue.Empty:
         answer = TimeoutError(f"no answer within {timeout:g} s")
-    if isinstance(answer, urllib.error.HTTPError):
-        if answer.code == 416 and first:
-            return answer
-        answer.close()
     if isinstance(answer, Exception):
-        reason = (
-            answer
-            if isinstance(answer, urllib.error.HTTPError)
-            else getattr(answer, "reason", answer)
-        )
+        reason = getattr(answer.args[0] if answer.args else None, "reason", answer)
         raise DataError(
-            f"cannot fetch {remote.url}: {reason}; fetch {remote} from there on another machine and put it into {folder}"
+            f"cannot fetch {remote.url}: {reason}; fetch {remote} from there on another machine "
+            f"and put it into {folder}"
         ) from answer
     return answer
-
-
-def _extent(response: Any) -> tuple[int | None, int | None]:
-    """The first byte that an answer brings, None where it refuses, and the size of the whole file where it says so."""
-    if response.status in (206, 416):
-        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        first, total = found.groups() if found else (None, None)
-        return None if first is None else int(first), None if total is None else int(total)
-    length = response.headers.get("Content-Length")
-    return 0, None if length is None else int(length)
-
-
-def _check(part: Path, remote: Remote) -> None:
-    """Raises DataError, and removes the file, where size or hash are not the publisher's."""
-    size = part.stat().st_size
-    found = None if remote.sha256 is None else _sha256(part)
-    if remote.size in (None, size) and found == remote.sha256:
-        return
-    part.unlink()
-    raise DataError(
-        f"{remote.url}: fetched {size:,} bytes with SHA-256 {found}, expected {remote.size or size:,} with "
-        f"{remote.sha256}; removed. Try again, or fetch {remote} on another network and put it into {part.parent}"
-    )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,11 @@
-"""Which files does a publisher give, and where on this disk are they?
+"""Describes a publisher's files and finds them on disk.
 
-People keep the same files in many layouts, so they are looked for by what they are called and what they hold, in any
-nesting of a few folders; an archive of them, by its name with whatever a browser has made of it. Nothing is written
-here: `lra.sources.archives` unpacks, `lra.sources.download` fetches.
+People keep the same files in many layouts. A folder is therefore recognized by its name and its
+content at any of a few nesting levels, an archive by its name with whatever a browser made of it.
+Nothing is written: `lra.sources.archives` unpacks and `lra.sources.download` downloads.
 """
 
+import hashlib
 import itertools
 import os
 import re
@@ -15,43 +16,43 @@ from typing import NamedTuple
 
 from lra.errors import DataError
 
-NESTING = 4  # so many folders may lie between the data root and a publisher's folder
+NESTING = 4  # maximum number of folders between the data root and a publisher's folder
 ARCHIVE_NESTING = 2
-BULK = frozenset(
-    ("imgs", "metadata", "pos", "neg", "unsup", "packed", "tfds")
-)  # pictures and texts, or our own
-MAX_ENTRIES = (
-    10_000  # of one folder that are looked at: with more it is full of pictures or texts too
-)
-MAX_FOLDERS = 5_000  # of one depth: a data root that is a home folder is not searched to the end
+# pictures, texts and the harness's own data
+BULK = frozenset(("imgs", "metadata", "pos", "neg", "unsup", "packed", "tfds"))
+MAX_ENTRIES = 10_000  # entries read per folder; a larger folder holds pictures or texts
+MAX_FOLDERS = 5_000  # folders per level, so that a home folder as data root is not searched whole
 
-# .tar.gz and the like with what browsers and wget add, as in `x (1).gz`, `x.tar (1).gz`, `x.gz.1`
+# .tar.gz and the like with what browsers and wget add: `x (1).gz`, `x.tar (1).gz`, `x.gz.1`
 ARCHIVE_SUFFIX = re.compile(
     r"(\.tar)?( ?\(\d+\))?(\.tar|\.tgz|\.txz|(\.tar)?\.(gz|xz|bz2))?(\.\d+)?$"
 )
 
-Progress = Callable[
-    [str, int, int | None], None
-]  # what, how much is done, how much in all where known
+# called with what is done, the amount done, and the total amount if it is known
+Progress = Callable[[str, int, int | None], None]
+
+
+def ignore_progress(what: str, done: int, total: int | None) -> None:
+    """The default of every `on_progress` argument."""
 
 
 class Remote(NamedTuple):
-    """A file that its publisher serves; `size` in bytes and `sha256` where they are known."""
+    """A file that its publisher serves."""
 
     url: str
     filename: str
-    size: int | None
-    sha256: str | None
-    about: str = ""  # what a person should know before fetching it
+    size: int | None  # bytes, if published
+    sha256: str | None  # hexadecimal, if published
+    about: str = ""  # what a person should know before the download
 
     def __str__(self) -> str:
         size = f"{self.size / 1e6:,.0f} MB" if self.size else ""
-        return (
-            f"{self.filename} ({', '.join(filter(None, (size, self.about))) or 'of unknown size'})"
-        )
+        about = ", ".join(filter(None, (size, self.about))) or "of unknown size"
+        return f"{self.filename} ({about})"
 
 
-# Size and hash: TFDS 4.9.10, datasets/imdb_reviews/checksums.tsv; of CIFAR-10 (TFDS reads another form): Keras, cifar10.py
+# Sizes and hashes: IMDB from TFDS 4.9.10, datasets/imdb_reviews/checksums.tsv; CIFAR-10 from
+# Keras, cifar10.py (TFDS reads another form of it).
 IMDB = Remote(
     "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
     "aclImdb_v1.tar.gz",
@@ -77,15 +78,17 @@ LRA_RELEASE = Remote(
 class Source:
     """A publisher's files as one task needs them.
 
-    A folder of another name is taken too where it has all of `contains`, unless `folder` has several components: what
-    a level of Pathfinder contains looks the same at every size and difficulty, so there the path has to end so.
+    A folder of another name is accepted if it has all of `contains`, unless `folder` has several
+    components: a level of Pathfinder has the same content at every size and difficulty, so there
+    the whole path has to match.
     """
 
     title: str  # "IMDB reviews"
-    folder: str  # as the publisher calls it: "aclImdb", "pathfinder32/curv_contour_length_14"
+    folder: str  # the publisher's name: "aclImdb", "pathfinder32/curv_contour_length_14"
     contains: tuple[str, ...]  # what has to exist in it: ("train/pos", "test/neg")
-    archives: tuple[str, ...]  # names under which people keep the archive: ("aclImdb_v1.tar.gz",)
+    archives: tuple[str, ...]  # usual names of the archive: ("aclImdb_v1.tar.gz",)
     remote: Remote | None = None
+    alternative: str = ""  # ends the error if the files cannot be obtained
 
 
 def locate(source: Source, data_root: str | Path) -> Path | None:
@@ -94,44 +97,46 @@ def locate(source: Source, data_root: str | Path) -> Path | None:
 
 
 def located(source: Source, data_root: str | Path, task_name: str) -> Path:
-    """`locate` for a task that is about to read: where it finds nothing, the error names the command that helps.
+    """`locate`, with an error that names the command to run.
 
     Raises:
-        DataError: the source's files are not there.
+        DataError: the source's files are not found.
     """
     folder = locate(source, data_root)
     if folder is None:
+        or_else = f", or {source.alternative}" if source.alternative else ""
         raise DataError(
-            f"{source.title}: not found under {data_root}; run `lra data prepare {task_name}`"
+            f"{source.title}: no folder {source.folder} under {data_root}; run `lra data prepare "
+            f"{task_name}`{or_else}"
         )
     return folder
 
 
 def locate_all(source: Source, data_root: str | Path) -> list[Path]:
-    """Every folder that holds the source's files, from `data_root` itself downwards, the one to use first.
+    """Every folder under `data_root` (itself included) with the source's files, the best first.
 
-    The Long Range Arena release unpacks to `lra_release/lra_release/` beside a partial outer copy, so the path with
-    most `lra_release` in it comes first; then the publisher's own name, the shallowest and the name decide.
+    The Long Range Arena release unpacks to `lra_release/lra_release/` beside a partial outer copy,
+    so the path with most `lra_release` in it comes first; then the publisher's own name, the
+    smallest depth and the alphabet decide.
     """
     root = Path(data_root)
-    called = PurePosixPath(source.folder).parts
-    found: dict[Path, tuple[tuple, Path]] = {}  # by what it is behind links
-    for folder, _ in _folders(root, NESTING + len(called)):
-        # a data root of "." or "x/.." has a name too
-        is_called_so = Path(os.path.abspath(folder)).parts[-len(called) :] == called
-        if (is_called_so or len(called) == 1) and all(
-            (folder / name).exists() for name in source.contains
-        ):
+    name = PurePosixPath(source.folder).parts
+    found: dict[Path, tuple[tuple, Path]] = {}  # keyed by the path without links
+    for folder, _ in _folders(root, NESTING + len(name)):
+        # absolute, because a data root of "." or "x/.." has a name too
+        has_name = Path(os.path.abspath(folder)).parts[-len(name) :] == name
+        if (has_name or len(name) == 1) and all((folder / x).exists() for x in source.contains):
             parts = folder.relative_to(root).parts
-            rank = (-parts.count("lra_release"), not is_called_so, len(parts), parts)
+            rank = (-parts.count("lra_release"), not has_name, len(parts), parts)
             found.setdefault(folder.resolve(), (rank, folder))
     return [folder for _, folder in sorted(found.values())]
 
 
 def find_archive(source: Source, data_root: str | Path) -> Path | None:
-    """An archive under one of the source's names, with any of an archive's suffixes or none.
+    """An archive with one of the source's names and any archive suffix or none, else None.
 
-    Of several the first name's, which is the smaller archive; then an exact name comes first.
+    Of several, the name that `source.archives` lists first (the smallest archive) wins, then an
+    exact name.
     """
     stems = [archive_stem(name) for name in source.archives]
     named = [
@@ -140,26 +145,21 @@ def find_archive(source: Source, data_root: str | Path) -> Path | None:
         for name in names
         if archive_stem(name) in stems
     ]
-    files = [path for path in named if path.is_file()]
 
     def rank(path: Path) -> tuple:
-        return (
-            stems.index(archive_stem(path.name)),
-            path.name not in source.archives,
-            len(path.parts),
-            path,
-        )
+        is_renamed = path.name not in source.archives
+        return stems.index(archive_stem(path.name)), is_renamed, len(path.parts), path
 
-    return min(files, key=rank, default=None)
+    return min((path for path in named if path.is_file()), key=rank, default=None)
 
 
 def archive_stem(name: str) -> str:
-    """The name of an archive without any of an archive's suffixes."""
+    """The name of an archive without its suffixes."""
     return ARCHIVE_SUFFIX.sub("", name, count=1)
 
 
 def _folders(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
-    """`root` and the folders below it, level by level, each with the names in it; no file is looked at."""
+    """`root` and the folders below it, breadth first, each with the names of its entries."""
     level = [root]
     for _ in range(depth + 1):
         below: list[Path] = []
@@ -167,25 +167,31 @@ def _folders(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
             try:
                 with os.scandir(folder) as entries:
                     listed = list(itertools.islice(entries, MAX_ENTRIES))
-            except OSError:  # not there, not a folder, or not for us to read
+            except OSError:  # missing, not a folder, or not readable
                 continue
             yield folder, [entry.name for entry in listed]
-            below += [folder / entry.name for entry in listed if _worth_a_look(entry)]
+            below += [folder / entry.name for entry in listed if _is_searched(entry)]
         level = below
 
 
-def _worth_a_look(entry: os.DirEntry) -> bool:
+def _is_searched(entry: os.DirEntry) -> bool:
     if entry.name in BULK or entry.name.startswith("."):
         return False
-    # entry.is_dir() alone raises for a link to itself
+    # entry.is_dir() raises for a link to itself
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def signature(paths: Iterable[Path]) -> list[list[str | int]]:
-    """[name, bytes, modification time in ns] of each file: whether the sources changed, without reading them.
+    """[name, bytes, modification time in ns] of each file; detects changes without reading files.
 
     Raises:
-        DataError: a file is not there.
+        DataError: a file is missing.
     """
     try:
         stats = [(path.name, path.stat()) for path in paths]

@@ -1,7 +1,7 @@
-"""How is a pickle read without running what it says?
+"""Unpickles NumPy arrays only, so that a malicious pickle cannot run code.
 
-The Python batches of CIFAR-10 are pickles, and a pickle may call anything. Only the four names that NumPy arrays and the
-bytes of old protocols need are let through; every other is refused before it is called.
+The Python batches of CIFAR-10 are pickles. Only the names that NumPy arrays and the bytes of old
+protocols need can be resolved; every other name is refused before it is called.
 """
 
 import pickle
@@ -14,10 +14,10 @@ from lra.errors import DataError
 
 
 def restricted_pickle(path: Path) -> dict:
-    """A Python batch of CIFAR-10, {b"data": (N, 3072) uint8, b"labels": N integers, ...}; no other code can run.
+    """Load a Python batch of CIFAR-10: `{b"data": (N, 3072) uint8, b"labels": [N integers], ...}`.
 
     Raises:
-        DataError: the file is no such pickle, or names anything but what an array needs.
+        DataError: the file is not such a pickle, or it names anything that an array does not need.
     """
     try:
         with open(path, "rb") as file:
@@ -28,7 +28,8 @@ def restricted_pickle(path: Path) -> dict:
         ) from None
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
-            f"{path}: cannot be read as a batch of CIFAR-10 ({type(error).__name__}: {error}); fetch it again"
+            f"{path}: cannot be read as a batch of CIFAR-10 ({type(error).__name__}: {error}); "
+            "fetch it again"
         ) from error
     if not isinstance(content, dict):
         raise DataError(
@@ -38,7 +39,7 @@ def restricted_pickle(path: Path) -> dict:
 
 
 class _Refused(Exception):
-    """The name that a pickle wanted to call."""
+    """Holds the name that the pickle would call."""
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -50,13 +51,13 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the old pickle protocols; `_codecs.encode` itself would take any codec."""
+    """Decodes bytes of old pickle protocols; `_codecs.encode` itself would accept any codec."""
     if encoding != "latin1":
         raise _Refused(f"_codecs.encode to {encoding}")
     return text.encode(encoding)
 
 
-_reconstruct = np.zeros(1).__reduce__()[0]  # NumPy has moved it, and warns at its old name
+_reconstruct = np.zeros(1).__reduce__()[0]  # NumPy moved it and warns at its old name
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,

@@ -1,13 +1,14 @@
-"""How are the folders that TensorFlow Datasets has prepared read without TensorFlow?
+"""Reads the examples of a prepared TensorFlow Datasets (TFDS) folder without TensorFlow.
 
     for example in read_tfds(find_tfds(data_root, "imdb_reviews/plain_text"), "train"):
         example["text"], example["label"]  # bytes, int
 
-Both of TFDS's file formats: `tfrecord` (per record: length, masked CRC-32C of the length, content, masked CRC-32C of
-the content) and `array_record`. A record is a tf.train.Example.
+TFDS itself needs TensorFlow for two things that the tasks need: to read `tfrecord`, the default
+format of `tfds.load`, and to decode pictures in any format. So this module reads both formats,
+`tfrecord` and `array_record`, whose records are serialized `tf.train.Example`s. A TFRecord is the
+length (uint64), its masked CRC-32C, the content, and the masked CRC-32C of the content.
 """
 
-import functools
 import json
 import os
 import re
@@ -16,33 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt32
-
 from lra.errors import DataError
 
 Value = bytes | int | float | list[bytes] | list[int] | list[float]
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 RECORDS_PER_READ = 1024
-CRC_BLOCK = 1024  # bytes looked up at once, with a table of 1 KiB for each
-CRC_ROWS = 256 * np.arange(CRC_BLOCK)
 
 
 def find_tfds(data_root: str | Path, name: str) -> Path | None:
-    """The newest prepared version of `name` ("imdb_reviews/plain_text"), in the first place that has one.
+    """The newest prepared version of `name` ("imdb_reviews/plain_text"), or None.
 
-    Places: `data_root`, its folders `tfds` and `tensorflow_datasets`, $TFDS_DATA_DIR and ~/tensorflow_datasets.
+    Searches, in this order, `data_root`, its folders `tfds` and `tensorflow_datasets`,
+    $TFDS_DATA_DIR and ~/tensorflow_datasets; the first of them with any version decides.
     """
     root = Path(data_root)
-    places = [
-        root,
-        root / "tfds",
-        root / "tensorflow_datasets",
-        Path("~/tensorflow_datasets").expanduser(),
-    ]
+    places = [root, root / "tfds", root / "tensorflow_datasets"]
     if "TFDS_DATA_DIR" in os.environ:
-        places.insert(3, Path(os.environ["TFDS_DATA_DIR"]).expanduser())
+        places.append(Path(os.environ["TFDS_DATA_DIR"]).expanduser())
+    places.append(Path("~/tensorflow_datasets").expanduser())
     for place in places:
         versions = [
             path.parent
@@ -50,17 +43,16 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
             if VERSION.fullmatch(path.parent.name)
         ]
         if versions:
-            return max(
-                versions, key=lambda version: [int(number) for number in version.name.split(".")]
-            )
+            return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
     return None
 
 
 def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
-    """The examples of one split, shard after shard; a feature of one value is that value, of several a list.
+    """The examples of one split in order; a feature is a value, or a list of several values.
 
     Raises:
-        DataError: no such split or shard, or a file that is cut off, damaged or has not the promised records.
+        DataError: a split or a shard is missing, or a shard is truncated, damaged or has another
+            number of records than `dataset_info.json` states.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
@@ -80,31 +72,30 @@ def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
 
 
 def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
-    """The file format, and of each shard the path and the number of records."""
+    """The file format, and the path and the number of records of each shard."""
     info_path = folder / "dataset_info.json"
     try:
         info = json.loads(info_path.read_text("utf-8"))
-        file_format = info.get("fileFormat", "tfrecord")  # which older TFDS did not say
+        file_format = info.get("fileFormat", "tfrecord")  # absent in old versions of TFDS
         lengths = {entry["name"]: entry["shardLengths"] for entry in info["splits"]}
         prefix = f"{info['name']}-{split}.{file_format}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(info_path, f"cannot be read ({type(error).__name__}: {error})") from error
     if file_format not in ("tfrecord", "array_record"):
         raise DataError(
-            f"{info_path}: file format {file_format}; prepare it with TFDS as tfrecord or array_record"
+            f"{info_path}: file format {file_format}; prepare it with TFDS as tfrecord or "
+            "array_record"
         )
     if split not in lengths:
         raise DataError(f"{info_path}: no split {split!r}, it has {', '.join(lengths)}")
-    paths = [
-        folder / f"{prefix}-{i:05d}-of-{len(lengths[split]):05d}"
-        for i in range(len(lengths[split]))
+    counts = [int(length) for length in lengths[split]]
+    shards = [
+        (folder / f"{prefix}-{i:05d}-of-{len(counts):05d}", count) for i, count in enumerate(counts)
     ]
-    for path in paths:
+    for path, _ in shards:
         if not path.is_file():
             raise _damaged(path, "missing")
-    return file_format, [
-        (path, int(length)) for path, length in zip(paths, lengths[split], strict=True)
-    ]
+    return file_format, shards
 
 
 def _read_tfrecord(path: Path) -> Iterator[bytes]:
@@ -112,17 +103,25 @@ def _read_tfrecord(path: Path) -> Iterator[bytes]:
         number = 0
         while header := file.read(12):
             if len(header) < 12:
-                raise _damaged(path, f"cut off in record {number}")
+                raise _damaged(path, f"truncated in record {number}")
             length, crc = struct.unpack("<QI", header)
             if crc != masked_crc32c(header[:8]):
                 raise _damaged(path, f"record {number} has a wrong checksum of its length")
             record, crc_of_record = file.read(length), file.read(4)
             if len(record) < length or len(crc_of_record) < 4:
-                raise _damaged(path, f"cut off in record {number}")
+                raise _damaged(path, f"truncated in record {number}")
             if crc_of_record != struct.pack("<I", masked_crc32c(record)):
                 raise _damaged(path, f"record {number} has a wrong checksum")
             yield record
             number += 1
+
+
+def masked_crc32c(content: bytes) -> int:
+    """CRC-32C as TFRecord stores it: rotated, plus a constant."""
+    import google_crc32c
+
+    crc = google_crc32c.value(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _read_array_record(path: Path) -> Iterator[bytes]:
@@ -137,47 +136,14 @@ def _read_array_record(path: Path) -> Iterator[bytes]:
             yield from records
             number += len(records)
     except RuntimeError as error:
-        raise _damaged(path, f"cut off or damaged from record {number} on ({error})") from error
+        raise _damaged(path, f"truncated or damaged from record {number} on ({error})") from error
 
 
 def _value(feature: Any) -> Value:
-    kind = feature.WhichOneof(
-        "kind"
-    )  # bytes_list, int64_list, float_list, or None for a feature left empty
+    kind = feature.WhichOneof("kind")  # bytes_list, int64_list, float_list; None if empty
     values = list(getattr(feature, kind).value) if kind else []
     return values[0] if len(values) == 1 else values
 
 
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(f"{path}: {what}; delete {path.parent} and prepare it with TFDS again")
-
-
-# --- CRC-32C -------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _crc_table() -> UInt32[np.ndarray, " entries"]:
-    """Entry 256 k + byte: the register, 0 before, after `byte` and CRC_BLOCK - 1 - k zeros, the bytes behind it."""
-    table = np.empty((CRC_BLOCK, 256), np.uint32)
-    table[-1] = np.arange(256)
-    for _ in range(8):  # bits; Castagnoli's polynomial, lowest bit first
-        table[-1] = (table[-1] >> 1) ^ np.uint32(0x82F63B78) * (table[-1] & 1)
-    for k in range(CRC_BLOCK - 1, 0, -1):
-        table[k - 1] = (table[k] >> 8) ^ table[-1, table[k] & 255]
-    return table.ravel()
-
-
-def masked_crc32c(content: bytes) -> int:
-    """CRC-32C as TFRecord stores it: rotated and shifted, so that the CRC of data holding CRCs stays a good one.
-
-    The register after a block is the sum (xor) of what each of its bytes alone would leave, so NumPy looks up all of
-    them at once: a loop over bytes takes a second for 10 MB.
-    """
-    table, crc = _crc_table(), 0xFFFFFFFF
-    for first in range(0, len(content), CRC_BLOCK):
-        block = np.frombuffer(content[first : first + CRC_BLOCK], np.uint8).astype(np.intp)
-        block[:4] ^= np.frombuffer(struct.pack("<I", crc), np.uint8)[: len(block)]
-        left = crc >> 8 * len(block)  # of the register, where the block is shorter than it
-        crc = int(np.bitwise_xor.reduce(table[block + CRC_ROWS[-len(block) :]])) ^ left
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

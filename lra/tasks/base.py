@@ -1,11 +1,14 @@
-"""What is a task? The one interface that the data store, the trainer and the tables know.
+"""The interface of a task, which is all that the data store, the trainer and the tables know of it.
 
-A task says where its examples come from, how they are encoded under a protocol, and which reference lines a model has to
-beat. One file a task; `conf/task/<name>.yaml` names the class in `_target_` and carries every constructor argument.
+A task states where its examples come from, how a protocol encodes them, and which reference
+accuracies a model has to beat. Each task is one file; `conf/task/<name>.yaml` names the class in
+`_target_` and lists every constructor argument.
 """
 
 import abc
-import hashlib
+import contextlib
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lra.errors import ConfigError, LraError
-from lra.sources.locate import Progress, signature
+from lra.sources.download import obtain
+from lra.sources.locate import Progress, Source, file_hash, locate, located, signature
+from lra.sources.tfds_reader import find_tfds
 
 SPLITS = ("train", "val", "test")
+ENCODINGS = ("lra2020", "s4")  # valid values of protocol.inputs
 
 
 class Example(NamedTuple):
     """One encoded example, without padding.
 
-    `inputs` are integers (length,), or (length, F) where a position has several values; for a pair, two such arrays.
-    `label` is the class, or an array (T,) of classes where the task asks for several.
+    `inputs` are integers of shape (length,), or (length, F) with several values per position; a
+    pair has two such arrays. `label` is a class, or an array (T,) of classes.
     """
 
     inputs: np.ndarray | tuple[np.ndarray, np.ndarray]
@@ -34,111 +40,154 @@ class Example(NamedTuple):
 class Task(abc.ABC):
     """A classification task over integer sequences.
 
-    Subclasses set the attributes below in `__init__` and read the protocol there: `inputs` ("lra2020" or "s4") decides
-    the encoding, `validation` ("train" or "test") where validation comes from when the publisher gives none, `shuffle`
-    whether what the task cuts into splits is shuffled before. `data_root` is the folder of the publishers' files; a
-    task that generates its data ignores it.
+    Subclasses set the attributes below in the class or in `__init__`. `__init__` takes `protocol`
+    and `data_root` from the harness and the other arguments from the YAML file. The protocol has
+    the keys `inputs` ("lra2020" or "s4": the encoding), `validation` ("train" or "test": the origin
+    of validation examples if the publisher provides none) and `shuffle` (whether one set of files
+    is cut into splits in random order). `data_root` is the folder of the publishers' files.
     """
 
     name: str
     inputs: str  # the encoding, as part of the packed store's name
     num_classes: int
-    seq_len: int  # L: the padded length a model sees
-    vocab: (
-        tuple[str, ...] | None
-    )  # id -> token, fixed and sorted, 0 is padding; None where the inputs are values
-    dual: bool = False  # two sequences an example, as in Retrieval
-    num_features: int = 1  # F: values a position, 3 in a colour picture
+    seq_len: int  # L: the padded length that a model sees
+    vocab: tuple[str, ...] | None  # token of each id, 0 is padding; None if the inputs are values
+    dual: bool = False  # two sequences per example, as in Retrieval
+    num_features: int = 1  # F: values per position, 3 in a colour picture
     num_targets: int = 1  # T: classes to predict, one at each of the last T positions
-    value_dtype: np.dtype = np.dtype(
-        "u1"
-    )  # of values; ids take the smallest type that holds the vocabulary
-    picture_shape: tuple[int, int] | None = (
-        None  # (height, width) where the sequence is a picture, row by row
-    )
-    same: Mapping[
-        str, str
-    ] = {}  # splits that are another one under a second name, such as {"val": "test"}
-    shortage: str = ""  # what may be the reason where the sources hold too few examples
-    allow_partial: bool = False  # set by the store: read what is there of incomplete sources
-    source: str = "generated"  # which data this is: "generated" or "release"; stored in each record
-    reader_version: int = 1  # raise it when the same sources give other examples
+    value_dtype: np.dtype = np.dtype("u1")  # of values; ids take the smallest sufficient type
+    picture_shape: tuple[int, int] | None = None  # (height, width) of a picture, stored row by row
+    same: Mapping[str, str] = {}  # splits that equal another split, such as {"val": "test"}
+    shortage: str = ""  # possible reason if the sources hold too few examples
+    allow_partial: bool = False  # set by the store: accept incomplete sources
+    source: str = "generated"  # "generated", "release" or "tfds"; stored in each record
+    publisher: Source | None = None  # the files that `source_files` and `fetch` look for
+    tfds_name: str | None = None  # dataset of TFDS that replaces missing publisher's files
+    data_root: Path
+    reader_version: int = 1  # increase it if the same sources and arguments give other examples
+    arguments: Mapping[str, Any]  # of the constructor, with defaults; recorded by this class
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _record_arguments(cls.__init__)  # type: ignore[method-assign]
 
     @abc.abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
         """All examples of `split` in their fixed order.
 
         Raises:
-            DataError: a source file is missing or malformed; the message names file, row and remedy.
+            DataError: a source file is missing or malformed; the message names file, row and
+                remedy.
         """
 
     @abc.abstractmethod
     def split_sizes(self) -> Mapping[str, int] | None:
-        """Examples a split where they are known beforehand (so that a short file is refused), else None."""
+        """Number of examples per split if known in advance (another number is refused), or None."""
 
-    @abc.abstractmethod
+    def unused_arguments(self) -> Sequence[str]:
+        """Constructor arguments that change no stored byte, given the other arguments."""
+        return ()
+
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that change the bytes of the packed store, as JSON values; part of the store's key."""
+        """The settings that change the stored bytes, as JSON values; part of the store's name.
+
+        Contains every constructor argument unless `unused_arguments` lists it (`name` is in the
+        store's name already). A task whose examples depend on the protocol adds the relevant
+        settings of the protocol.
+        """
+        ignored = {"protocol", "data_root", "name", *self.unused_arguments()}
+        found = {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in getattr(self, "arguments", {}).items()
+            if name not in ignored
+        }
+        return found | ({"seq_len": self.seq_len} if "seq_len" in found else {})
 
     @property
     def num_tokens(self) -> int | None:
-        """V: ids that the model embeds; None where it takes the values themselves."""
+        """V: number of ids that the model embeds; None if it takes the values themselves."""
         return None if self.vocab is None else len(self.vocab)
 
-    def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        """Make the source files be there: unpack their archive, download it where asked. Nothing for a generator.
+    # --- Source files ---
+
+    def source_folder(self) -> Path:
+        """The folder with the publisher's files, else the one prepared by TFDS; sets `source`.
 
         Raises:
-            DataError: they are nowhere; the message says which file to get from where and where to put it.
+            DataError: neither is found.
         """
+        assert self.publisher is not None
+        self.source = "release"
+        folder = locate(self.publisher, self.data_root)
+        if folder is None and self.tfds_name:
+            folder = find_tfds(self.data_root, self.tfds_name)
+            self.source = "tfds" if folder else "release"
+        return folder or located(self.publisher, self.data_root, self.name)
+
+    def fetch(self, *, download: bool, on_progress: Progress) -> None:
+        """Unpack the archive of the source files, after downloading it if `download` is true.
+
+        Raises:
+            DataError: nothing is found; the message names the file to get and where to put it.
+        """
+        if self.publisher is not None:
+            obtain(self.publisher, self.data_root, download=download, on_progress=on_progress)
 
     def source_files(self) -> Sequence[Path]:
-        """Files whose names, sizes and times identify the sources; empty for a generator. Quick: reads none of them.
+        """Files or folders whose names, sizes and times identify the sources; reads none of them.
 
         Raises:
-            DataError: they are not there.
+            DataError: they are missing.
         """
-        return []
+        if self.publisher is None:
+            return []
+        folder = self.source_folder()
+        if self.source == "tfds":
+            return sorted(path for path in folder.iterdir() if path.is_file())
+        return [folder / name for name in self.publisher.contains]
 
     def source_signature(self) -> list[Any]:
-        """JSON values that change with the sources, empty for a generator; the other part of the store's key."""
+        """JSON values that change with the source files; the other part of the store's name."""
         return list(signature(self.source_files()))
 
     def source_hashes(self) -> list[dict[str, str]]:
-        """`name` and `sha256` of what was read, for the manifest; asked after `examples` of every split ran out."""
+        """`name` and `sha256` of the sources; called after `examples` of each split was read."""
         return [{"name": path.name, "sha256": file_hash(path)} for path in self.source_files()]
 
     def notes(self) -> list[str]:
-        """Known defects met in the sources and what was done about them; asked after `examples` ran out."""
+        """Known defects found in the sources; called after `examples` of each split was read."""
         return []
 
     def packed(self) -> None:
-        """The store is complete: what was kept for an interrupted preparation can go."""
+        """Called once the store is complete: delete what was kept to resume the preparation."""
+
+    # --- Use of the examples ---
 
     def decode(self, inputs: jax.Array) -> jax.Array:
-        """Stored integers (B, ..., L[, F]) -> what the model's encoder takes, on the device.
+        """Map stored integers (B, ..., L[, F]) to the model's input, on the device.
 
-        Ids (B, ..., L) here; a task of values gives floats (B, ..., L, F).
+        The input is ids (B, ..., L) here; a task of values returns floats (B, ..., L, F).
         """
         return inputs.astype(jnp.int32)
 
     def to_text(self, inputs: np.ndarray) -> str:
-        """One stored example without its padding, readable by a person."""
+        """One stored example without padding, as readable text."""
         if self.vocab is None:
             return " ".join(map(str, inputs.tolist()))
         return " ".join(self.vocab[i] for i in inputs)
 
     def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
-        """Write packed splits into `folder` as the publishers' files, which the task's reader takes back."""
+        """Write packed splits into `folder` in the publisher's format, which the task can read."""
         raise LraError(f"{self.name} has no file format of its own to export to")
 
     def factors(self, split: Any) -> dict[str, np.ndarray]:
-        """What examples differ in, by which `lra diagnose` breaks accuracy down: integers or strings (n,) by name.
+        """Properties of each example by which `lra diagnose` groups accuracy: name -> values (n,).
 
-        Here the label, and the lengths where they differ. A task adds what it knows of its examples.
+        The default is the label, and the length if it varies. A task adds its own.
 
         Args:
-            split: packed examples with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`, as in a store.
+            split: packed examples with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`.
         """
         lengths, labels = np.asarray(split.lengths), np.asarray(split.labels)
         found = {"label": labels} if labels.ndim == 1 else {}
@@ -148,29 +197,73 @@ class Task(abc.ABC):
         return found | dict(zip(names, lengths.reshape(len(lengths), -1).T, strict=True))
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """Test accuracies (fractions) of shortcuts; every task has `majority`, the most frequent train label.
+        """Test accuracies (fractions) of simple baselines that a model has to beat.
+
+        `majority` predicts the most frequent label of train. A task adds its own.
 
         Args:
-            splits: packed splits by name, with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`.
+            splits: packed splits by name, with `inputs (n, L)`, `lengths (n,)`, `labels (n,)`.
         """
         counts = np.bincount(np.asarray(splits["train"].labels).ravel(), minlength=self.num_classes)
         return {"majority": float(np.mean(np.asarray(splits["test"].labels) == counts.argmax()))}
 
 
+def _record_arguments(init: Any) -> Any:
+    """`init` of a task class, which stores its arguments as `arguments` before it runs.
+
+    Only the outermost call stores them: `super().__init__` finds them already stored.
+    """
+    parameters = inspect.signature(init)
+
+    @functools.wraps(init)
+    def recorded(self: Task, *args: Any, **kwargs: Any) -> None:
+        if "arguments" not in vars(self):
+            with contextlib.suppress(TypeError):  # `init` raises the same with a clearer message
+                bound = parameters.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                self.arguments = dict(list(bound.arguments.items())[1:])
+        init(self, *args, **kwargs)
+
+    return recorded
+
+
+# --- Checks of arguments ---
+
+
 def check_option(key: str, found: Any, allowed: Sequence[str]) -> None:
-    """Raises: ConfigError, if `found` is none of the options."""
+    """Raises ConfigError unless `found` is one of `allowed`."""
     if found not in allowed:
         raise ConfigError(f"{key}={found} is unknown; expected {' or '.join(allowed)}")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_at_least(key: str, found: int, least: int) -> None:
+    """Raises ConfigError if `found` is less than `least`."""
+    if found < least:
+        raise ConfigError(f"{key}={found}: expected {least} or more")
 
 
-def shuffled(count: int, seed: int) -> np.ndarray:
-    """A permutation of 0..count-1 (int64) from `seed` alone, on every machine and NumPy version (raw Philox words)."""
-    return np.argsort(
-        np.random.Philox(key=np.array([seed, count], np.uint64)).random_raw(count), kind="stable"
-    )
+def check_data_seed(seed: int) -> None:
+    """Raises ConfigError unless `seed` fits the 64-bit half of a Philox key."""
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"task.data_seed={seed} is outside 0..2^64-1")
+
+
+def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` in the order of `SPLITS`.
+
+    Raises:
+        ConfigError: a split is missing or unknown, or has no example.
+    """
+    if sorted(sizes) != sorted(SPLITS):
+        raise ConfigError(
+            f"task.sizes={dict(sizes)}: expected the number of examples of {', '.join(SPLITS)}"
+        )
+    for split in SPLITS:
+        check_at_least(f"task.sizes.{split}", sizes[split], 1)
+    return {split: int(sizes[split]) for split in SPLITS}
+
+
+def permutation(count: int, seed: int) -> np.ndarray:
+    """A permutation of 0..count-1 (int64) that depends on `seed` alone, not on NumPy's version."""
+    words = np.random.Philox(key=np.array([seed, count], np.uint64)).random_raw(count)
+    return np.argsort(words, kind="stable")

@@ -1,9 +1,9 @@
-"""How well does a linear model on a few numbers an example do? The line that a sequence model has to beat."""
+"""Fits a linear classifier on a few features per example, as a baseline for sequence models."""
 
 import numpy as np
 from jaxtyping import Float, Integer
 
-RIDGE = 1e-6  # keeps the fit unique where features repeat each other
+RIDGE = 1e-6  # makes the fit unique if features are collinear
 MAX_ITERATIONS = 300
 
 
@@ -12,9 +12,13 @@ def linear_accuracy(
     test: tuple[Float[np.ndarray, "m F"], Integer[np.ndarray, " m"]],
     num_classes: int,
 ) -> float:
-    """Test accuracy (fraction) of multinomial logistic regression fitted to train, in float64 from zero weights.
+    """Test accuracy (a fraction) of multinomial logistic regression, fitted to train in float64.
 
-    Features are standardised by train's mean and spread. The same data give the same number on the same machine.
+    Features are standardized by the mean and standard deviation of train; the weights start at
+    zero. The result is deterministic on a given machine.
+
+    Args:
+        train, test: features and labels.
     """
     from scipy.optimize import minimize
 

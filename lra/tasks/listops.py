@@ -1,15 +1,17 @@
-"""What does a nested list of MIN, MAX, MED and SM over single digits evaluate to?
+"""ListOps: the value of nested lists of MIN, MAX, MED and SM over single digits.
 
-Two sources, one reader: rows generated from a seed, and the files `listops-1000/basic_*.tsv` of the Long Range Arena
-release. Grammar: Nangia & Bowman 2018 (arXiv 1804.06028) with the limits of Tay et al. 2020 (arXiv 2011.04006): the
-root has depth 1, a node above the last depth is an operator with probability 1/4, the number of arguments, the operator
-and the digits are uniform; MED is truncated to an integer, SM is the sum modulo 10. A row counts one token for a digit
-and two for an operator, its name and its closing bracket.
+The rows are generated from a seed, or read from the files `listops-1000/basic_*.tsv` of the Long
+Range Arena release. Grammar: Nangia & Bowman 2018 (arXiv 1804.06028) with the limits of Tay et al.
+2020 (arXiv 2011.04006): the root has depth 1; a node above the last depth is an operator with
+probability 1/4; the number of arguments, the operator and the digits are uniform; MED is truncated
+to an integer, SM is the sum modulo 10. A digit counts as one token, an operator as two, its name
+and its closing bracket.
 
-In here a row is a uint8 array of places in `TOKENS`: a digit is its own value. What a model sees is `encode`.
+A row is a uint8 array of indices into `TOKENS`; a digit is its own index. `encode` makes the ids
+that a model sees.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,8 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from lra.errors import ConfigError, DataError, LraError
-from lra.sources.download import obtain
-from lra.sources.locate import LRA_RELEASE, Progress, Source, located
-from lra.tasks.base import SPLITS, Example, Task, check_option
+from lra.sources.locate import LRA_RELEASE, Source
+from lra.tasks.base import SPLITS, Example, Task, check_data_seed, check_option, check_sizes
 from lra.tasks.listops_generator import (
     CLOSE,
     FIRST_OPERATOR,
@@ -44,15 +45,16 @@ RELEASE = Source(
     tuple(f"basic_{split}.tsv" for split in SPLITS),
     ("listops-1000.tar.gz", LRA_RELEASE.filename),
     LRA_RELEASE,
+    "task.source=generated draws such rows instead",
 )
 ROWS_PER_COUNT = 1024  # bounds the memory of `depths`
 
 
 def to_release_text(tokens: Integer[np.ndarray, " L"]) -> str:
-    """A row as the release writes it: a binary tree, where each argument joins what stands left of it in its list."""
+    """A row in the release's form: a binary tree that joins each argument to those before it."""
     words: list[str] = []
-    open_at: list[int] = []  # places of the open operators in `words`
-    joins: list[int] = []  # and how much has joined each
+    open_at: list[int] = []  # indices of the open operators in `words`
+    joins: list[int] = []  # and their numbers of arguments so far
     for token in tokens.tolist():
         words.append(TOKENS[token])
         if FIRST_OPERATOR <= token < CLOSE:
@@ -63,14 +65,14 @@ def to_release_text(tokens: Integer[np.ndarray, " L"]) -> str:
             words.append(")")
             place = open_at.pop()
             words[place] = "( " * (joins.pop() + 1) + words[place]
-        if open_at:  # a digit or a whole list is an argument of what is open
+        if open_at:  # a digit or a whole list is an argument of the innermost open operator
             words.append(")")
             joins[-1] += 1
     return " ".join(words)
 
 
 def export_tsv(splits: Mapping[str, Rows], folder: Path) -> None:
-    """Write rows as `basic_<split>.tsv` of the release; `rows_of(split, vocab)` takes them from a packed store."""
+    """Write rows as `basic_<split>.tsv` of the release."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         with open(folder / f"basic_{name}.tsv", "w", encoding="ascii", newline="\n") as file:
@@ -81,13 +83,13 @@ def export_tsv(splits: Mapping[str, Rows], folder: Path) -> None:
 
 
 def encode(tokens: UInt8[np.ndarray, " L"], inputs: str) -> UInt8[np.ndarray, " M"]:
-    """Tokens -> the ids of `protocol.inputs`; s4 appends one end-of-sequence id."""
+    """Map tokens to the ids of `protocol.inputs`; s4 appends one end-of-sequence id."""
     ids = tokens + np.uint8(len(SPECIAL[inputs]))
     return np.append(ids, np.uint8(EOS)) if inputs == "s4" else ids
 
 
 def rows_of(split: Any, vocab: tuple[str, ...]) -> Rows:
-    """A packed split (`inputs (n, L)`, `lengths`, `labels`) as rows again; `vocab` is the one it was encoded with."""
+    """The rows of a packed split (`inputs (n, L)`, `lengths`, `labels`) encoded with `vocab`."""
     special = len(vocab) - len(TOKENS)
     lengths = np.asarray(split.lengths, np.int64) - (special > EOS)
     parts = [ids[:length] for ids, length in zip(split.inputs, lengths, strict=True)]
@@ -100,32 +102,31 @@ def rows_of(split: Any, vocab: tuple[str, ...]) -> Rows:
 
 
 def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n"]:
-    """Depth of the deepest node of each row, the root's being 1, as `max_depth` counts.
+    """Depth of the deepest node of each row; the root has depth 1, as for `max_depth`.
 
     Args:
-        ids: padded rows as a model sees them; the first `special` ids are no tokens.
+        ids: padded rows as a model sees them.
+        special: number of ids that precede the tokens.
     """
     found = np.empty(len(ids), np.int64)
     for first in range(0, len(ids), ROWS_PER_COUNT):
         rows = np.asarray(ids[first : first + ROWS_PER_COUNT])
         opens = (rows >= special + FIRST_OPERATOR) & (rows < special + CLOSE)
-        steps = opens.astype(np.int16) - (
-            rows == special + CLOSE
-        )  # a row has fewer brackets than 2^15
-        found[first : first + ROWS_PER_COUNT] = 1 + np.cumsum(steps, axis=1, dtype=np.int16).max(
-            axis=1
-        )
+        # int16 suffices: a row has fewer than 2^15 brackets
+        steps = opens.astype(np.int16) - (rows == special + CLOSE)
+        deepest = np.cumsum(steps, axis=1, dtype=np.int16).max(axis=1)
+        found[first : first + ROWS_PER_COUNT] = 1 + deepest
     return found
 
 
-# --- The release ---------------------------------------------------------------------------------------------------
+# --- The release ---
 
 
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
     """Rows (tokens, answer) of one released file, each checked by evaluating it.
 
     Raises:
-        DataError: naming the file and the row (the header is row 0) of the first thing that is wrong.
+        DataError: naming the file and the row (the header is row 0) of the first error.
     """
     with open(path, encoding="ascii", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
@@ -146,11 +147,11 @@ def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
     source, tab, target = line.partition("\t")
     if not tab or target not in TOKENS[:FIRST_OPERATOR]:
         raise ValueError(
-            f"found the answer {target[:20]!r}, expected a tab and one digit (is the row cut off?)"
+            f"found the answer {target[:20]!r}, expected a tab and one digit (is it truncated?)"
         )
     if "]" not in source:
         raise ValueError(
-            "no closing bracket: this file lost its brackets, as those made before March 2021 did"
+            "no closing bracket: this file lost its brackets, as those made before March 2021"
         )
     tokens = parse_text(source)
     answer = evaluate(tokens)
@@ -159,24 +160,24 @@ def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
     return tokens, answer
 
 
-# --- The task ------------------------------------------------------------------------------------------------------
+# --- The task ---
 
 
 class ListOps(Task):
-    """ListOps, generated or released, encoded as `protocol.inputs` asks.
+    """ListOps, generated or released, encoded as `protocol.inputs` states.
 
     Args:
-        protocol: mapping with `inputs`: "lra2020" (pad 0, then the 15 tokens) or "s4" (pad, unk, eos, then the tokens;
-            one eos appended).
-        data_root: where the release is looked for; unused when `source` is "generated".
+        protocol: mapping with `inputs`: "lra2020" (pad 0, then the 15 tokens) or "s4" (pad, unk,
+            eos, then the tokens; one eos appended).
+        data_root: where the release is searched; unused if `source` is "generated".
         source: "generated" or "release".
-        max_depth, min_args, max_args, min_length, max_length: limits of the generator, both ends included; a released
-            row may not exceed `max_length` either.
-        sizes: rows of train, val and test; a released file must have exactly so many.
+        max_depth, min_args, max_args, min_length, max_length: inclusive limits of the generator;
+            a released row may not exceed `max_length` either.
+        sizes: rows of train, val and test; a released file must have the same number.
         data_seed: of the generator, independent of a run's seed.
-        seq_len: padded length; None: the protocol's own.
+        seq_len: padded length; None for the protocol's own.
     Raises:
-        ConfigError: a value cannot be used, for one a `seq_len` that would cut a row.
+        ConfigError: a value is not valid, for example a `seq_len` that would cut a row.
     """
 
     num_classes = 10
@@ -201,9 +202,10 @@ class ListOps(Task):
         self.inputs = protocol["inputs"]
         check_option("protocol.inputs", self.inputs, tuple(SPECIAL))
         self.name, self.source, self.data_root = name, source, Path(data_root)
+        self.publisher = RELEASE if source == "release" else None
         self.grammar = Grammar(max_depth, min_args, max_args, min_length, max_length)
-        self.sizes = {split: int(sizes[split]) for split in SPLITS}
-        self.data_seed = data_seed
+        self.sizes, self.data_seed = check_sizes(sizes), data_seed
+        check_data_seed(data_seed)
         self.vocab = (*SPECIAL[self.inputs], *TOKENS)
         self.seq_len = self._checked_seq_len(seq_len)
 
@@ -215,7 +217,8 @@ class ListOps(Task):
             return -(-longest // 8) * 8
         if seq_len < longest:
             raise ConfigError(
-                f"seq_len={seq_len} is shorter than {self.name}'s longest row, {longest}; set task.seq_len"
+                f"seq_len={seq_len} is shorter than {self.name}'s longest row, {longest}; set "
+                "task.seq_len"
             )
         return seq_len
 
@@ -241,36 +244,17 @@ class ListOps(Task):
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes
 
-    def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        try:
-            obtain(RELEASE, self.data_root, download=download, on_progress=on_progress)
-        except DataError as error:
-            raise DataError(f"{error}; or task.source=generated draws such rows instead") from error
-
-    def source_files(self) -> list[Path]:
-        if self.source == "generated":
-            return []
-        folder = located(RELEASE, self.data_root, self.name)
-        return [folder / name for name in RELEASE.contains]
+    def unused_arguments(self) -> Sequence[str]:
+        return () if self.source == "generated" else (*Grammar._fields, "data_seed")
 
     def fingerprint(self) -> dict[str, Any]:
-        common = {
-            "inputs": self.inputs,
-            "seq_len": self.seq_len,
-            "source": self.source,
-            "sizes": self.sizes,
-        }
-        return common | (
-            self.grammar._asdict() | {"data_seed": self.data_seed}
-            if self.source == "generated"
-            else {}
-        )
+        return super().fingerprint() | {"inputs": self.inputs}
 
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
-        """Write packed splits into `folder` as the release's files, which `source=release` reads back.
+        """Write packed splits into `folder` as the release's files, which `source=release` reads.
 
         Raises:
-            LraError: one of these files is there already.
+            LraError: one of these files exists.
         """
         for name in splits:
             path = Path(folder) / f"basic_{name}.tsv"
@@ -282,7 +266,7 @@ class ListOps(Task):
         return Path(folder)
 
     def factors(self, split: Any) -> dict[str, np.ndarray]:
-        """Also `depth` of the deepest node, as `max_depth` counts it, and `root operator`."""
+        """Adds `depth`, of the deepest node as in `max_depth`, and `root operator`."""
         special = len(SPECIAL[self.inputs])
         roots = np.asarray(split.inputs[:, 0], np.int64) - special - FIRST_OPERATOR
         known = {
@@ -292,7 +276,7 @@ class ListOps(Task):
         return super().factors(split) | known
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `root_operator`: the most frequent train label of the row's outermost operator."""
+        """`majority`, and `root_operator`: the most frequent train label for the root operator."""
         train, test = splits["train"], splits["test"]
         counts = np.zeros((len(self.vocab), self.num_classes), np.int64)
         np.add.at(counts, (np.asarray(train.inputs[:, 0]), np.asarray(train.labels)), 1)

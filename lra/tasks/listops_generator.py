@@ -1,11 +1,12 @@
 """Generates and evaluates ListOps expressions.
 
-The random stream: chunk c of a seed draws from Philox with the 128-bit key (seed, c), whose raw stream NumPy
-guarantees. Each 64-bit word is two 32-bit words, the low half first, and each node takes one, level by level (a level
-starts with a new 64-bit word): bits 30 and 31 zero -> operator; bits 28 and 29 -> which; bits 0 to 27, as a fraction
-of 2^28, scaled to the number of arguments or to the digit (no value is off its probability by more than 2^-28). A tree
-gets no further level once it is known to be too long. Everything after that is integer arithmetic, so the rows depend
-on the seed and the limits alone, not on the machine or the NumPy version.
+Random stream: chunk c of a seed draws from Philox with the 128-bit key (seed, c), whose raw stream
+NumPy guarantees. A 64-bit word gives two 32-bit words, the low half first. Each node takes one
+32-bit word, level by level (a level starts with a new 64-bit word): it is an operator if bits 30
+and 31 are zero; bits 28 and 29 choose the operator; bits 0 to 27, as a fraction of 2^28, are scaled
+to the number of arguments or to the digit (each probability is exact to 2^-28). A tree grows no
+further level once it is known to be too long. The rest is integer arithmetic, so the rows depend on
+the seed and the limits alone, not on the machine or the NumPy version.
 """
 
 import itertools
@@ -24,15 +25,18 @@ FIRST_OPERATOR, CLOSE = 10, 14
 OPERATORS = ("MAX", "MED", "MIN", "SM")
 
 DRAWS_PER_CHUNK = 8192
-BARREN_CHUNKS = 256  # so many chunks in a row without a new row: the limits leave too few
+BARREN_CHUNKS = 256  # give up after so many consecutive chunks without a new row
 
 
-# --- Rows ----------------------------------------------------------------------------------------------------------
+# --- Rows ---
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of unequal length, back to back: row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`."""
+    """Rows of unequal length, concatenated.
+
+    Row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`.
+    """
 
     tokens: UInt8[np.ndarray, " T"]
     offsets: Int[np.ndarray, " bounds"]  # R + 1
@@ -55,22 +59,22 @@ class Rows:
 def join(parts: list[Rows]) -> Rows:
     """The rows of all parts, in order."""
     lengths = [np.diff(part.offsets) for part in parts]
-    offsets = np.concatenate(
-        [[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))]
-    ).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))])
+    offsets = offsets.astype(np.int64)
     empty = np.zeros(0, np.uint8)
     tokens = np.concatenate([empty, *(part.tokens for part in parts)])
     return Rows(tokens, offsets, np.concatenate([empty, *(part.labels for part in parts)]))
 
 
 def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
-    """The answer of one row, by a stack machine; independent of the generator on purpose.
+    """The answer of one row by a stack machine, independent of the generator so as to check it.
 
     Raises:
-        ValueError: brackets do not match, an operator has no argument, or there is more than one expression.
+        ValueError: brackets do not match, an operator has no argument, or the row is not exactly
+            one expression.
     """
     outer: list[list[int]] = []
-    current: list[int] = []  # the operator, then its arguments; below all operators: the answers
+    current: list[int] = []  # an operator and its arguments; outside of operators: answers
     for token in tokens.tolist():
         if token < FIRST_OPERATOR:
             current.append(token)
@@ -102,10 +106,10 @@ def _apply(operator: str, values: list[int]) -> int:
 
 
 def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
-    """Tokens of a row in the release's text form, or in any form with its 15 tokens apart by blanks and parentheses.
+    """Tokens of a row as text: the 15 tokens separated by blanks and parentheses, as released.
 
     Raises:
-        ValueError: naming the first token that is none of the 15.
+        ValueError: naming the first unknown token.
     """
     words = text.replace("(", " ").replace(")", " ").split()
     try:
@@ -117,7 +121,7 @@ def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
 _TOKEN_IDS = {token: i for i, token in enumerate(TOKENS)}
 
 
-# --- Generator -----------------------------------------------------------------------------------------------------
+# --- Generator ---
 
 
 class Grammar(NamedTuple):
@@ -130,27 +134,30 @@ class Grammar(NamedTuple):
     max_length: int
 
     def check(self) -> None:
-        """Raises ConfigError on limits that no row can meet, or that the random words cannot express."""
+        """Raises ConfigError if no row meets the limits or the random words cannot express them."""
         if self.max_depth < 2:
             raise ConfigError(
-                f"max_depth={self.max_depth} leaves single digits only; set task.max_depth to 2 or more"
+                f"max_depth={self.max_depth} leaves single digits only; set task.max_depth to 2 or "
+                "more"
             )
         if not 1 <= self.min_args <= self.max_args <= 16:
             raise ConfigError(
-                f"min_args={self.min_args}, max_args={self.max_args}: expected 1 <= min <= max <= 16"
+                f"min_args={self.min_args}, max_args={self.max_args}: expected 1 <= min <= max <= "
+                "16"
             )
         if not 1 <= self.min_length <= self.max_length:
             raise ConfigError(
-                f"min_length={self.min_length}, max_length={self.max_length}: expected 1 <= min <= max"
+                f"min_length={self.min_length}, max_length={self.max_length}: expected 1 <= min <= "
+                "max"
             )
 
 
 class Level(NamedTuple):
-    """All nodes of one depth, tree after tree and parent after parent: so children of a node lie side by side."""
+    """All nodes of one depth, ordered by tree and parent, so that siblings are adjacent."""
 
     tokens: UInt8[np.ndarray, " M"]
-    operators: Int[np.ndarray, " P"]  # places of the operators in `tokens`
-    args: Int[np.ndarray, " P"]  # and how many of the next level's nodes each owns
+    operators: Int[np.ndarray, " P"]  # indices of the operators in `tokens`
+    args: Int[np.ndarray, " P"]  # and their numbers of children in the next level
 
 
 def generate(
@@ -165,7 +172,8 @@ def generate(
 ) -> dict[str, Rows]:
     """Distinct rows for each split, from `seed` alone.
 
-    The last split is cut first, so the same seed gives the same test and validation rows whatever the size of train.
+    The last split is cut first, so that the test and validation rows do not depend on the size of
+    train.
 
     Args:
         sizes: rows of each split.
@@ -173,8 +181,6 @@ def generate(
     Raises:
         ConfigError: the limits admit too few distinct rows.
     """
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"data_seed={seed} is outside 0..2^64-1; set task.data_seed")
     grammar = Grammar(max_depth, min_args, max_args, min_length, max_length)
     grammar.check()
     rows = _distinct_rows(sum(sizes.values()), seed, grammar)
@@ -186,7 +192,10 @@ def generate(
 
 
 def _distinct_rows(wanted: int, seed: int, grammar: Grammar) -> Rows:
-    """The first `wanted` distinct rows of chunks 0, 1, 2, ... (One thread: two were 1.15 times as fast.)"""
+    """The first `wanted` distinct rows of chunks 0, 1, 2, ...
+
+    Uses one thread, since two were only 1.15 times as fast.
+    """
     parts: list[Rows] = []
     seen: set[bytes] = set()
     barren = 0
@@ -198,8 +207,9 @@ def _distinct_rows(wanted: int, seed: int, grammar: Grammar) -> Rows:
         barren = barren + 1 if len(seen) == before else 0
         if barren == BARREN_CHUNKS:
             raise ConfigError(
-                f"only {len(seen)} of {wanted} distinct rows, and none new in {BARREN_CHUNKS * DRAWS_PER_CHUNK} draws; "
-                "widen task.min_length, task.max_length, task.max_depth or lower task.sizes"
+                f"only {len(seen)} of {wanted} distinct rows, and none new in "
+                f"{BARREN_CHUNKS * DRAWS_PER_CHUNK} draws; widen task.min_length, task.max_length, "
+                "task.max_depth or lower task.sizes"
             )
     return join(parts).take(0, wanted)
 
@@ -215,7 +225,7 @@ def _drop_seen(rows: Rows, seen: set[bytes]) -> Rows:
 
 
 def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
-    """The rows within the limits among `DRAWS_PER_CHUNK` draws of the grammar, with their answers."""
+    """The rows within the limits among `DRAWS_PER_CHUNK` draws, with their answers."""
     levels = _grow(np.random.Philox(key=np.array([seed, chunk], np.uint64)), grammar)
     values, sizes = _evaluate_levels(levels)
     offsets = np.concatenate([[0], np.cumsum(sizes[0])])
@@ -223,20 +233,17 @@ def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
 
 
 def _grow(bits: np.random.Philox, grammar: Grammar) -> list[Level]:
-    """Draw trees level by level; keep those whose root is an operator and whose length is within the limits."""
+    """Draw trees level by level; keep those with an operator as root and a length in the limits."""
     words = _draw(bits, DRAWS_PER_CHUNK)
-    words = words[words < 2**30]  # a root that is a digit is no row
+    words = words[words < 2**30]  # drop trees that are a single digit
     tree = np.arange(len(words))
-    length = np.ones(len(words), np.int64)  # tokens known so far
+    length = np.ones(len(words), np.int64)  # tokens drawn so far
     drawn = []
     for depth in range(1, grammar.max_depth + 1):
-        operators = (
-            np.flatnonzero(words < 2**30) if depth < grammar.max_depth else np.zeros(0, np.int64)
-        )
-        args = (
-            _scale(words[operators], grammar.max_args - grammar.min_args + 1).astype(np.int64)
-            + grammar.min_args
-        )
+        is_last = depth == grammar.max_depth
+        operators = np.zeros(0, np.int64) if is_last else np.flatnonzero(words < 2**30)
+        span = grammar.max_args - grammar.min_args + 1
+        args = grammar.min_args + _scale(words[operators], span).astype(np.int64)
         np.add.at(length, tree[operators], 1 + args)
         drawn.append((words, tree, operators, args))
         growing = length[tree[operators]] <= grammar.max_length
@@ -252,14 +259,14 @@ def _draw(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
 
 
 def _scale(words: UInt32[np.ndarray, " M"], span: int) -> UInt32[np.ndarray, " M"]:
-    """Bits 0-27 of each word -> 0..span-1, span <= 16."""
+    """Scale bits 0 to 27 of each word to 0..span-1; span <= 16."""
     return ((words & np.uint32(2**28 - 1)) * np.uint32(span)) >> np.uint32(28)
 
 
 def _level(words, tree, operators, args, kept, grammar) -> Level:
     of_kept_operators = kept[tree[operators]]
     of_kept = kept[tree]
-    place = np.cumsum(of_kept) - 1  # of a kept node among the kept
+    place = np.cumsum(of_kept) - 1  # index of a kept node among the kept nodes
     tokens = _scale(words[of_kept], 10).astype(np.uint8)
     places = place[operators[of_kept_operators]]
     tokens[places] = FIRST_OPERATOR + (words[operators[of_kept_operators]] >> 28)
@@ -269,7 +276,7 @@ def _level(words, tree, operators, args, kept, grammar) -> Level:
 def _evaluate_levels(
     levels: list[Level],
 ) -> tuple[UInt8[np.ndarray, " R"], list[Int[np.ndarray, " M"]]]:
-    """Bottom-up: the answers of the roots, and for each level the tokens under (and of) each node."""
+    """Bottom-up: the answers of the roots, and for each level the size of each node's subtree."""
     values, sizes = levels[-1].tokens, [np.ones(len(levels[-1].tokens), np.int64)]
     for level in reversed(levels[:-1]):
         starts = np.cumsum(level.args) - level.args
@@ -278,14 +285,13 @@ def _evaluate_levels(
             here[level.operators] = 2 + np.add.reduceat(sizes[0], starts)
         sizes.insert(0, here)
         below, values = values, level.tokens.copy()
-        values[level.operators] = _apply_all(
-            level.tokens[level.operators], below, starts, level.args
-        )
+        operators = level.tokens[level.operators]
+        values[level.operators] = _apply_all(operators, below, starts, level.args)
     return values, sizes
 
 
 def _apply_all(operators, values, starts, args) -> UInt8[np.ndarray, " P"]:
-    """All operators of a level at once: the arguments of operator p are `values[starts[p]:][:args[p]]`."""
+    """Answers of all operators of a level; operator p has `values[starts[p]:][:args[p]]`."""
     answers = np.zeros(len(operators), np.uint8)
     for count in np.unique(args):
         here = np.flatnonzero(args == count)
@@ -299,7 +305,7 @@ def _apply_all(operators, values, starts, args) -> UInt8[np.ndarray, " P"]:
 
 
 def _lay_out(levels: list[Level], sizes, offsets) -> UInt8[np.ndarray, " T"]:
-    """Top-down: a node's place is its parent's, plus one, plus the sizes of its left siblings."""
+    """Top-down: a node's offset is its parent's, plus one, plus the sizes of its left siblings."""
     tokens = np.empty(offsets[-1], np.uint8)
     places = offsets[:-1]
     for depth, level in enumerate(levels):

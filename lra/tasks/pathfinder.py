@@ -1,19 +1,23 @@
-"""Are the two marked ends joined by one dashed line? Pictures of two long paths among short distractors.
+"""Pathfinder and Path-X: whether two marked ends are joined by one dashed path.
 
-Source: Linsley et al. 2018 (arXiv 1805.08315) and Kim et al. 2020; Pathfinder (32x32) and Path-X (128x128) of the Long
-Range Arena (Tay et al. 2020, arXiv 2011.04006), whose task is the hard level, paths of 14 dashes.
+A picture has two long dashed paths among short distractors. Source: Linsley et al. 2018 (arXiv
+1805.08315) and Kim et al. 2020; Pathfinder (32x32) and Path-X (128x128) of the Long Range Arena
+(Tay et al. 2020, arXiv 2011.04006) are the hard level, paths of 14 dashes.
 
-Two sources, one task: pictures generated from a seed (`lra.tasks.pathfinder_generator`), and the folders of the release,
+The pictures are generated from a seed (`lra.tasks.pathfinder_generator`), or read from the folders
+of the release,
 
     pathfinder32/curv_contour_length_14/metadata/<batch>.npy, .../imgs/<batch>/sample_<k>.png
 
-with one row of metadata a picture: folder, file, number, LABEL, continuity, contour length, distractor length, paddle
-length, paddle thickness, margin, number of contrasts. In the release they are plain text despite their name; the upstream
-generator writes a binary array of strings. Both are read.
+with one row of metadata per picture: folder, file, number, LABEL, continuity, contour length,
+distractor length, paddle length, paddle thickness, margin, number of contrasts. The release's files
+are plain text despite their name; the upstream generator writes a binary array of strings. Both are
+read.
 
-Splits. Generated pictures are independent, so consecutive blocks of one stream serve every protocol. The release is cut
-80/10/10: in the order of its files under lra2020 (whose TFDS builder stores them in another order), else by a seeded
-permutation (S4 draws with PyTorch's generator: the same shares, other pictures).
+Splits: generated pictures are independent, so consecutive blocks of one stream serve every
+protocol. The release is cut 80/10/10: in the order of its files under lra2020 (the original's TFDS
+builder stores them in another order), otherwise by a seeded permutation (S4 draws with PyTorch's
+generator: the same shares, other pictures).
 """
 
 import contextlib
@@ -32,45 +36,47 @@ import joblib
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from lra.errors import ConfigError, DataError, LraError
-from lra.sources.download import obtain
-from lra.sources.locate import LRA_RELEASE, Progress, Source, locate_all
-from lra.tasks.base import SPLITS, Example, check_option
-from lra.tasks.pathfinder_generator import draw, generate, settings
+from lra.errors import DataError, LraError
+from lra.sources.locate import LRA_RELEASE, Source, locate_all
+from lra.tasks.base import (
+    SPLITS,
+    Example,
+    check_at_least,
+    check_data_seed,
+    check_option,
+    check_sizes,
+)
+from lra.tasks.pathfinder_generator import draw, settings
 from lra.tasks.pictures import PictureTask, cut, decode_png
-
-__all__ = ["Pathfinder", "generate"]
 
 LEVELS = {
     "easy": "curv_baseline",
     "intermediate": "curv_contour_length_9",
     "hard": "curv_contour_length_14",
 }
-EMPTY = (32, "easy", "imgs/0/sample_172.png")  # a file without a byte in the release
-PICTURES_PER_CHUNK = (
-    500  # generated ones, kept in a file: what an interruption loses, for each process
-)
-PICTURES_PER_BATCH = 1000  # in a folder of the release
-CALL_BYTES = 2**22  # of pictures that one call reads from the release,
-CALLS = 64  # and so many calls at once: what is in memory
+EMPTY = (32, "easy", "imgs/0/sample_172.png")  # an empty file of the release
+PICTURES_PER_CHUNK = 500  # generated per file; an interruption loses at most this per process
+PICTURES_PER_BATCH = 1000  # per folder of the release
+CALL_BYTES = 2**22  # of pictures that one parallel call reads from the release
+CALLS = 64  # parallel calls whose results are in memory
 REMEDY = "unpack the release again, or data.allow_partial=true leaves such pictures out"
 
 Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
 
 
-# --- The release ---------------------------------------------------------------------------------------------------
+# --- The release ---
 
 
 class Batch(NamedTuple):
     """The rows of one metadata file."""
 
     path: Path
-    files: list[str]  # of the pictures, below the level's folder
+    files: list[str]  # of the pictures, relative to the level's folder
     labels: UInt8[np.ndarray, " n"]
 
 
 def read_metadata(path: Path) -> Batch:
-    """The pictures that a metadata file names, plain text or a binary array of strings, with their labels.
+    """Read a metadata file, plain text or a binary array of strings.
 
     Raises:
         DataError: naming the file and the row.
@@ -94,29 +100,30 @@ def read_metadata(path: Path) -> Batch:
 
 
 def refuse_repeats(batches: Sequence[Batch]) -> None:
-    """Raises: DataError, if metadata names a picture twice: two splits could share it."""
+    """Raises DataError if metadata names a picture twice, because two splits could share it."""
     seen: dict[str, str] = {}
     for batch in batches:
         for row, file in enumerate(batch.files):
             if file in seen:
                 raise DataError(
-                    f"{batch.path}, row {row}: {file} again, after {seen[file]}; unpack the release again"
+                    f"{batch.path}, row {row}: {file} again, after {seen[file]}; unpack the "
+                    "release again"
                 )
             seen[file] = f"{batch.path.name}, row {row}"
 
 
-def filled(folder: Path, batch: Batch) -> Batch:
-    """The pictures of `batch` whose files are there and not empty; lists each folder of pictures once."""
-    there = set()
+def without_missing(folder: Path, batch: Batch) -> Batch:
+    """`batch` without pictures whose files are missing or empty; lists each folder once."""
+    found = set()
     for name in {file.rpartition("/")[0] for file in batch.files}:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder / name) as entries:
-            there |= {f"{name}/{entry.name}" for entry in entries if entry.stat().st_size}
-    return only(batch, there.__contains__)
+            found |= {f"{name}/{entry.name}" for entry in entries if entry.stat().st_size}
+    return select(batch, found.__contains__)
 
 
-def only(batch: Batch, wanted: Callable[[str], bool]) -> Batch:
-    """The pictures of `batch` whose file is wanted."""
-    kept = [i for i, file in enumerate(batch.files) if wanted(file)]
+def select(batch: Batch, is_kept: Callable[[str], bool]) -> Batch:
+    """The pictures of `batch` for whose file `is_kept` is true."""
+    kept = [i for i, file in enumerate(batch.files) if is_kept(file)]
     return Batch(batch.path, [batch.files[i] for i in kept], batch.labels[kept])
 
 
@@ -135,12 +142,12 @@ def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
     except ValueError as error:
         convert = "numpy.savetxt(PATH, numpy.load(PATH, allow_pickle=True), fmt='%s')"
         raise DataError(
-            f"{path}: cannot be read ({error}). Pickled objects can run code and are not loaded: where you trust the "
-            f"file, turn it into text with {convert}; else fetch it again"
+            f"{path}: cannot be read ({error}). Pickled objects can run code and are not loaded: "
+            f"if you trust the file, convert it to text with {convert}; otherwise fetch it again"
         ) from error
     if array.ndim != 2 or array.dtype.kind not in "SU":
         raise DataError(
-            f"{path}: {array.dtype} {array.shape}, expected rows of strings, one a picture"
+            f"{path}: {array.dtype} {array.shape}, expected rows of strings, one per picture"
         )
     return array.astype("U").tolist()
 
@@ -148,10 +155,10 @@ def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
 def read_pictures(
     folder: Path, files: list[str], size: int
 ) -> tuple[UInt8[np.ndarray, "n H W"], str]:
-    """Some pictures of the release, and the SHA-256 of their files' bytes one after another.
+    """The pictures of some files, and the SHA-256 of the concatenated files.
 
     Raises:
-        DataError: a file is missing, empty or no PNG of that size, with its name.
+        DataError: a file is missing, empty or not a PNG of that size; the message names it.
     """
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
@@ -166,16 +173,19 @@ def read_pictures(
     return pictures, digest.hexdigest()
 
 
-# --- Work in parts -------------------------------------------------------------------------------------------------
+# --- Parallel work ---
 
 
-def in_order(function: Callable[..., Any], calls: Sequence[tuple], at_once: int) -> Iterator[Any]:
-    """`function(*call)` for each call, in order, on all processors; in this process where there is one call only.
+def parallel_map(
+    function: Callable[..., Any], calls: Sequence[tuple], at_once: int
+) -> Iterator[Any]:
+    """Yield `function(*call)` for each call in order, computed on all cores.
 
-    No more than `at_once` results wait to be taken. (A generator of joblib computes on, however slowly it is read.)
+    A single call runs in this process. At most `at_once` results are in memory; joblib's own
+    generators do not wait for the consumer.
 
     Raises:
-        DataError: a worker was killed.
+        DataError: a worker process was killed.
     """
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -187,12 +197,13 @@ def in_order(function: Callable[..., Any], calls: Sequence[tuple], at_once: int)
                 )
     except TerminatedWorkerError as error:
         raise DataError(
-            "a worker process was killed, perhaps for lack of memory; the same command goes on with what is finished"
+            "a worker process was killed, perhaps for lack of memory; the same command continues "
+            "from what is finished"
         ) from error
 
 
-def finish_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:
-    """The file with pictures first..last-1 of a seed; draws them where there is no sound one."""
+def save_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:
+    """The file with pictures first..last-1 of a seed; draws them unless a valid file exists."""
     path = folder / f"{first:08d}-{last:08d}.npz"
     if load_chunk(path, last - first, size) is None:
         images, labels = draw(first, last, size, level, seed)
@@ -205,33 +216,65 @@ def finish_chunk(folder: Path, first: int, last: int, size: int, level: str, see
 
 
 def load_chunk(path: Path, count: int, size: int) -> Pictures | None:
-    """What `finish_chunk` wrote, or None where the file is missing or damaged."""
+    """The content of a file of `save_chunk`, or None if it is missing or damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as chunk:
             images, labels = chunk["images"], chunk["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    is_sound = images.shape == (count, size, size) and labels.shape == (count,)
-    return (images, labels) if is_sound and images.dtype == labels.dtype == np.uint8 else None
+    is_valid = images.shape == (count, size, size) and labels.shape == (count,)
+    return (images, labels) if is_valid and images.dtype == labels.dtype == np.uint8 else None
 
 
-# --- The task ------------------------------------------------------------------------------------------------------
+def chunk_ranges(first: int, last: int, step: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of at most `step` pictures that make up first..last-1."""
+    return [(start, min(start + step, last)) for start in range(first, last, step)]
+
+
+def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pictures:
+    """Pictures 0..n-1 and their labels (1: both dots are on one path), drawn on all cores.
+
+    Picture i depends on size, level, seed and i alone.
+
+    Args:
+        size: 32, 64, 128 or 256 pixels.
+        level: "easy", "intermediate" or "hard".
+    Raises:
+        ConfigError: an unknown size or level, a seed outside 0..2^64-1, or n < 0.
+    """
+    settings(size, level)
+    check_data_seed(seed)
+    check_at_least("n", n, 0)
+    images, labels = np.zeros((n, size, size), np.uint8), np.zeros(n, np.uint8)
+    ranges = chunk_ranges(0, n, min(PICTURES_PER_CHUNK, 2**21 // size**2))
+    calls = [(first, last, size, level, seed) for first, last in ranges]
+    for (first, last), drawn in zip(
+        ranges, parallel_map(draw, calls, 2 * joblib.cpu_count()), strict=True
+    ):
+        images[first:last], labels[first:last] = drawn
+    return images, labels
+
+
+# --- The task ---
 
 
 class Pathfinder(PictureTask):
     """Pathfinder, generated or released, at one size and level.
 
     Args:
-        protocol: mapping with `inputs` and `shuffle`, whether the release is cut into splits in a seeded random order.
-        data_root: where the release is looked for, and where finished parts of an interrupted generation are kept.
+        protocol: mapping with `inputs` and `shuffle`, whether the release is cut into splits in a
+            seeded random order.
+        data_root: where the release is searched, and where finished parts of an interrupted
+            generation are kept.
         source: "generated" or "release".
-        size: of a picture, 32, 64, 128 (Path-X) or 256 (Path-256).
+        size: height and width, 32, 64, 128 (Path-X) or 256 (Path-256).
         level: "easy", "intermediate" or "hard".
-        sizes: pictures of train, val and test; a release has to have their sum.
-        data_seed: of the generator, or of the random order of the release; independent of a run's seed.
+        sizes: pictures of train, val and test; a release has to hold their sum.
+        data_seed: of the generator, or of the random order of the release; independent of a run's
+            seed.
         mean, std: of a pixel in units of 0..255.
     Raises:
-        ConfigError: a value cannot be used.
+        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -250,67 +293,52 @@ class Pathfinder(PictureTask):
         std: float | int,
     ):
         check_option("task.source", source, ("generated", "release"))
-        settings(size, level)  # refuses unknown ones
-        if sorted(sizes) != sorted(SPLITS) or min(sizes.values()) < 1:
-            raise ConfigError(
-                f"task.sizes={dict(sizes)}: expected 1 or more pictures of {', '.join(SPLITS)}"
-            )
-        if not 0 <= data_seed < 2**64:
-            raise ConfigError(f"task.data_seed={data_seed} is outside 0..2^64-1")
+        settings(size, level)  # raises if they are unknown
+        check_data_seed(data_seed)
         super().__init__(protocol, data_root, name, (size, size), 1, mean, std)
         self.source, self.size, self.level, self.data_seed = source, size, level, data_seed
-        self.sizes = {split: sizes[split] for split in SPLITS}
+        self.sizes = check_sizes(sizes)
+        if source == "release":
+            self.publisher = Source(
+                f"Pathfinder {size}x{size}, {level}",
+                f"pathfinder{size}/{LEVELS[level]}",
+                ("imgs", "metadata"),
+                (f"pathfinder{size}.tar.gz", LRA_RELEASE.filename),
+                LRA_RELEASE,
+                "task.source=generated draws such pictures instead",
+            )
         self._hashes: dict[str, str] = {}  # of the pictures' files, filled while reading
-        self._left_out = 0  # pictures of an incomplete release that are not there
+        self._left_out = 0  # missing pictures of an incomplete release
 
     def examples(self, split: str) -> Iterator[Example]:
         """All pictures of `split`, in the order of the generator or of the release's files."""
-        for pictures, labels in (
-            self._drawn(split) if self.source == "generated" else self._read(split)
-        ):
-            for picture, label in zip(
-                pictures.reshape(len(pictures), -1), labels.tolist(), strict=True
-            ):
-                yield Example(picture, label)
+        parts = self._drawn(split) if self.source == "generated" else self._read(split)
+        for pictures, labels in parts:
+            rows = pictures.reshape(len(pictures), -1)
+            for row, label in zip(rows, labels.tolist(), strict=True):
+                yield Example(row, label)
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
 
+    def unused_arguments(self) -> Sequence[str]:
+        uses_seed = self.source == "generated" or self.shuffle
+        return (*super().unused_arguments(), *(() if uses_seed else ("data_seed",)))
+
     def fingerprint(self) -> dict[str, Any]:
-        common = {
-            "source": self.source,
-            "size": self.size,
-            "level": self.level,
-            "sizes": self.sizes,
-        }
-        return common | {
-            "data_seed": self.data_seed if self.source == "generated" or self.shuffle else None
-        }
+        return {"data_seed": None} | super().fingerprint()
 
-    # Of the release
-
-    @property
-    def _publisher(self) -> Source:
-        folder = f"pathfinder{self.size}/{LEVELS[self.level]}"
-        title = f"Pathfinder {self.size}x{self.size}, {self.level}"
-        archives = (f"pathfinder{self.size}.tar.gz", LRA_RELEASE.filename)
-        return Source(title, folder, ("imgs", "metadata"), archives, LRA_RELEASE)
+    # --- The release ---
 
     @cached_property
     def _folders(self) -> list[Path]:
-        """Every copy of the release's folder, the one to use first. Raises: DataError, if there is none."""
-        found = locate_all(self._publisher, self.data_root)
-        if not found:
-            source = self._publisher
-            raise DataError(
-                f"{source.title}: no folder {source.folder} with imgs and metadata under {self.data_root}; "
-                "task.source=generated draws such pictures instead"
-            )
-        return found
+        """Every copy of the release's folder, the best first. Raises DataError if there is none."""
+        assert self.publisher is not None
+        return locate_all(self.publisher, self.data_root) or [self.source_folder()]
 
     @property
     def _has_empty(self) -> bool:
-        """Whether this is the release with its one empty file."""
+        """Whether the files are the release's easy level, with its one empty file."""
         if self.source == "generated" or (self.size, self.level) != EMPTY[:2]:
             return False
         try:
@@ -318,18 +346,8 @@ class Pathfinder(PictureTask):
         except (DataError, FileNotFoundError):
             return False
 
-    def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        if self.source == "generated":
-            return
-        try:
-            obtain(self._publisher, self.data_root, download=download, on_progress=on_progress)
-        except DataError as error:
-            raise DataError(
-                f"{error}; or task.source=generated draws such pictures instead"
-            ) from error
-
     def source_files(self) -> list[Path]:
-        """The metadata files by batch number. What else lies beside them (upstream's `combined.npy`) is left aside."""
+        """The metadata files by batch number, without others such as upstream's `combined.npy`."""
         if self.source == "generated":
             return []
         folder = self._folders[0] / "metadata"
@@ -341,15 +359,15 @@ class Pathfinder(PictureTask):
         return sorted(files, key=lambda path: int(path.stem))
 
     def source_signature(self) -> list[Any]:
-        """Of the metadata files; of an incomplete release also how many pictures are missing, which may arrive later."""
-        missing = 0
+        """That of the metadata files, and of a partial release the number of missing pictures."""
+        found = super().source_signature()
         if self.allow_partial and self.source == "release":
-            _ = self._batches
-            missing = self._left_out
-        return super().source_signature() + ([f"{missing} missing"] if missing else [])
+            _ = self._batches  # counts them
+            found += [f"{self._left_out} missing"] if self._left_out else []
+        return found
 
     def source_hashes(self) -> list[dict[str, str]]:
-        """Of each metadata file, and of each split's pictures (the hash of the hashes of runs of their files)."""
+        """One per metadata file, and one per split: a hash of the hashes of its picture files."""
         pictures = [
             {"name": f"pictures of {split}", "sha256": digest}
             for split, digest in self._hashes.items()
@@ -363,7 +381,8 @@ class Pathfinder(PictureTask):
         notes = [f"used {used} and left aside another copy, {other}" for other in others]
         if self._has_empty:
             notes.append(
-                f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one picture less"
+                f"{used / EMPTY[2]} is empty, as in the release: left out, so train has one "
+                "picture less"
             )
         if self._left_out:
             notes.append(
@@ -373,23 +392,24 @@ class Pathfinder(PictureTask):
 
     @cached_property
     def _batches(self) -> tuple[list[Batch], dict[str, list[Int[np.ndarray, " k"]]]]:
-        """The rows of all metadata files, and for each split which rows of each file belong to it.
+        """The rows of all metadata files, and for each split the indices of its rows per file.
 
-        With `allow_partial` the rows are left out whose picture is not there, before the splits are cut.
+        With `allow_partial`, rows without a picture are left out before the splits are cut.
         """
         batches = [read_metadata(path) for path in self.source_files()]
         refuse_repeats(batches)
         if self._has_empty:
-            batches = [only(batch, lambda file: file != EMPTY[2]) for batch in batches]
+            batches = [select(batch, lambda file: file != EMPTY[2]) for batch in batches]
         if self.allow_partial:
             named = sum(len(batch.files) for batch in batches)
-            batches = [filled(self._folders[0], batch) for batch in batches]
+            batches = [without_missing(self._folders[0], batch) for batch in batches]
             self._left_out = named - sum(len(batch.files) for batch in batches)
         bounds = np.cumsum([len(batch.files) for batch in batches])
         count, expected = int(bounds[-1]), sum(self.sizes.values())
         if count > expected:
             raise DataError(
-                f"{self._folders[0]}: {count:,} pictures, more than the {expected:,} of task.sizes={self.sizes}"
+                f"{self._folders[0]}: {count:,} pictures, more than the {expected:,} of "
+                f"task.sizes={self.sizes}"
             )
         members = cut(count, self.sizes, self.data_seed if self.shuffle else None)
         parts = {}
@@ -401,7 +421,7 @@ class Pathfinder(PictureTask):
         return batches, parts
 
     def _read(self, split: str) -> Iterator[Pictures]:
-        """The pictures of `split`, and of no other, in the order of the files."""
+        """The pictures of `split` in the order of the files; reads no others."""
         batches, parts = self._batches
         step = max(1, CALL_BYTES // self.seq_len)
         groups = [
@@ -415,62 +435,61 @@ class Pathfinder(PictureTask):
         ]
         digest = hashlib.sha256()
         for (batch, rows), (pictures, sha256) in zip(
-            groups, in_order(read_pictures, calls, CALLS), strict=True
+            groups, parallel_map(read_pictures, calls, CALLS), strict=True
         ):
             digest.update(sha256.encode())
             yield pictures, batch.labels[rows]
         self._hashes[split] = digest.hexdigest()
 
-    # Of the generator
+    # --- The generator ---
 
     @property
     def _finished(self) -> Path:
-        """Where finished chunks are kept until the store is complete; `packed` removes those of no other store."""
+        """The folder of this store's finished chunks, which `packed` removes."""
         sizes = "-".join(map(str, self.sizes.values()))
         name = f"{self.size}-{self.level}-{self.data_seed}-{sizes}-v{self.reader_version}"
         return self.data_root / "generated" / name
 
     def _drawn(self, split: str) -> Iterator[Pictures]:
-        """The pictures of `split`; the last split comes first in the stream, so that the size of train moves no other."""
+        """The pictures of `split`.
+
+        The last split is first in the stream, so that the others do not depend on train's size.
+        """
         begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
-        end = begin + self.sizes[split]
-        chunks = [
-            (first, min(first + PICTURES_PER_CHUNK, end))
-            for first in range(begin, end, PICTURES_PER_CHUNK)
-        ]
-        calls = [
-            (self._finished, first, last, self.size, self.level, self.data_seed)
-            for first, last in chunks
-        ]
+        ranges = chunk_ranges(begin, begin + self.sizes[split], PICTURES_PER_CHUNK)
+        drawn = (self.size, self.level, self.data_seed)
+        calls = [(self._finished, first, last, *drawn) for first, last in ranges]
         for (first, last), path in zip(
-            chunks, in_order(finish_chunk, calls, 2 * joblib.cpu_count()), strict=True
+            ranges, parallel_map(save_chunk, calls, 2 * joblib.cpu_count()), strict=True
         ):
             pictures = load_chunk(path, last - first, self.size)
-            # None: removed by another process that has all it needs
-            yield pictures or draw(first, last, self.size, self.level, self.data_seed)
+            # None if another process has completed the same store and removed the chunks
+            yield pictures or draw(first, last, *drawn)
 
     def packed(self) -> None:
         if self.source == "generated":
             shutil.rmtree(self._finished, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another task's chunks are there
+            with contextlib.suppress(OSError):  # not empty: chunks of another store
                 self._finished.parent.rmdir()
 
     def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
-        """Write packed splits as the release's folders, train first, which `source=release` under lra2020 reads back.
+        """Write packed splits as the release's folders, train first.
+
+        `source=release` under lra2020 reads the same splits.
 
         Raises:
-            LraError: the level's folder has files already: pictures of two exports would lie beside each other.
+            LraError: the level's folder is not empty.
         """
         from PIL import Image
 
-        level = Path(folder) / self._publisher.folder
+        level = Path(folder) / f"pathfinder{self.size}" / LEVELS[self.level]
         if level.exists() and any(level.iterdir()):
             raise LraError(f"{level} is not empty; choose an empty folder to export to")
         drawn = settings(self.size, self.level)
-        margins = ",".join(map(str, drawn.margins))  # which of them a picture has is not stored
+        margins = ",".join(map(str, drawn.margins))  # that of a single picture is not stored
         parameters = (
-            f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} {drawn.paddle_length} "
-            f"{drawn.paddle_thickness} {margins} {drawn.contrasts}"
+            f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} "
+            f"{drawn.paddle_length} {drawn.paddle_thickness} {margins} {drawn.contrasts}"
         )
         pictures = (
             pair

@@ -1,36 +1,36 @@
-"""Which two dots lie on the same dashed line? Pathfinder pictures, drawn from a seed.
+"""Draws Pathfinder pictures from a seed.
 
-Source of the algorithm and of all numbers: drewlinsley/pathfinder (`snakes2.py`; Linsley et al. 2018, arXiv 1805.08315),
-whose pictures the Long Range Arena took. Two target snakes grow, segment by segment, from tails near the middle; shorter
-distractors fill what is left; a dot marks a tail and a far end, of one target (label 1) or of both (label 0).
+Source of the algorithm and of all constants: drewlinsley/pathfinder (`snakes2.py`; Linsley et al.
+2018, arXiv 1805.08315), which made the pictures of the Long Range Arena. Two target contours
+("snakes" there) grow segment by segment from tails near the middle; shorter distractors fill the
+rest. Dots mark a tail and a far end, of the same target (label 1) or of both targets (label 0).
 
-What is ours is the order of the work. The original redraws whole pictures for each segment. But a heading is one of few
-(360 whole degrees at a tail, about 40 pixels of a circle afterwards), so all stencils are drawn once (`_kit`), and a
-segment is a handful of table rows. And most attempts at two targets die young (1 in 27 lives at size 32, 1 in 290 at
-128), so hundreds, of many pictures, grow in step in NumPy: each is a `lane` of two small pictures. A picture keeps its
-first attempt that lives, so the number of lanes changes nothing but the speed.
+The order of the work is ours. The original redraws whole pictures for each segment. But there are
+few headings (360 whole degrees at a tail, about 40 pixels of a circle afterwards), so `_tables`
+draws all stencils once, and a segment is a handful of table rows. Most attempts at two targets fail
+early (1 of 27 succeeds at size 32, 1 of 290 at 128), so NumPy grows hundreds of attempts of many
+pictures in parallel, each in a `lane` of two small pictures. A picture takes its first successful
+attempt, so the number of lanes affects speed only.
 
-Habits of the original that shape its pictures, and that we keep: a tail's orientation counts only where its stencil has
-a pixel in all four quadrants (OpenCV's dilation would otherwise see beyond the border, and the search is given up; at
-size 32 that refuses 330 of 360 degrees, and thereby most distractors); the room that a tail needs is looked for one
-pixel down and to the right of it; the last segment of the first target is never occupied; and coordinates are rounded
-up after the sum, so that near 0 the rounding errors of floats move segments. With the same random numbers, targets grow
-as they do there, pixel by pixel. One habit is left out: it stops adding distractors when less than 1 % of the picture is
-free, which no setting here can reach.
+We keep the properties of the original that shape its pictures: a tail's orientation is valid only
+if its stencil has a pixel in all four quadrants (otherwise OpenCV's dilation sees beyond the border
+and the search fails; at size 32 that excludes 330 of 360 degrees, and so most distractors); the
+free room for a tail is searched one pixel down and to the right of it; the last segment of the
+first target is never marked as occupied; and coordinates are rounded up after the sum, so that near
+0 rounding errors of floats move segments. With the same random numbers, targets grow as in the
+original, pixel by pixel. One property is left out: the original stops adding distractors if less
+than 1 % of the picture is free, which no setting here can reach.
 
-The random stream: picture i of a seed draws from Philox with the 128-bit key (seed, i), whose raw stream NumPy
-guarantees; each 64-bit word is two 32-bit words, the low half first. The picture's own words come first (label, margin,
-marked snake), then those of all distractors, tried or not, then attempt after attempt at the targets, each of a fixed
-number of words. What is drawn from them is integer arithmetic.
+Random stream: picture i of a seed draws from Philox with the 128-bit key (seed, i), whose raw
+stream NumPy guarantees; a 64-bit word gives two 32-bit words, the low half first. The picture's own
+words come first (label, margin, marked contour), then those of all distractors, tried or not, then
+one attempt at the targets after the other, each with a fixed number of words. Everything drawn from
+them is integer arithmetic.
 """
 
 import functools
-import itertools
-import warnings
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import joblib
 import numpy as np
 from jaxtyping import Bool, Float64, Int, UInt8, UInt32
 from PIL import Image, ImageDraw
@@ -38,37 +38,41 @@ from scipy.ndimage import grey_dilation
 
 from lra.errors import ConfigError
 
-LEVELS = {"easy": 6, "intermediate": 9, "hard": 14}  # segments of a target snake
-SCALE = 2  # strokes and dots are drawn so much larger, then reduced with Lanczos
-SEGMENT_TRIALS, SNAKE_TRIALS = 3, 5
-OVERLAP = 459  # two stencils collide where their grey levels (0..255) add up to 1.8 x 255
+SEGMENTS = {"easy": 6, "intermediate": 9, "hard": 14}  # of a target contour, by level
+SCALE = 2  # strokes and dots are drawn at this scale, then reduced with Lanczos
+SEGMENT_TRIALS, CONTOUR_TRIALS = 3, 5
+OVERLAP = 459  # stencils collide if their grey levels (0..255) add up to 1.8 x 255
 OCCUPIED = 77  # a tail's stencil may cover grey levels below 0.3 x 255
 WEIGHT_ONE = 2**16  # probabilities in integers: 255 x 2^16 x 50 candidates is below 2^31
-DEAD_END = int(1e-4 * 255 * WEIGHT_ONE)  # a snake with less than this to choose from is stuck
-DEGREES = 360  # headings 0..359 are those of tails, in degrees; the rest are candidates
+DEAD_END = int(1e-4 * 255 * WEIGHT_ONE)  # a contour with less total weight is stuck
+DEGREES = 360  # headings 0..359 are tails', in degrees; higher ones are candidates'
 
 PICTURE_WORDS = 4
-TAIL_WORDS = 6  # heading, row, column, direction, heading of two targets (one unused); 3 x heading, place of others
+# two targets: heading, row, column, direction, heading, unused; a distractor: 3 x (heading, place)
+TAIL_WORDS = 6
 BATCH = 256  # pictures that share lanes
 LANE_BYTES = 2**23  # of all lanes
 
 
 class Setting(NamedTuple):
-    """What a size and a level mean; lengths in pixels, `contour_length` and `distractor_length` in segments."""
+    """Constants of a size and a level.
+
+    Lengths are in pixels, `contour_length` and `distractor_length` in segments.
+    """
 
     size: int
-    margins: tuple[int, ...]  # free pixels between segments; each picture draws one
+    margins: tuple[int, ...]  # free pixels between segments; one is drawn per picture
     padding: int
     paddle_length: int
     marker_radius: float
     paddle_thickness: float
     seed_distance: int
     continuity: float
-    distractor_segments: int  # of all distractors together
-    snake_contrast: float
+    distractor_segments: int  # total of all distractors
+    contour_contrast: float
     paddle_contrast: float
     contour_length: int = 0
-    contrasts: int = 1  # the number of different paddle contrasts
+    contrasts: int = 1  # number of different paddle contrasts
 
     @property
     def distractor_length(self) -> int:
@@ -91,56 +95,55 @@ _SETTINGS = {
 
 
 def settings(size: int, level: str) -> Setting:
-    """Raises ConfigError on a size or a level that is not in the table."""
+    """The constants of a size and a level. Raises ConfigError if either is unknown."""
     if size not in _SETTINGS:
         raise ConfigError(f"size={size}; expected one of {', '.join(map(str, _SETTINGS))}")
-    if level not in LEVELS:
-        raise ConfigError(f"level={level}; expected one of {', '.join(LEVELS)}")
-    return _SETTINGS[size]._replace(contour_length=LEVELS[level])
+    if level not in SEGMENTS:
+        raise ConfigError(f"level={level}; expected one of {', '.join(SEGMENTS)}")
+    return _SETTINGS[size]._replace(contour_length=SEGMENTS[level])
 
 
-# --- Stencils ------------------------------------------------------------------------------------------------------
+# --- Stencils ---
 
 
 class Stencils(NamedTuple):
-    """One small picture a heading, as its pixels that count: row h of each has the same length, the last repeated."""
+    """One small picture per heading as a list of its pixels, padded by repeating the last one."""
 
     at: Int[np.ndarray, "H F"]  # places relative to the anchor
     grey: UInt8[np.ndarray, "H F"]
 
 
-class Kit(NamedTuple):
-    """All that depends on setting and margin alone.
+class Tables(NamedTuple):
+    """Everything that depends on setting and margin alone.
 
-    Places are indices into a flattened picture with a rim, wide enough that no stencil leaves it. A heading is an index:
-    tails have `DEGREES`, and `DEGREES + k` goes to candidate k. A tail's stencils are anchored at the tail, those of a
-    candidate at the new head, from where the stroke goes backwards.
+    A place is an index into a flattened picture with a rim wide enough that no stencil leaves it. A
+    heading is an index: the first `DEGREES` are those of tails, and `DEGREES + k` points to
+    candidate k. A tail's stencils are anchored at the tail, those of a candidate at the new head,
+    from where the stroke goes backwards.
     """
 
     setting: Setting
     margin: int
     rim: int
     stride: int
-    candidates: Int[np.ndarray, " K"]  # where the next head may be, relative to the pivot
-    weights: Int[np.ndarray, "H K"]  # chance of each candidate after each heading, in 1/WEIGHT_ONE
+    candidates: Int[np.ndarray, " K"]  # possible next heads, relative to the pivot
+    weights: Int[np.ndarray, "H K"]  # of each candidate after each heading, in 1/WEIGHT_ONE
     angles: Float64[np.ndarray, " H"]
     backwards: Float64[np.ndarray, " H"]
-    tail_room: list[
-        Int[np.ndarray, " F"] | None
-    ]  # pixels that have to be free around a tail; None: never a tail
-    first: Int[
-        np.ndarray, "T 5"
-    ]  # tails of the first target: heading, top row, rows, left column, columns
+    # pixels that have to be free around a tail; None if the heading is never a tail's
+    tail_room: list[Int[np.ndarray, " F"] | None]
+    # tails of the first target: heading, top row, rows, left column, columns
+    first: Int[np.ndarray, "T 5"]
     stroke: UInt8[np.ndarray, "H S S"]  # ink of a segment
-    body: Stencils  # what a segment occupies
-    core: Stencils  # the part of it that can collide; its grey is the least that it collides with
-    halo: Stencils  # body, dilated by the margin: where no head may be
-    mask: UInt8[np.ndarray, " P"]  # a picture without segments: what is occupied,
-    wide: UInt8[np.ndarray, " P"]  # and where no head may be
+    body: Stencils  # pixels that a segment occupies
+    core: Stencils  # pixels of `body` that can collide, with the least grey they collide with
+    halo: Stencils  # `body` dilated by the margin: pixels forbidden for heads
+    mask: UInt8[np.ndarray, " P"]  # occupied pixels of a picture without segments
+    wide: UInt8[np.ndarray, " P"]  # pixels forbidden for heads in a picture without segments
     outside: Bool[np.ndarray, " P"]  # the rim
 
     def place(self, pixels):
-        """Rows and columns (..., 2) -> places."""
+        """Map rows and columns (..., 2) to places."""
         return (pixels[..., 0] + self.rim) * self.stride + pixels[..., 1] + self.rim
 
     def pixels(self, places):
@@ -148,13 +151,13 @@ class Kit(NamedTuple):
 
 
 @functools.cache
-def _kit(setting: Setting, margin: int) -> Kit:
+def _tables(setting: Setting, margin: int) -> Tables:
     size, reach = setting.size, setting.paddle_length + margin
     half = reach + int(np.ceil(setting.paddle_thickness))  # stencils are 2 half + 1 wide
-    rim = half + 2 * margin + 2  # a pivot leaves the picture by less than margin + 2
+    rim = half + 2 * margin + 2  # pivots are less than margin + 2 outside the picture
     stride = size + 2 * rim
 
-    arc = np.arange(0, 360, 360 / (2 * np.pi * reach)) * np.pi / 180  # a pixel apart
+    arc = np.arange(0, 360, 360 / (2 * np.pi * reach)) * np.pi / 180  # one pixel apart
     circle = np.unique(np.floor(_offset(arc, reach)).astype(int), axis=0)
     angles = np.concatenate(
         [np.arange(-180, 180) * np.pi / 180, np.arctan2(circle[:, 0], circle[:, 1])]
@@ -180,7 +183,7 @@ def _kit(setting: Setting, margin: int) -> Kit:
     wide[edge:-edge, edge:-edge] = 0
 
     rooms = [_room(window, half, reach) for window in bodies[:DEGREES]]
-    return Kit(
+    return Tables(
         setting,
         margin,
         rim,
@@ -207,7 +210,7 @@ def _offset(angles, distance):
 
 def _moved(origin, angles, distance):
     """Rows and columns after a move."""
-    # the sum is rounded up, as in the original: sin(pi), not quite 0, moves a pixel that is near 0, but no other
+    # rounded up after the sum, as in the original: sin(pi) > 0 moves a pixel only near 0
     return np.ceil(origin + _offset(angles, distance)).astype(int)
 
 
@@ -217,7 +220,7 @@ def _disc(radius):
 
 
 def _stencil(angle, setting, margin):
-    """Ink and body of one segment from the middle of a small picture in the direction of `angle`."""
+    """Ink and body of a segment from the middle of a small picture in the direction `angle`."""
     half = setting.paddle_length + int(np.ceil(setting.paddle_thickness)) + margin
     large = Image.new("L", (2 * half * SCALE + 1,) * 2)
     middle = half * SCALE
@@ -233,7 +236,7 @@ def _reduce(large, size):
 
 
 def _stencils(windows, least, stride):
-    """The pixels of at least that grey level, as places relative to the middle."""
+    """The pixels with a grey level of at least `least`, as places relative to the middle."""
     half = windows.shape[-1] // 2
     found = [np.nonzero(window >= least) for window in windows]
     longest = max(len(rows) for rows, _ in found)
@@ -246,7 +249,7 @@ def _stencils(windows, least, stride):
 
 
 def _room(body, half, reach):
-    """Offsets of the pixels that have to be free around a tail, or None for a heading that the original gives up."""
+    """Offsets of pixels that have to be free around a tail; None if the original rejects it."""
     offsets = np.argwhere(body == 255) - half + 1
     offsets = offsets[(np.abs(offsets) <= reach).all(axis=1)]
     quadrants = [
@@ -256,7 +259,7 @@ def _room(body, half, reach):
 
 
 def _first_tails(rooms, size, border):
-    """Where the first tail may be for each heading: rows and columns whose stencil keeps `border` from the edge."""
+    """Places of the first tail per heading: its stencil is at least `border` from the edge."""
     tails = []
     for heading, room in enumerate(rooms):
         if room is not None:
@@ -269,46 +272,48 @@ def _first_tails(rooms, size, border):
 
 @functools.cache
 def _dot(radius: float, row: int, column: int, size: int) -> UInt8[np.ndarray, "S S"]:
-    """A marker of `radius` in the middle of pixel (row, column) of a picture of `size`."""
+    """A dot of `radius` centred on pixel (row, column) of a picture of `size`."""
     y, x = np.ogrid[: size * SCALE, : size * SCALE]
     disc = (y - row * SCALE) ** 2 + (x - column * SCALE) ** 2 <= (radius * SCALE) ** 2
     return _reduce(Image.fromarray(disc.astype(np.uint8) * np.uint8(255)), size)
 
 
-# --- Growth --------------------------------------------------------------------------------------------------------
+# --- Growth ---
 
 
 class Lanes(NamedTuple):
-    """Pictures in the making: what is occupied, and where no head may be."""
+    """Unfinished pictures: the occupied pixels, and those forbidden for heads."""
 
     mask: UInt8[np.ndarray, "N P"]
     wide: UInt8[np.ndarray, "N P"]
 
 
 class Ends(NamedTuple):
-    """The newest segment of a snake in each lane, which occupies nothing yet."""
+    """The newest segment of a contour in each lane, not yet marked as occupied."""
 
     heading: Int[np.ndarray, " N"]
     anchor: Int[np.ndarray, " N"]  # of its stencils: the tail, later the head
-    pivot: Int[np.ndarray, "N 2"]  # row and column of the middle of the circle that the head is on
+    pivot: Int[np.ndarray, "N 2"]  # row and column of the centre of the circle of heads
 
     def take(self, which) -> "Ends":
         return Ends(*(part[which] for part in self))
 
 
-def _start(kit: Kit, heading, tail) -> Ends:
-    return Ends(heading, kit.place(tail), _tail_pivot(kit, heading, tail)[1])
+def _start(tables: Tables, heading, tail) -> Ends:
+    return Ends(heading, tables.place(tail), _tail_pivot(tables, heading, tail)[1])
 
 
-def _tail_pivot(kit: Kit, heading, tail):
-    """End of the stroke that starts at the pixels `tail`, and the pivot that would have led to it."""
-    head = _moved(tail, kit.angles[heading], kit.setting.paddle_length)
-    return head, _moved(head, kit.backwards[heading], kit.setting.paddle_length + kit.margin)
+def _tail_pivot(tables: Tables, heading, tail):
+    """The end of the stroke from `tail`, and the pivot whose circle it is on."""
+    head = _moved(tail, tables.angles[heading], tables.setting.paddle_length)
+    return head, _moved(
+        head, tables.backwards[heading], tables.setting.paddle_length + tables.margin
+    )
 
 
-def _occupy(kit: Kit, pictures: Lanes, lanes, ends: Ends) -> None:
-    """Add a segment to what is occupied."""
-    for picture, stencils in ((pictures.mask, kit.body), (pictures.wide, kit.halo)):
+def _occupy(tables: Tables, pictures: Lanes, lanes, ends: Ends) -> None:
+    """Mark a segment as occupied."""
+    for picture, stencils in ((pictures.mask, tables.body), (pictures.wide, tables.halo)):
         flat = picture.reshape(-1)
         at = (lanes * picture.shape[1] + ends.anchor)[:, None] + stencils.at.take(
             ends.heading, axis=0
@@ -317,25 +322,28 @@ def _occupy(kit: Kit, pictures: Lanes, lanes, ends: Ends) -> None:
 
 
 def _extend(
-    kit: Kit, pictures: Lanes, lanes, ends: Ends, words
+    tables: Tables, pictures: Lanes, lanes, ends: Ends, words
 ) -> tuple[Bool[np.ndarray, " N"], Ends]:
-    """Grow a snake by a segment in each of `lanes`; where that succeeds, its last segment is occupied from now on.
+    """Grow a contour by one segment in each of `lanes`.
 
-    The next head is drawn among the candidates on a circle around the new pivot: the freer and the straighter, the
-    likelier. Up to `SEGMENT_TRIALS` are drawn until one does not collide.
+    The next head is drawn from the candidates on a circle around the new pivot; free and straight
+    ones are more likely. Up to `SEGMENT_TRIALS` are drawn until one does not collide. In lanes that
+    succeed, the previous segment is marked as occupied.
 
     Args:
         words: 32-bit random numbers (N, SEGMENT_TRIALS).
     Returns:
-        which lanes succeeded, and the new ends of these.
+        a mask of the lanes that succeeded, and the new ends of those lanes.
     """
     area = pictures.mask.shape[1]
     first = lanes * area
-    pivot = _moved(ends.pivot, kit.angles[ends.heading], kit.setting.paddle_length + 2 * kit.margin)
-    heads = kit.place(pivot)[:, None] + kit.candidates
+    pivot = _moved(
+        ends.pivot, tables.angles[ends.heading], tables.setting.paddle_length + 2 * tables.margin
+    )
+    heads = tables.place(pivot)[:, None] + tables.candidates
     closed = pictures.wide.reshape(-1).take(first[:, None] + heads)
     reached = np.cumsum(
-        (255 - closed) * kit.weights.take(ends.heading, axis=0), axis=1, dtype=np.int32
+        (255 - closed) * tables.weights.take(ends.heading, axis=0), axis=1, dtype=np.int32
     )
     total = reached[:, -1].astype(np.int64)
 
@@ -344,21 +352,21 @@ def _extend(
     for trial in range(SEGMENT_TRIALS):
         drawn = _scale(words[trying, trial], total[trying])
         choice = (reached[trying] <= drawn[:, None]).sum(axis=1)
-        at = (first[trying] + heads[trying, choice])[:, None] + kit.core.at.take(choice, axis=0)
-        collides = (pictures.mask.reshape(-1).take(at) >= kit.core.grey.take(choice, axis=0)).any(
-            axis=1
-        )
+        at = (first[trying] + heads[trying, choice])[:, None] + tables.core.at.take(choice, axis=0)
+        collides = (
+            pictures.mask.reshape(-1).take(at) >= tables.core.grey.take(choice, axis=0)
+        ).any(axis=1)
         chosen[trying[~collides]] = choice[~collides]
         trying = trying[collides]
 
     grown = chosen >= 0
-    _occupy(kit, pictures, lanes[grown], ends.take(grown))
+    _occupy(tables, pictures, lanes[grown], ends.take(grown))
     choice = chosen[grown]
     return grown, Ends(DEGREES + choice, heads[grown, choice], pivot[grown])
 
 
 def _scale(words: np.ndarray | np.uint32, span: np.ndarray | int):
-    """32-bit words -> 0..span-1, span < 2^31."""
+    """Scale 32-bit words to 0..span-1; span < 2^31."""
     return (words.astype(np.int64) * span) >> 32
 
 
@@ -367,193 +375,197 @@ def _words(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
     return raw.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
 
 
-# --- Pictures ------------------------------------------------------------------------------------------------------
+# --- Pictures ---
 
 
-class Snakes(NamedTuple):
-    """Segments of S whole snakes in each of N pictures, by the heading and the anchor of their stencils."""
+class Contours(NamedTuple):
+    """L segments of S contours in each of N pictures: heading and anchor of their stencils."""
 
     heading: Int[np.ndarray, "N S L"]
-    anchor: Int[np.ndarray, "N S L"]  # 0 where there is no snake
+    anchor: Int[np.ndarray, "N S L"]  # 0 if there is no contour
 
 
-def _no_snakes(pictures: int, snakes: int, length: int) -> Snakes:
-    return Snakes(
-        np.zeros((pictures, snakes, length), int), np.zeros((pictures, snakes, length), int)
-    )
+def _no_contours(pictures: int, contours: int, length: int) -> Contours:
+    shape = pictures, contours, length
+    return Contours(np.zeros(shape, int), np.zeros(shape, int))
 
 
 def _grow(
-    kit: Kit, pictures: Lanes, ends: list[Ends], words
-) -> tuple[Int[np.ndarray, " M"], Snakes]:
-    """Grow one or two snakes in each lane to their full length, in turn.
+    tables: Tables, pictures: Lanes, ends: list[Ends], words
+) -> tuple[Int[np.ndarray, " M"], Contours]:
+    """Grow one or two contours in each lane to their full length, in turns.
 
-    The last segment is occupied only of the last snake: so does the original.
+    As in the original, the last segment is marked as occupied for the last contour only.
 
     Args:
-        words: 32-bit random numbers (N, L - 1, snakes, SEGMENT_TRIALS).
+        words: 32-bit random numbers (N, L - 1, contours, SEGMENT_TRIALS).
     Returns:
-        the lanes that succeeded, in order, and their snakes.
+        the indices of the lanes that succeeded, ascending, and their contours.
     """
     count, steps, turns, _ = words.shape
-    snakes = _no_snakes(count, turns, steps + 1)
+    contours = _no_contours(count, turns, steps + 1)
     lanes = np.arange(count)
     for turn, end in enumerate(ends):
-        snakes.heading[:, turn, 0], snakes.anchor[:, turn, 0], _ = end
+        contours.heading[:, turn, 0], contours.anchor[:, turn, 0], _ = end
     for step in range(steps):
         for turn in range(turns):
-            grown, end = _extend(kit, pictures, lanes, ends[turn], words[lanes, step, turn])
+            grown, end = _extend(tables, pictures, lanes, ends[turn], words[lanes, step, turn])
             lanes = lanes[grown]
             ends = [end if i == turn else other.take(grown) for i, other in enumerate(ends)]
-            snakes.heading[lanes, turn, step + 1], snakes.anchor[lanes, turn, step + 1], _ = end
-    _occupy(kit, pictures, lanes, ends[-1])
-    return lanes, Snakes(snakes.heading[lanes], snakes.anchor[lanes])
+            contours.heading[lanes, turn, step + 1], contours.anchor[lanes, turn, step + 1], _ = end
+    _occupy(tables, pictures, lanes, ends[-1])
+    return lanes, Contours(contours.heading[lanes], contours.anchor[lanes])
 
 
-def _targets(kit: Kit, streams: list[np.random.Philox]) -> tuple[Snakes, Lanes]:
-    """Two targets for each picture and what they occupy: the first attempt of its stream that succeeds."""
-    length, area = kit.setting.contour_length, len(kit.mask)
+def _targets(tables: Tables, streams: list[np.random.Philox]) -> tuple[Contours, Lanes]:
+    """Two targets for each picture (its stream's first success) and the pixels they occupy."""
+    length, area = tables.setting.contour_length, len(tables.mask)
     words_per_attempt = TAIL_WORDS + (length - 1) * 2 * SEGMENT_TRIALS
-    snakes = _no_snakes(len(streams), 2, length)
-    pictures = _blank(kit, len(streams))
+    contours = _no_contours(len(streams), 2, length)
+    pictures = _blank(tables, len(streams))
     todo = np.arange(len(streams))
     while len(todo):
         attempts = max(1, LANE_BYTES // (2 * area * len(todo)))
         words = np.concatenate([_words(streams[i], attempts * words_per_attempt) for i in todo])
         words = words.reshape(len(todo) * attempts, words_per_attempt)
-        occupied = _blank(kit, len(words))
+        occupied = _blank(tables, len(words))
         growth = words[:, TAIL_WORDS:].reshape(len(words), length - 1, 2, SEGMENT_TRIALS)
-        lanes, grown = _grow(kit, occupied, _target_tails(kit, words[:, :TAIL_WORDS]), growth)
+        lanes, grown = _grow(tables, occupied, _target_tails(tables, words[:, :TAIL_WORDS]), growth)
         done, first = np.unique(lanes // attempts, return_index=True)
-        _put(snakes, todo[done], grown, first)
-        _put(pictures, todo[done], occupied, lanes[first])
+        _copy_rows(contours, todo[done], grown, first)
+        _copy_rows(pictures, todo[done], occupied, lanes[first])
         todo = np.delete(todo, done)
-    return snakes, pictures
+    return contours, pictures
 
 
-def _blank(kit: Kit, count: int) -> Lanes:
-    shape = count, len(kit.mask)
-    return Lanes(np.broadcast_to(kit.mask, shape).copy(), np.broadcast_to(kit.wide, shape).copy())
+def _blank(tables: Tables, count: int) -> Lanes:
+    shape = count, len(tables.mask)
+    return Lanes(
+        np.broadcast_to(tables.mask, shape).copy(), np.broadcast_to(tables.wide, shape).copy()
+    )
 
 
-def _put(to: tuple, where, other: tuple, which) -> None:
+def _copy_rows(to: tuple, where, other: tuple, which) -> None:
+    """`to[where] = other[which]` for each array of the two tuples."""
     for target, source in zip(to, other, strict=True):
         target[where] = source[which]
 
 
-def _target_tails(kit: Kit, words: UInt32[np.ndarray, "N W"]) -> list[Ends]:
-    """The first tail near the middle, the second at the seed distance from it: never near the border."""
-    heading, row, rows, column, columns = kit.first[_scale(words[:, 0], len(kit.first))].T
+def _target_tails(tables: Tables, words: UInt32[np.ndarray, "N W"]) -> list[Ends]:
+    """The first tail near the middle, the second at the seed distance from it."""
+    heading, row, rows, column, columns = tables.first[_scale(words[:, 0], len(tables.first))].T
     first = np.stack(
         [row + _scale(words[:, 1], rows), column + _scale(words[:, 2], columns)], axis=-1
     )
     direction = _scale(words[:, 3], DEGREES) * np.pi / 180
-    second = np.rint(first + _offset(direction, kit.setting.seed_distance)).astype(int)
-    return [_start(kit, heading, first), _start(kit, _scale(words[:, 4], DEGREES), second)]
+    second = np.rint(first + _offset(direction, tables.setting.seed_distance)).astype(int)
+    return [_start(tables, heading, first), _start(tables, _scale(words[:, 4], DEGREES), second)]
 
 
-def _distractors(kit: Kit, pictures: Lanes, words: UInt32[np.ndarray, "N S trials W"]) -> Snakes:
-    """Add shorter snakes wherever they fit; each has `SNAKE_TRIALS` trials, then it is left out."""
+def _distractors(
+    tables: Tables, pictures: Lanes, words: UInt32[np.ndarray, "N S trials W"]
+) -> Contours:
+    """Add shorter contours where they fit; each is left out after `CONTOUR_TRIALS` trials."""
     count, number, trials, _ = words.shape
-    length = kit.setting.distractor_length
-    snakes = _no_snakes(count, number, length)
-    for snake in range(number):
+    length = tables.setting.distractor_length
+    contours = _no_contours(count, number, length)
+    for contour in range(number):
         todo = np.arange(count)
         for trial in range(trials):
-            tails = [_tail(kit, pictures.mask[i], words[i, snake, trial]) for i in todo]
+            tails = [_tail(tables, pictures.mask[i], words[i, contour, trial]) for i in todo]
             started = np.array([tail is not None for tail in tails], bool)
             which = todo[started]
             if not len(which):
                 continue
             heading, place = np.array([tail for tail in tails if tail is not None]).T
             tried = Lanes(pictures.mask[which], pictures.wide[which])
-            growth = words[which, snake, trial, TAIL_WORDS:].reshape(
+            growth = words[which, contour, trial, TAIL_WORDS:].reshape(
                 len(which), length - 1, 1, SEGMENT_TRIALS
             )
-            lanes, grown = _grow(kit, tried, [_start(kit, heading, kit.pixels(place))], growth)
-            snakes.heading[which[lanes], snake] = grown.heading[:, 0]
-            snakes.anchor[which[lanes], snake] = grown.anchor[:, 0]
-            _put(pictures, which[lanes], tried, lanes)
+            lanes, grown = _grow(
+                tables, tried, [_start(tables, heading, tables.pixels(place))], growth
+            )
+            contours.heading[which[lanes], contour] = grown.heading[:, 0]
+            contours.anchor[which[lanes], contour] = grown.anchor[:, 0]
+            _copy_rows(pictures, which[lanes], tried, lanes)
             todo = np.setdiff1d(todo, which[lanes])
-    return snakes
+    return contours
 
 
 def _tail(
-    kit: Kit, mask: UInt8[np.ndarray, " P"], words: UInt32[np.ndarray, " W"]
+    tables: Tables, mask: UInt8[np.ndarray, " P"], words: UInt32[np.ndarray, " W"]
 ) -> tuple[int, int] | None:
-    """Heading and place of a distractor's tail, uniform over the free places, or None where there is none."""
-    inner = slice(kit.rim * (kit.stride + 1), -kit.rim * (kit.stride + 1))  # first to last pixel
-    occupied = (mask >= OCCUPIED) & ~kit.outside
+    """Heading and place of a distractor's tail, uniform over the free places; None without any."""
+    corner = tables.rim * (tables.stride + 1)
+    inner = slice(corner, -corner)  # first to last pixel
+    occupied = (mask >= OCCUPIED) & ~tables.outside
     for trial in range(SEGMENT_TRIALS):
         heading = int(_scale(words[2 * trial], DEGREES))
-        room = kit.tail_room[heading]
+        room = tables.tail_room[heading]
         if room is None:
             return None
-        closed = kit.outside[inner].copy()
+        closed = tables.outside[inner].copy()
         for offset in room:
             closed |= occupied[inner.start + offset : len(occupied) + inner.stop + offset]
         free = np.flatnonzero(~closed)
         if not len(free):
             return None
         place = int(free[_scale(words[2 * trial + 1], len(free))]) + inner.start
-        ends = np.stack(_tail_pivot(kit, heading, kit.pixels(place)))
-        if (ends >= 0).all() and (ends < kit.setting.size).all():
+        ends = np.stack(_tail_pivot(tables, heading, tables.pixels(place)))
+        if (ends >= 0).all() and (ends < tables.setting.size).all():
             return heading, place
     return None
 
 
 def _paint(
-    kit: Kit, targets: Snakes, distractors: Snakes, i: int, dots: list[int]
+    tables: Tables, targets: Contours, distractors: Contours, i: int, dots: list[int]
 ) -> UInt8[np.ndarray, "S S"]:
-    """Picture i of a batch: all by maximum, the brightest 255."""
-    setting = kit.setting
+    """Picture i of a batch: the maximum of all strokes and dots, scaled to 255."""
+    setting = tables.setting
     picture = np.zeros((setting.size, setting.size))
-    contrasts = setting.paddle_contrast * setting.snake_contrast, setting.snake_contrast
-    for snakes, contrast in zip((targets, distractors), contrasts, strict=True):
-        grey = (np.arange(256) / 255 * contrast).astype(
-            np.float32
-        )  # float32 as in the original: it decides ties
-        picture = np.maximum(picture, grey[_ink(kit, snakes.heading[i], snakes.anchor[i])])
-    reach = int(np.ceil(setting.marker_radius)) + 4  # with the three pixels of Lanczos
+    contrasts = setting.paddle_contrast * setting.contour_contrast, setting.contour_contrast
+    for contours, contrast in zip((targets, distractors), contrasts, strict=True):
+        # float32 as in the original, because it decides ties
+        grey = (np.arange(256) / 255 * contrast).astype(np.float32)
+        picture = np.maximum(picture, grey[_ink(tables, contours.heading[i], contours.anchor[i])])
+    reach = int(np.ceil(setting.marker_radius)) + 4  # includes the three pixels of Lanczos
     width = 2 * reach + 1
     for place in dots:
-        # only a near border bears on the dot: a small picture with the same one will do
-        centre = kit.pixels(place)
+        # a small picture with the same distance to the border gives the same dot
+        centre = tables.pixels(place)
         near = np.maximum(np.minimum(centre, reach), centre - (setting.size - width))
         row, column = centre - near
         window = picture[row : row + width, column : column + width]
-        np.maximum(
-            window, _dot(setting.marker_radius, int(near[0]), int(near[1]), width) / 255, out=window
-        )
-    return (picture * (255 / picture.max()) + 0.4999).astype(
-        np.uint8
-    )  # 0.4999: rounding of the original
+        dot = _dot(setting.marker_radius, int(near[0]), int(near[1]), width)
+        np.maximum(window, dot / 255, out=window)
+    # 0.4999 is the rounding of the original
+    return (picture * (255 / picture.max()) + 0.4999).astype(np.uint8)
 
 
-def _ink(kit: Kit, heading, anchor) -> UInt8[np.ndarray, "S S"]:
-    half = kit.stroke.shape[1] // 2
-    ink = np.zeros((kit.stride, kit.stride), np.uint8)
+def _ink(tables: Tables, heading, anchor) -> UInt8[np.ndarray, "S S"]:
+    half = tables.stroke.shape[1] // 2
+    ink = np.zeros((tables.stride, tables.stride), np.uint8)
     drawn = anchor > 0
     for stroke, place in zip(heading[drawn].tolist(), anchor[drawn].tolist(), strict=True):
-        row, column = divmod(place, kit.stride)
+        row, column = divmod(place, tables.stride)
         window = ink[row - half : row + half + 1, column - half : column + half + 1]
-        np.maximum(window, kit.stroke[stroke], out=window)
-    return ink[kit.rim : -kit.rim, kit.rim : -kit.rim]
-
-
-# --- What others call ----------------------------------------------------------------------------------------------
+        np.maximum(window, tables.stroke[stroke], out=window)
+    return ink[tables.rim : -tables.rim, tables.rim : -tables.rim]
 
 
 def draw(
     first: int, last: int, size: int, level: str, seed: int
 ) -> tuple[UInt8[np.ndarray, "n S S"], UInt8[np.ndarray, " n"]]:
-    """Pictures first..last-1 and their labels, in this process. Raises ConfigError on a bad size, level or seed."""
+    """Pictures first..last-1 and their labels; picture i depends on size, level, seed, i alone.
+
+    Label 1: both dots are on the same contour.
+
+    Raises:
+        ConfigError: the size or the level is unknown.
+    """
     setting = settings(size, level)
-    _check(seed, last - first)
-    images, labels = (
-        np.zeros((last - first, size, size), np.uint8),
-        np.zeros(last - first, np.uint8),
-    )
+    images = np.zeros((last - first, size, size), np.uint8)
+    labels = np.zeros(last - first, np.uint8)
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
         streams = [
@@ -566,7 +578,7 @@ def draw(
 
 def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
     per_trial = TAIL_WORDS + (setting.distractor_length - 1) * SEGMENT_TRIALS
-    shape = (setting.distractors, SNAKE_TRIALS, per_trial)
+    shape = (setting.distractors, CONTOUR_TRIALS, per_trial)
     words = np.stack([_words(bits, PICTURE_WORDS + int(np.prod(shape))) for bits in streams])
     labels, margins, origins = (
         _scale(words[:, i], span) for i, span in enumerate((2, len(setting.margins), 2))
@@ -574,89 +586,13 @@ def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
     images = np.zeros((len(streams), setting.size, setting.size), np.uint8)
     for choice, margin in enumerate(setting.margins):
         which = np.flatnonzero(margins == choice)
-        kit = _kit(setting, margin)
-        targets, pictures = _targets(kit, [streams[i] for i in which])
-        distractors = _distractors(kit, pictures, words[which, PICTURE_WORDS:].reshape(-1, *shape))
+        tables = _tables(setting, margin)
+        targets, pictures = _targets(tables, [streams[i] for i in which])
+        distractors = _distractors(
+            tables, pictures, words[which, PICTURE_WORDS:].reshape(-1, *shape)
+        )
         for i, picture in enumerate(which):
             origin, end = origins[picture], origins[picture] ^ 1 ^ labels[picture]
             dots = [int(targets.anchor[i, origin, 0]), int(targets.anchor[i, end, -1])]
-            images[picture] = _paint(kit, targets, distractors, i, dots)
+            images[picture] = _paint(tables, targets, distractors, i, dots)
     return images, labels.astype(np.uint8)
-
-
-def generate_chunks(
-    n: int,
-    size: int = 32,
-    level: str = "hard",
-    seed: int = 0,
-    *,
-    chunk: int | None = None,
-    workers: int | None = None,
-) -> Iterator[tuple[UInt8[np.ndarray, "n S S"], UInt8[np.ndarray, " n"]]]:
-    """Pictures 0..n-1 and their labels, `chunk` at a time and in order, drawn by several processes.
-
-    Args:
-        chunk: pictures of one job; a few seconds of work by default.
-        workers: processes; None for one a core, 1 for none but this one.
-    """
-    settings(size, level)
-    _check(seed, n)
-    chunk = chunk or 2**21 // size**2
-    jobs = [(first, min(first + chunk, n), size, level, seed) for first in range(0, n, chunk)]
-    workers = min(workers or joblib.cpu_count(), len(jobs))
-    if workers <= 1:
-        return itertools.starmap(draw, jobs)
-    return _draw_in_parallel(jobs, workers)
-
-
-def _draw_in_parallel(jobs: list[tuple], workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    parts = joblib.Parallel(n_jobs=workers, return_as="generator")(
-        joblib.delayed(draw)(*job) for job in jobs
-    )
-    try:
-        for part in parts:  # noqa: UP028 -- `yield from` would close `parts` outside of what follows
-            yield part
-    finally:
-        with warnings.catch_warnings():
-            # joblib warns a consumer that stops early, which is its good right
-            warnings.filterwarnings(
-                "ignore", message=r"\d+ tasks .* have been cancelled", category=UserWarning
-            )
-            parts.close()
-
-
-def generate(
-    n: int,
-    size: int = 32,
-    level: str = "hard",
-    seed: int = 0,
-    *,
-    workers: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[UInt8[np.ndarray, "n S S"], UInt8[np.ndarray, " n"]]:
-    """Pictures 0..n-1 and their labels (1: both dots on one snake); picture i depends on size, level, seed and i alone.
-
-    Args:
-        size: 32, 64, 128 or 256 pixels.
-        level: a name in `LEVELS`.
-        on_progress: called with the pictures done and n.
-    Raises:
-        ConfigError: a size or a level that is not offered, a seed that is no 64-bit key, or n < 0.
-    """
-    chunks = generate_chunks(n, size, level, seed, workers=workers)
-    images, labels = np.zeros((n, size, size), np.uint8), np.zeros(n, np.uint8)
-    done = 0
-    for some_images, some_labels in chunks:
-        part = slice(done, done + len(some_labels))
-        images[part], labels[part] = some_images, some_labels
-        done = part.stop
-        if on_progress:
-            on_progress(done, n)
-    return images, labels
-
-
-def _check(seed: int, n: int) -> None:
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed} is outside 0..2^64-1")
-    if n < 0:
-        raise ConfigError(f"n={n}; expected a number of pictures, 0 or more")

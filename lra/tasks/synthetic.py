@@ -1,18 +1,19 @@
-"""Can a model copy, select, add, look back and associate? Five small generated tasks, each a question about memory.
+"""Five small generated tasks that test memory: copy, select, add, look back and associate.
 
-They are the smoke tests of sequence models and train on a CPU in minutes: copying (Arjovsky et al. 2016, arXiv
-1511.06464), selective copying (Jing et al. 2019, arXiv 1706.02761; Gu & Dao 2023, arXiv 2312.00752), adding (Hochreiter
-& Schmidhuber 1997), induction heads (Olsson et al. 2022, arXiv 2209.11895; Dao et al. 2023, arXiv 2212.14052) and
-associative recall (Ba et al. 2016, arXiv 1610.06258; Arora et al. 2023, arXiv 2312.04927). Lengths and alphabets are
-ours, so scores are comparable with nobody's paper. All rows of a task have the same length: nothing is padded, and the
-inputs are the same under every protocol.
+They train on a CPU in minutes: copying (Arjovsky et al. 2016, arXiv 1511.06464), selective copying
+(Jing et al. 2019, arXiv 1706.02761; Gu & Dao 2023, arXiv 2312.00752), adding (Hochreiter &
+Schmidhuber 1997), induction heads (Olsson et al. 2022, arXiv 2209.11895; Dao et al. 2023, arXiv
+2212.14052) and associative recall (Ba et al. 2016, arXiv 1610.06258; Arora et al. 2023, arXiv
+2312.04927). Lengths and alphabets are ours, so scores are not comparable with published ones. All
+rows of a task have the same length, without padding, and are the same under every protocol.
 
-The random stream: a split draws from Philox with the 128-bit key (data_seed, split), split 0, 1, 2 for train, val, test,
-whose raw stream NumPy guarantees; row i takes the i-th `words_per_row` 64-bit words. The high half of a word, as a
-fraction of 2^32, scaled to the number of choices is one choice (no choice is off its probability by more than 2^-32);
-several different places or keys are those whose words are the smallest. So a row depends on the seed, its split, its
-number and the task's arguments alone. Rows are independent draws: where the arguments admit few different ones, splits
-share rows, which `lra data verify` counts.
+Random stream: a split draws from Philox with the 128-bit key (data_seed, split), split 0, 1, 2 for
+train, val, test, whose raw stream NumPy guarantees. Row i takes the i-th `words_per_row` 64-bit
+words. A choice scales the high half of a word, as a fraction of 2^32, to the number of options
+(each probability is exact to 2^-32); a choice of several distinct items takes those with the
+smallest words. So a row depends on the seed, its split, its index and the task's arguments alone.
+Rows are independent: if the arguments admit only few distinct rows, splits share some, which
+`lra data verify` counts.
 """
 
 import abc
@@ -24,32 +25,39 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt64
 
 from lra.errors import ConfigError
-from lra.tasks.base import SPLITS, Example, Task, check_option
+from lra.tasks.base import (
+    ENCODINGS,
+    SPLITS,
+    Example,
+    Task,
+    check_at_least,
+    check_data_seed,
+    check_option,
+    check_sizes,
+)
 
 Words = UInt64[np.ndarray, "n words"]  # the random words of n rows
 Rows = tuple[Int[np.ndarray, "n L"], Int[np.ndarray, "n *targets"]]  # ids and labels
 
-PAD = "<pad>"  # id 0, in no row
+PAD = "<pad>"  # id 0, which never occurs
 ROWS_PER_DRAW = 1024  # bounds the memory; the rows do not depend on it
 
 
 class Synthetic(Task):
-    """What the five share: independent rows of one length, drawn from `data_seed`, the same under every protocol.
+    """Base class: independent rows of one length, drawn from `data_seed`.
 
     Args:
-        sizes: rows of train, val and test, which are drawn apart: none depends on the size of another.
+        sizes: rows of train, val and test; no split depends on the size of another.
         data_seed: of the generator, independent of a run's seed.
-        settings: the task's own arguments, each with the least value it may have.
+        bounds: name -> (value, minimum) of the task's other arguments.
     Raises:
-        ConfigError: a value is too small, or `sizes` are not those of the three splits.
+        ConfigError: a value is too small, or `sizes` does not name the three splits.
     """
 
     inputs = "tokens"
     vocab: tuple[str, ...]
     words_per_row: int
-    first_label: int | None = (
-        None  # the id that class 0 has in the rows; None where classes are no tokens
-    )
+    first_label: int | None = None  # the id of class 0; None if classes are not tokens
 
     def __init__(
         self,
@@ -57,45 +65,33 @@ class Synthetic(Task):
         name: str,
         sizes: Mapping[str, int],
         data_seed: int,
-        **settings: tuple[int, int],
+        **bounds: tuple[int, int],
     ):
-        check_option("protocol.inputs", protocol["inputs"], ("lra2020", "s4"))
-        if sorted(sizes) != sorted(SPLITS):
-            raise ConfigError(f"task.sizes={dict(sizes)}: expected rows of {', '.join(SPLITS)}")
-        for key, (value, least) in (
-            settings.items() | {f"sizes.{split}": (sizes[split], 1) for split in SPLITS}.items()
-        ):
-            if value < least:
-                raise ConfigError(f"task.{key}={value}: expected {least} or more")
-        if not 0 <= data_seed < 2**64:
-            raise ConfigError(f"data_seed={data_seed} is outside 0..2^64-1; set task.data_seed")
-        self.name, self.data_seed = name, data_seed
-        self.sizes = {split: sizes[split] for split in SPLITS}
-        self.settings = {key: value for key, (value, _) in settings.items()}
+        check_option("protocol.inputs", protocol["inputs"], ENCODINGS)
+        for key, (value, least) in bounds.items():
+            check_at_least(f"task.{key}", value, least)
+        check_data_seed(data_seed)
+        self.name, self.sizes, self.data_seed = name, check_sizes(sizes), data_seed
 
     @abc.abstractmethod
     def rows(self, words: Words) -> Rows:
-        """Ids and labels of rows, from the random words of each."""
+        """Ids and labels of rows from their random words."""
 
     def examples(self, split: str) -> Iterator[Example]:
         """All rows of `split`, in the order of the generator."""
         bits = np.random.Philox(key=np.array([self.data_seed, SPLITS.index(split)], np.uint64))
         for first in range(0, self.sizes[split], ROWS_PER_DRAW):
             count = min(ROWS_PER_DRAW, self.sizes[split] - first)
-            inputs, labels = self.rows(
-                bits.random_raw(count * self.words_per_row).reshape(count, self.words_per_row)
-            )
+            words = bits.random_raw(count * self.words_per_row).reshape(count, -1)
+            inputs, labels = self.rows(words)
             for row, label in zip(inputs, labels.astype(np.int32), strict=True):
                 yield Example(row, label if self.num_targets > 1 else int(label))
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes
 
-    def fingerprint(self) -> dict[str, Any]:
-        return self.settings | {"sizes": self.sizes, "data_seed": self.data_seed}
-
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `most_frequent`: of the tokens that a label can be, the one the row shows most often."""
+        """`majority`, and `most_frequent`: the possible label that is most frequent in the row."""
         lines = super().reference_lines(splits)
         if self.first_label is not None:
             guesses = most_frequent(
@@ -107,12 +103,12 @@ class Synthetic(Task):
 
 
 class Copying(Synthetic):
-    """What the two copying tasks share: symbols among blanks, then as many marks, at which they are asked for in order.
+    """Base class of the copying tasks: symbols among blanks, then one mark per symbol to predict.
 
     Args:
-        categories: symbols to choose from, independently for each place; C.
-        copy_len: symbols to remember; T. Their classes are predicted at the last T positions.
-        blank_len: blanks around or after them.
+        categories: C, number of symbols; each symbol is drawn independently.
+        copy_len: T, symbols to remember; their classes are predicted at the last T positions.
+        blank_len: number of blanks around or after them.
     """
 
     BLANK, MARK = 1, 2
@@ -146,22 +142,21 @@ class Copying(Synthetic):
 
     @abc.abstractmethod
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
-        """Where the symbols stand among the first `body_len` positions, from left to right."""
+        """Positions of the symbols among the first `body_len`, ascending."""
 
     def rows(self, words: Words) -> Rows:
         labels = choice(words[:, : self.num_targets], self.num_classes)
         ids = np.full((len(words), self.seq_len), self.BLANK, np.int64)
         ids[:, self.body_len :] = self.MARK
-        np.put_along_axis(
-            ids, self.places(words[:, self.num_targets :]), self.first_label + labels, axis=1
-        )
+        places = self.places(words[:, self.num_targets :])
+        np.put_along_axis(ids, places, self.first_label + labels, axis=1)
         return ids, labels
 
 
 class Copy(Copying):
-    """The symbols come first, then the blanks: remember a sequence over a gap.
+    """Copy: the symbols precede the blanks, so the model remembers a sequence over a gap.
 
-    Source: Arjovsky et al. 2016, who ask with one mark and then blanks; here each answer has a mark of its own.
+    Source: Arjovsky et al. 2016, with one mark and then blanks; here each answer has its own mark.
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -169,9 +164,10 @@ class Copy(Copying):
 
 
 class SelectiveCopy(Copying):
-    """The symbols stand at random places among the blanks: what to remember depends on the token, not on its place.
+    """Selective copy: the symbols are at random positions among the blanks.
 
-    Source: Jing et al. 2019 (there: denoising); Gu & Dao 2023.
+    The token, not its position, decides what to remember. Source: Jing et al. 2019 (there called
+    denoising); Gu & Dao 2023.
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -179,14 +175,14 @@ class SelectiveCopy(Copying):
 
 
 class Adding(Synthetic):
-    """Random digits of which two are marked, one in each half: the class is the sum of the two, 0 to 18.
+    """Random digits, one marked in each half; the class is the sum of the marked two, 0 to 18.
 
-    The adding problem as classification: digits instead of real numbers, a class instead of a regression. Digit and mark
-    are one token. The sum does not depend on where the two stand, so a model that pools by the mean over positions can
-    add without remembering; `backbone.pool=last` asks for memory.
+    The adding problem as classification: digits instead of real numbers, a class instead of a
+    regression. Digit and mark are one token. The sum does not depend on the positions, so a model
+    with mean pooling can add without memory; `backbone.pool=last` requires memory.
 
     Args:
-        length: L, digits a row; the first half is its first `length // 2`.
+        length: L, digits per row; the first half is its first `length // 2`.
     Source: Hochreiter & Schmidhuber 1997; one mark in each half as in Arjovsky et al. 2016.
     """
 
@@ -217,11 +213,11 @@ class Adding(Synthetic):
 
 
 class InductionHeads(Synthetic):
-    """Random tokens with a special one among them and once more at the end: which token followed it?
+    """Random tokens with a special one inside and at the end; the class is the token after it.
 
     Args:
-        num_tokens: ordinary tokens; C.
-        length: L, with the special token at the end.
+        num_tokens: C, number of ordinary tokens.
+        length: L, including the special token at the end.
     Source: Olsson et al. 2022; with a special token as in Dao et al. 2023.
     """
 
@@ -246,26 +242,26 @@ class InductionHeads(Synthetic):
 
     def rows(self, words: Words) -> Rows:
         tokens = choice(words[:, : self.seq_len], self.num_classes)
-        place = choice(words[:, -1:], self.seq_len - 2)  # a token other than the last has to follow
+        place = choice(words[:, -1:], self.seq_len - 2)  # an ordinary token has to follow
         ids = self.first_label + tokens
         np.put_along_axis(ids, place, self.SPECIAL, axis=1)
         ids[:, -1] = self.SPECIAL
         return ids, np.take_along_axis(tokens, place + 1, axis=1)[:, 0]
 
     def factors(self, split: Any) -> dict[str, np.ndarray]:
-        """Also `distance`, positions between the two special tokens."""
+        """Adds `distance`, positions between the two special tokens."""
         first = np.argmax(np.asarray(split.inputs) == self.SPECIAL, axis=1)
         return super().factors(split) | {"distance": self.seq_len - 1 - first}
 
 
 class AssociativeRecall(Synthetic):
-    """Pairs of a key and its value, all keys different, then one of the keys again: which value belongs to it?
+    """Pairs of distinct keys and values, then one of the keys; the class is its value.
 
     Args:
-        num_pairs: pairs a row, so that L = 2 num_pairs + 1.
-        num_keys: keys to choose from, each at most once a row; at least `num_pairs`.
-        num_values: values to choose from, independently for each key; C. No value is a key.
-    Source: Ba et al. 2016; one query a row where Arora et al. 2023 have several.
+        num_pairs: pairs per row; L = 2 num_pairs + 1.
+        num_keys: number of keys, each at most once per row; at least `num_pairs`.
+        num_values: C, number of values, drawn independently for each key; no value is a key.
+    Source: Ba et al. 2016; one query per row, whereas Arora et al. 2023 have several.
     """
 
     FIRST_KEY = 1
@@ -292,7 +288,8 @@ class AssociativeRecall(Synthetic):
         )
         if num_keys < num_pairs:
             raise ConfigError(
-                f"task.num_keys={num_keys} is too few for different keys in task.num_pairs={num_pairs} pairs"
+                f"task.num_keys={num_keys} is too few for different keys in "
+                f"task.num_pairs={num_pairs} pairs"
             )
         self.num_pairs, self.num_keys, self.num_classes = num_pairs, num_keys, num_values
         self.first_label = self.FIRST_KEY + num_keys
@@ -310,27 +307,26 @@ class AssociativeRecall(Synthetic):
         return ids, np.take_along_axis(values, asked, axis=1)[:, 0]
 
     def factors(self, split: Any) -> dict[str, np.ndarray]:
-        """Also `distance`, positions from the pair that is asked for to the end."""
+        """Adds `distance`, positions from the queried pair to the end."""
         inputs = np.asarray(split.inputs)
-        return super().factors(split) | {
-            "distance": self.seq_len - 1 - np.argmax(inputs == inputs[:, -1:], axis=1)
-        }
+        first = np.argmax(inputs == inputs[:, -1:], axis=1)
+        return super().factors(split) | {"distance": self.seq_len - 1 - first}
 
 
 def choice(words: UInt64[np.ndarray, "*shape"], count: int) -> Int[np.ndarray, "*shape"]:
-    """One of 0..count-1 for each random word; count < 2^32."""
+    """Map each random word to 0..count-1; count < 2^32."""
     return (((words >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)).astype(np.int64)
 
 
 def distinct(words: UInt64[np.ndarray, "n items"], count: int) -> Int[np.ndarray, "n {count}"]:
-    """In each row `count` different ones of its items, in random order: those with the smallest words."""
+    """The indices of the `count` smallest words of each row: distinct items in random order."""
     return np.argsort(words, axis=1, kind="stable")[:, :count]
 
 
 def most_frequent(
     inputs: Integer[np.ndarray, "n L"], first: int, count: int
 ) -> Int[np.ndarray, " n"]:
-    """Of ids first..first+count-1 the one that occurs most often in each row, less `first`; the lowest of several."""
+    """The most frequent id of first..first+count-1 in each row, minus `first`; ties: the lowest."""
     classes = inputs.astype(np.int64) - first
     row, place = np.nonzero((classes >= 0) & (classes < count))
     counts = np.bincount(row * count + classes[row, place], minlength=len(inputs) * count)

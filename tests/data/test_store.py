@@ -1,12 +1,10 @@
-"""The packed store: what goes in comes out, nothing half-built stays, nothing damaged opens."""
+"""The packed store: content, names, building, damaged files."""
 
 import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from lra.tasks.base import SPLITS, Example, Task
 
 
 class Toy(Task):
-    """Examples given outright: `given` holds (inputs, label) for each split, `files` what they are said to come from."""
+    """`given` holds the (inputs, label) pairs of each split, `files` the claimed source files."""
 
     name, inputs, num_classes, seq_len = "toy", "s4", 3, 4
 
@@ -53,7 +51,7 @@ def ids(*values, dtype=np.int64):
 
 
 def left_in(data_root):
-    """What a failed build left, but for the empty lock files."""
+    """Files that a failed build left, except the empty lock files."""
     packed = Path(data_root) / "packed"
     return (
         [path.name for path in packed.iterdir() if path.suffix != ".lock"]
@@ -62,7 +60,7 @@ def left_in(data_root):
     )
 
 
-# --- Contents ------------------------------------------------------------------------------------------------------
+# --- Contents ---
 
 
 @pytest.mark.parametrize("inputs", ["s4", "lra2020"])
@@ -99,7 +97,7 @@ def test_rows_of_a_store_can_be_exported_and_read_again(tmp_path):
     assert all(len(file["sha256"]) == 64 for file in released.manifest["source_files"])
 
 
-def test_manifest_tells_what_is_inside(tmp_path):
+def test_manifest_describes_the_content(tmp_path):
     task = listops()
     manifest = prepare(task, tmp_path).manifest
     train = manifest["splits"]["train"]
@@ -188,26 +186,7 @@ def test_split_without_examples_is_empty(tmp_path):
     assert verify(store).problems == ()
 
 
-# --- Keys ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"data_seed": 1},
-        {"max_depth": 5},
-        {"max_args": 5},
-        {"min_args": 1},
-        {"min_length": 22},
-        {"max_length": 120},
-        {"seq_len": 200},
-        {"sizes": SIZES | {"train": 61}},
-        {"name": "other"},
-        {"protocol": {"inputs": "lra2020", "name": "lra2020"}},
-    ],
-)
-def test_every_setting_that_changes_bytes_changes_the_key(changes):
-    assert settings_key(listops(**changes)) != settings_key(listops())
+# --- Keys ---
 
 
 def test_protocols_with_the_same_inputs_share_a_store():
@@ -222,7 +201,7 @@ def test_versions_change_the_key(monkeypatch):
     assert settings_key(listops()) != before
 
 
-# --- Building ------------------------------------------------------------------------------------------------------
+# --- Building ---
 
 
 def test_second_call_opens_and_does_not_build(tmp_path, monkeypatch):
@@ -232,7 +211,7 @@ def test_second_call_opens_and_does_not_build(tmp_path, monkeypatch):
     assert calls == [("train", 60, 60), ("val", 20, 20), ("test", 30, 30)]
     monkeypatch.setattr(task, "examples", None)
     monkeypatch.setattr(
-        store_module, "_build_alone", None
+        store_module, "_build_locked", None
     )  # not even the lock: data_root may be read-only by then
     started = time.perf_counter()
     prepare(task, tmp_path)
@@ -253,7 +232,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, error):
 
 
 def test_too_few_examples_are_taken_only_when_asked(tmp_path):
-    """and such a store is another one, that nobody gets who did not ask."""
+    """A partial store has another name, and is opened only with `allow_partial`."""
     task = Toy(
         {name: [(ids(1), 0)] for name in SPLITS},
         vocab_size=9,
@@ -285,7 +264,7 @@ def test_whole_data_is_no_partial_store(tmp_path):
 
 
 @pytest.mark.parametrize("found", [0, 4])
-def test_none_or_too_many_are_refused_even_then(tmp_path, found):
+def test_none_or_too_many_are_refused_with_allow_partial(tmp_path, found):
     given = {"train": [(ids(1), 0)] * found, "val": [(ids(1), 0)], "test": [(ids(1), 0)]}
     with pytest.raises(DataError, match=f"{found} examples in train, expected 3$"):
         prepare(
@@ -311,7 +290,7 @@ def test_changed_source_is_another_store(tmp_path):
 
 
 def test_copied_sources_do_not_make_a_second_copy(tmp_path):
-    """Other times, the same content: the new name is a link to the store that is there."""
+    """Other times with the same content: the new name is a link to the existing store."""
     file = tmp_path / "source.txt"
     file.write_text("one")
     task = Toy({"train": [(ids(1), 0)]}, vocab_size=9, files=[file])
@@ -353,7 +332,7 @@ def test_changed_sources_are_found(tmp_path):
     assert changed_sources(task, store) == []
 
 
-def test_who_waits_for_another_process_is_told(tmp_path, monkeypatch):
+def test_waiting_for_another_process_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.05)
     lock = FileLock(tmp_path / "packed" / f".{store_path(listops(), tmp_path).name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True)
@@ -398,7 +377,7 @@ def test_missing_sources_are_fetched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["_sync_file", "_write_array", "sync_folder"])
-def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, place):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -411,7 +390,7 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, place):
     assert left_in(tmp_path) == []
 
 
-def test_folder_that_cannot_be_written_is_said(tmp_path):
+def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "packed").write_text("a file in the way")
     with pytest.raises(
         DataError, match=r"packed: File exists; mend that or set another data\.root"
@@ -435,7 +414,7 @@ def test_wrong_examples_are_refused(tmp_path, given, sizes, error, message):
     assert left_in(tmp_path) == []
 
 
-def test_what_a_killed_build_left_is_swept_away(tmp_path):
+def test_leftovers_of_a_killed_build_are_removed(tmp_path):
     stale = tmp_path / "packed" / f".{store_path(listops(), tmp_path).name}.building-x"
     stale.mkdir(parents=True)
     (stale / "train.inputs.npy").write_bytes(b"half")
@@ -443,36 +422,27 @@ def test_what_a_killed_build_left_is_swept_away(tmp_path):
     assert left_in(tmp_path) == [store_path(listops(), tmp_path).name]
 
 
-def test_two_processes_at_once_build_once(tmp_path):
-    script = textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        from lra.data.store import prepare
-        from lra.tasks.listops import ListOps
-        sys.path.insert(0, sys.argv[2])
-        from tiny_listops import PROTOCOL, SIZES, listops
-        root = Path(sys.argv[1])
-        (root / sys.argv[3]).touch()
-        while not ((root / "a").exists() and (root / "b").exists()):
-            time.sleep(0.01)
-        def on_progress(split, done, total):
-            print("built", split)
-            time.sleep(0.3)
-        print(len(prepare(listops(), root, on_progress=on_progress).splits["test"]))
-    """)
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        str(tmp_path),
-        str(Path(__file__).parents[1] / "support"),
-    ]
-    runs = [subprocess.Popen([*command, mark], stdout=subprocess.PIPE, text=True) for mark in "ab"]
-    said = sorted(run.communicate(timeout=60)[0].split("\n") for run in runs)
-    assert said == [["30", ""], ["built train", "built val", "built test", "30", ""]]
+def test_two_callers_at_once_build_once(tmp_path):
+    """Threads stand for processes: the lock holds between any two file descriptors."""
+    built, stores = [], []
+
+    def on_progress(split, done, total):
+        built.append(split)
+        time.sleep(0.05)
+
+    def call():
+        stores.append(prepare(listops(), tmp_path, on_progress=on_progress))
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert [len(store.splits["test"]) for store in stores] == [30, 30]
+    assert built == ["train", "val", "test"]
 
 
-# --- Opening and checking ------------------------------------------------------------------------------------------
+# --- Opening and checking ---
 
 
 @pytest.mark.parametrize("array", ["inputs", "lengths", "labels"])

@@ -1,4 +1,4 @@
-"""The TFDS builder: the packed store's examples, row for row, without TensorFlow."""
+"""The TFDS builder gives the rows of the packed store, without TensorFlow."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from lra.sources import locate
 from lra.tasks.base import SPLITS, Example, Task
 from lra.tasks.listops import ListOps
 
-# TFDS and its protobuf, etils and importlib dependencies warn about their own deprecations at import and on writing.
+# TFDS and its dependencies emit DeprecationWarnings at import and on writing
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -40,12 +40,9 @@ class Pairs(Task):
     def split_sizes(self):
         return None
 
-    def fingerprint(self):
-        return {}
-
 
 class Colours(Task):
-    """Three values a position, two labels an example, and no validation but test."""
+    """Three values per position, two labels per example, test as validation."""
 
     name, inputs, num_classes, seq_len, vocab = "colours", "pixels", 3, 2, None
     num_features, num_targets, same = 3, 2, {"val": "test"}
@@ -59,12 +56,9 @@ class Colours(Task):
     def split_sizes(self):
         return None
 
-    def fingerprint(self):
-        return {}
-
 
 class Short(Colours):
-    """Fewer examples than there should be."""
+    """Fewer examples than expected."""
 
     def split_sizes(self):
         return {"train": 4, "test": 5}
@@ -106,7 +100,7 @@ def test_missing_examples_are_refused(tmp_path):
 
 
 def test_records_can_come_from_the_store(tmp_path, monkeypatch):
-    """So that what takes hours to generate is generated once."""
+    """Data that takes hours to generate is generated once."""
     task = Colours()
     store = prepare(task, tmp_path)
     monkeypatch.setattr(task, "examples", None)
@@ -144,6 +138,9 @@ def test_prepared_data_is_reused(tmp_path, monkeypatch):
     assert len(again.as_data_source("test")) == 30
 
 
-def test_module_is_imported_without_tfds():
-    check = "import sys, lra.data.tfds_builder; sys.exit('tensorflow_datasets' in sys.modules)"
+def test_heavy_packages_are_imported_late():
+    """`lra --help` is fast because only the functions that need a heavy package import it."""
+    check = """if True:
+        import sys, lra.data.tfds_builder, lra.data.verify
+        sys.exit(bool({"tensorflow_datasets", "pooch", "requests"} & set(sys.modules)))"""
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

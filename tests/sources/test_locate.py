@@ -1,4 +1,4 @@
-"""Publishers' files are found in any layout."""
+"""A publisher's files are found in any layout."""
 
 import dataclasses
 import os
@@ -6,8 +6,8 @@ import os
 import pytest
 from publisher_files import PAIRS, PATHS, TEXTS, make
 
-import lra.sources.locate as locate_module
 from lra.errors import DataError
+from lra.sources import locate as locate_module
 from lra.sources.locate import CIFAR10, IMDB, find_archive, locate, locate_all, located, signature
 
 
@@ -35,9 +35,10 @@ def test_locate_too_deep(tmp_path):
     assert locate(TEXTS, tmp_path / "a") == tmp_path / "a/b/c/d/e/aclImdb"
 
 
-def test_located_or_the_command_that_helps(tmp_path):
+def test_located_names_the_command_to_run(tmp_path):
     with pytest.raises(
-        DataError, match=rf"IMDB reviews: not found under {tmp_path}; run `lra data prepare text`"
+        DataError,
+        match=rf"IMDB reviews: no folder aclImdb under {tmp_path}; run `lra data prepare text`",
     ):
         located(TEXTS, tmp_path, "text")
     folder = make(tmp_path / "aclImdb", "train/pos/", "test/neg/")
@@ -107,7 +108,7 @@ def test_pictures_and_texts_are_not_listed(tmp_path, monkeypatch):
 def test_a_folder_full_of_files_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(locate_module, "MAX_ENTRIES", 5)
     make(tmp_path / "full", *(f"{i}/" for i in range(20)))
-    assert len(list(locate._folders(tmp_path, 2))) == 2 + 5
+    assert len(list(locate_module._folders(tmp_path, 2))) == 2 + 5
 
 
 def test_archive_names(tmp_path):

@@ -1,4 +1,4 @@
-"""Batches of CIFAR-10 are read from their pickles, and nothing else in a pickle is run."""
+"""Batches of CIFAR-10 are unpickled, and no code in a pickle runs."""
 
 import collections
 import os

@@ -1,9 +1,12 @@
-"""Publishers' files as the tests make them: three sources, folders of files, and archives."""
+"""Helpers that write folders of files, archives and TFDS folders like those of the publishers."""
 
 import io
+import json
+import struct
 import tarfile
 
 from lra.sources.locate import IMDB, LRA_RELEASE, Source
+from lra.sources.tfds_reader import masked_crc32c
 
 TEXTS = Source("IMDB reviews", "aclImdb", ("train/pos", "test/neg"), (IMDB.filename,), IMDB)
 PAIRS = Source("AAN pairs", "tsv_data", ("pairs.train.tsv",), ("lra_release.gz",), LRA_RELEASE)
@@ -24,7 +27,7 @@ TWICE = {
 
 
 def make(folder, *names):
-    """Files below `folder`; a name that ends in / is a folder."""
+    """Write files below `folder`; a name that ends in / is a folder."""
     for name in names:
         path = folder / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -34,7 +37,7 @@ def make(folder, *names):
 
 
 def make_archive(path, members, mode="w:gz"):
-    """A tar of `members`: name -> content, or a TarInfo of a link or device."""
+    """Write a tar of `members`: name -> content, or a TarInfo of a link or device."""
     with tarfile.open(path, mode) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -47,7 +50,40 @@ def make_archive(path, members, mode="w:gz"):
 
 
 def files_in(folder):
-    """All files and folders below `folder` but the empty lock files."""
+    """All files and folders below `folder` except the empty lock files."""
     return sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"
     )
+
+
+def serialize(example):
+    """A `tf.train.Example` of {name: value or list of values}; values are bytes, int or float."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example()
+    for key, value in example.items():
+        values = value if isinstance(value, list) else [value]
+        feature = message.features.feature[key]
+        kinds = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
+        if values:
+            kinds[type(values[0])].value.extend(values)
+    return message.SerializeToString()
+
+
+def write_tfrecord(path, records):
+    with open(path, "wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            crcs = [struct.pack("<I", masked_crc32c(part)) for part in (length, record)]
+            file.write(length + crcs[0] + record + crcs[1])
+
+
+def write_tfds(folder, name, splits):
+    """A version folder as TFDS prepares it, one tfrecord file per split of example dicts."""
+    folder.mkdir(parents=True)
+    for split, examples in splits.items():
+        path = folder / f"{name}-{split}.tfrecord-00000-of-00001"
+        write_tfrecord(path, map(serialize, examples))
+    entries = [{"name": split, "shardLengths": [str(len(x))]} for split, x in splits.items()]
+    info = {"name": name, "fileFormat": "tfrecord", "splits": entries}
+    (folder / "dataset_info.json").write_text(json.dumps(info))

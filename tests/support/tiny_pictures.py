@@ -1,4 +1,4 @@
-"""Tiny files in the official formats of the picture tasks, for tests that read them."""
+"""Writes tiny files in the publishers' formats of the picture tasks."""
 
 import pickle
 import struct
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 wrote its strings, which is how CIFAR-10 was made."""
+    """Writes bytes as strings of Python 2, with which CIFAR-10 was made."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -29,7 +29,7 @@ def write_batch(path, content):
 
 
 def cifar(root, per_batch=10, seed=0):
-    """CIFAR-10's Python batches below `root`, `per_batch` random pictures in each of the six files.
+    """Write CIFAR-10's six Python batches below `root`, `per_batch` random pictures each.
 
     Returns {"train": (rgb (n, 1024, 3), labels (n,)), "test": ...} in the order of the files.
     """
@@ -66,9 +66,12 @@ LEVELS = {
 
 
 def pathfinder(root, size=32, level="hard", count=60, per_batch=5, empty=False, seed=0):
-    """The release's folders of one size and level below `root`: random grey pictures, `per_batch` a metadata file.
+    """Write the release's folders of one size and level below `root`: random grey pictures.
 
-    With `empty`, picture 172 of batch 0 has no byte, as at the easy level of the release (so per_batch has to be more).
+    Args:
+        per_batch: pictures per metadata file.
+        empty: empties the file of picture 172 of batch 0, as at the easy level of the release;
+            needs a larger `per_batch`.
     Returns pictures (n, size, size) and labels (n,) in the order of the metadata.
     """
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Tiny data of Text and Retrieval as their publishers lay it out, written by the tests that need some."""
+"""Writes tiny files in the publishers' formats of Text and Retrieval."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ WORDS = {0: "dull tedious plodding awful", 1: "wonderful moving splendid joy"}
 
 
 def review(label: int, number: int) -> str:
-    """A review of its class and number; the words of a class differ in their letters, and no two reviews are equal."""
-    return f"Film {number}<br /><br />caf\u00e9 \x85 \u4e2d {' '.join([WORDS[label]] * (2 + number % 5))}!"
+    """A unique review; the words of the two classes consist of different letters."""
+    words = " ".join([WORDS[label]] * (2 + number % 5))
+    return f"Film {number}<br /><br />caf\u00e9 \x85 \u4e2d {words}!"
 
 
 def imdb(root: Path) -> Path:
@@ -26,12 +27,12 @@ def imdb(root: Path) -> Path:
 
 
 def document(number: int) -> str:
-    """A document whose letters depend on its number, with quotes that no CSV reader would leave alone."""
+    """A document whose letters depend on its number, with quotes that a CSV reader changes."""
     return f'"Paper {number}" says "{chr(97 + number % 26) * 20} and so on'
 
 
 def aan(root: Path) -> Path:
-    """Write the release's `tsv_data` below `root`; two documents of one row have the same letter where its label is 1."""
+    """Write the release's `tsv_data` below `root`; documents of label 1 have the same letter."""
     folder = Path(root) / "lra_release" / "lra_release" / "tsv_data"
     folder.mkdir(parents=True)
     first = 0

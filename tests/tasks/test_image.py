@@ -1,27 +1,23 @@
-"""CIFAR-10, grey and in colour: grey values, splits, what a model is given, both file formats and the refusals."""
+"""CIFAR-10 in grey and colour: grey values, splits, model inputs, both file formats, errors."""
 
 import io
-import json
-import struct
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from configured_task import configured_task
 from PIL import Image
+from publisher_files import write_tfds
 from tiny_pictures import cifar, write_batch
 
 from lra.data.store import prepare, settings_key
 from lra.data.verify import verify
 from lra.errors import ConfigError, DataError
-from lra.sources.tfds_reader import masked_crc32c
 from lra.tasks import pictures
-from lra.tasks.base import SPLITS, shuffled
-from lra.tasks.image import Cifar10, grey_as_pillow, grey_as_tensorflow
+from lra.tasks.base import SPLITS, permutation
+from lra.tasks.image import grey_as_pillow, grey_as_tensorflow
 
-ROOT = Path(__file__).parents[2]
 PROTOCOLS = {
     "lra2020": {"inputs": "lra2020", "shuffle": False},
     "strict": {"inputs": "s4", "shuffle": True},
@@ -30,16 +26,12 @@ PROTOCOLS = {
 
 
 def make_task(config="image", protocol="strict", data_root="unused", **changes):
-    arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = {
-        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
-    } | changes
-    return Cifar10(protocol=PROTOCOLS[protocol], data_root=data_root, **arguments)
+    return configured_task(config, PROTOCOLS[protocol], data_root, **changes)
 
 
 @pytest.fixture(autouse=True)
 def nothing_prepared_by_tfds(tmp_path, monkeypatch):
-    """So that a tester's own ~/tensorflow_datasets is not read."""
+    """Hides the ~/tensorflow_datasets of the user who runs the tests."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
 
@@ -56,7 +48,7 @@ def read(task, split):
     )
 
 
-# --- Grey ----------------------------------------------------------------------------------------------------------
+# --- Grey ---
 
 
 def random_colours():
@@ -76,7 +68,7 @@ def test_grey_equals_pillow():
 
 
 def test_grey_equals_tensorflows_formula():
-    """Scaled to 1, weighted, scaled by 255.5, rounded down; no value lies within float64's error of a whole number."""
+    """Scaled to 1, weighted, scaled by 255.5, floored; no value is near a whole number."""
     colours = random_colours()
     weighted = colours / 255 @ np.array([0.2989, 0.5870, 0.1140])
     np.testing.assert_array_equal(
@@ -91,7 +83,7 @@ def test_the_two_greys_differ_by_one_in_a_quarter_of_all_colours():
     assert np.mean(difference != 0) == pytest.approx(0.263, abs=0.01)
 
 
-# --- Splits --------------------------------------------------------------------------------------------------------
+# --- Splits ---
 
 
 @pytest.mark.parametrize(
@@ -122,7 +114,7 @@ def test_lra2020_validates_on_the_end_of_the_training_files(tmp_path, written):
 
 def test_other_protocols_validate_on_a_seeded_tenth_in_the_order_of_the_files(tmp_path, written):
     rgb, labels = written["train"]
-    order = shuffled(50, 7)
+    order = permutation(50, 7)
     for split, rows in (("train", np.sort(order[:45])), ("val", np.sort(order[45:]))):
         inputs, found = read(make_task("scifar", "strict", tmp_path, data_seed=7), split)
         np.testing.assert_array_equal(inputs, rgb[rows])
@@ -140,25 +132,17 @@ def test_published_counts_come_out_of_the_published_files():
     assert make_task().split_sizes() == {"train": 45_000, "val": 5_000, "test": 10_000}
 
 
-def test_settings_that_change_no_byte_share_a_store():
-    def key(protocol, config="image", **changes):
-        return settings_key(make_task(config, protocol, **changes))
-
-    assert key("strict") == key("strict", mean=0, std=1)
-    assert key("lra2020") == key("lra2020", data_seed=1)  # nothing is random there
-    assert key("lra2020", "scifar") == key("s4 in order", "scifar")
-    keys = [
-        key("strict"),
-        key("s4 in order"),  # another grey than lra2020
-        key("strict", data_seed=1),
-        key("lra2020"),
-        key("strict", "scifar"),
-        key("lra2020", "scifar"),
-    ]
-    assert len(set(keys)) == len(keys)
+def test_protocols_share_a_store_unless_their_pictures_differ():
+    keys = {
+        (config, protocol): settings_key(make_task(config, protocol))
+        for config in ("image", "scifar")
+        for protocol in PROTOCOLS
+    }
+    assert keys["scifar", "lra2020"] == keys["scifar", "s4 in order"]
+    assert len(set(keys.values())) == 5
 
 
-# --- What a model is given -----------------------------------------------------------------------------------------
+# --- What a model is given ---
 
 
 def test_grey_is_ids_under_lra2020_and_standardised_values_else():
@@ -197,11 +181,11 @@ def test_mean_and_std_that_cannot_be_used_are_refused(changes):
 
 
 def test_a_word_for_a_mean_is_refused():
-    """As `task.mean=grey` on the command line, where no annotation is checked."""
+    """`task.mean=grey` on the command line, where annotations are not checked."""
     with pytest.raises(
         ConfigError, match=r"task\.mean=grey: expected a number, or three in brackets"
     ):
-        pictures._one_each("task.mean", "grey", 3)
+        pictures._per_feature("task.mean", "grey", 3)
 
 
 def test_unknown_inputs_are_refused(monkeypatch):
@@ -222,7 +206,7 @@ def test_a_picture_is_drawn_in_shades(config):
 
 
 def test_reference_lines_by_hand():
-    """Class 0 is dark, class 1 bright: the mean pixel tells them apart, the majority (of train) does not."""
+    """Class 0 is dark, class 1 bright: the mean pixel separates them, the majority does not."""
     rng = np.random.default_rng(0)
 
     def split(labels):
@@ -254,7 +238,7 @@ def test_mean_pixels_do_not_depend_on_the_blocks(monkeypatch):
     )
 
 
-# --- Files ---------------------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 @pytest.mark.parametrize("config", ["image", "scifar"])
@@ -310,31 +294,8 @@ def png(pixels):
     return file.getvalue()
 
 
-def write_tfds(root, examples):
-    """A folder as TFDS prepares it, with one tfrecord file a split; `examples` by split, each a dict of features."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    folder = root / "tfds" / "cifar10" / "3.0.2"
-    folder.mkdir(parents=True)
-    for split, records in examples.items():
-        with open(folder / f"cifar10-{split}.tfrecord-00000-of-00001", "wb") as file:
-            for record in records:
-                example = tf_example_pb2.Example()
-                for key, value in record.items():
-                    feature = example.features.feature[key]
-                    (
-                        feature.bytes_list if isinstance(value, bytes) else feature.int64_list
-                    ).value.append(value)
-                content = example.SerializeToString()
-                length = struct.pack("<Q", len(content))
-                for part in (length, content):
-                    file.write(part + struct.pack("<I", masked_crc32c(part)))
-    splits = [
-        {"name": split, "shardLengths": [str(len(records))]} for split, records in examples.items()
-    ]
-    (folder / "dataset_info.json").write_text(
-        json.dumps({"name": "cifar10", "fileFormat": "tfrecord", "splits": splits})
-    )
+def write_cifar10(root, splits):
+    write_tfds(root / "tfds/cifar10/3.0.2", "cifar10", splits)
 
 
 def as_records(written):
@@ -349,7 +310,7 @@ def as_records(written):
 
 def test_folder_of_tfds_gives_the_same_pictures(tmp_path):
     written = cifar(tmp_path / "batches")
-    write_tfds(tmp_path / "prepared", as_records(written))
+    write_cifar10(tmp_path / "prepared", as_records(written))
     for config in ("image", "scifar"):
         ours, theirs = (
             make_task(config, "strict", tmp_path / place) for place in ("batches", "prepared")
@@ -364,7 +325,7 @@ def test_folder_of_tfds_gives_the_same_pictures(tmp_path):
 
 
 def test_publishers_files_come_before_tfds(tmp_path, written):
-    write_tfds(tmp_path, as_records(cifar(tmp_path / "elsewhere", seed=1)))
+    write_cifar10(tmp_path, as_records(cifar(tmp_path / "elsewhere", seed=1)))
     np.testing.assert_array_equal(
         read(make_task("scifar", data_root=tmp_path), "test")[0], written["test"][0]
     )
@@ -383,12 +344,12 @@ def test_publishers_files_come_before_tfds(tmp_path, written):
 )
 def test_spoilt_record_is_refused(tmp_path, changes, message):
     record = {"image": png(np.zeros((32, 32, 3), np.uint8)), "label": 3}
-    write_tfds(tmp_path, {"train": [], "test": [record, record | changes]})
+    write_cifar10(tmp_path, {"train": [], "test": [record, record | changes]})
     with pytest.raises(DataError, match=message):
         list(make_task(data_root=tmp_path).examples("test"))
 
 
 def test_records_of_another_dataset_are_refused(tmp_path):
-    write_tfds(tmp_path, {"train": [], "test": [{"text": b"no picture", "label": 3}]})
+    write_cifar10(tmp_path, {"train": [], "test": [{"text": b"no picture", "label": 3}]})
     with pytest.raises(DataError, match="record 0: has label, text, expected image"):
         list(make_task(data_root=tmp_path).examples("test"))

@@ -1,8 +1,10 @@
-"""Pathfinder: the release's files in every shape people have them, generated pictures, interruptions, and export."""
+"""Pathfinder: the release's files in all their forms, generation, interruptions, export."""
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,25 +14,24 @@ import joblib
 import numpy as np
 import pytest
 import tiny_pictures
-from omegaconf import OmegaConf
+from configured_task import configured_task
 from PIL import Image
 
 from lra.data.store import Split, prepare, settings_key
 from lra.data.verify import verify
 from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import pathfinder
-from lra.tasks.base import SPLITS, shuffled
+from lra.tasks.base import SPLITS, permutation
 from lra.tasks.pathfinder import (
     Batch,
-    Pathfinder,
-    in_order,
+    generate,
     load_chunk,
+    parallel_map,
     read_metadata,
     refuse_repeats,
 )
 from lra.tasks.pathfinder_generator import draw
 
-ROOT = Path(__file__).parents[2]
 PROTOCOLS = {
     "lra2020": {"inputs": "lra2020", "shuffle": False},
     "strict": {"inputs": "s4", "shuffle": True},
@@ -39,15 +40,8 @@ SIZES = {"train": 44, "val": 8, "test": 8}
 
 
 def make_task(config="pathfinder", protocol="strict", data_root="unused", **changes):
-    arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{config}.yaml"))
-    arguments = {
-        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
-    }
-    return Pathfinder(
-        protocol=PROTOCOLS[protocol],
-        data_root=data_root,
-        **(arguments | {"sizes": SIZES} | changes),
-    )
+    changes = {"sizes": SIZES} | changes
+    return configured_task(config, PROTOCOLS[protocol], data_root, **changes)
 
 
 def release_task(data_root, protocol="lra2020", **changes):
@@ -64,17 +58,17 @@ def read(task, split):
 
 @pytest.fixture
 def threads():
-    """Parallel work in this process, so that a test can watch it."""
+    """Runs parallel work in threads, so that a test can observe it."""
     with joblib.parallel_config(backend="threading"):
         yield
 
 
-# --- The release ---------------------------------------------------------------------------------------------------
+# --- The release ---
 
 
 @pytest.fixture
 def release(tmp_path, threads):
-    """Sixty pictures in twelve batches, so that batch 10 sorts before batch 2 by name: pictures, labels."""
+    """Pictures and labels of a release with 12 batches, so that 10 sorts before 2 by name."""
     return tiny_pictures.pathfinder(tmp_path)
 
 
@@ -95,7 +89,7 @@ def test_other_protocols_cut_a_seeded_permutation_and_keep_the_order_of_the_file
     tmp_path, release
 ):
     pictures, labels = release
-    order = shuffled(60, 5)
+    order = permutation(60, 5)
     parts = {"train": order[:44], "val": order[44:52], "test": order[52:]}
     task = release_task(tmp_path, "strict", data_seed=5)
     for split, part in parts.items():
@@ -132,7 +126,7 @@ def test_pictures_do_not_depend_on_how_the_reading_is_divided(tmp_path, release,
 
 def test_no_more_results_wait_than_asked_for(threads):
     computed = []
-    results = in_order(lambda i: computed.append(i) or i, [(i,) for i in range(20)], 4)
+    results = parallel_map(lambda i: computed.append(i) or i, [(i,) for i in range(20)], 4)
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert sorted(computed) == list(range(8))
     results.close()
@@ -353,7 +347,7 @@ def test_a_part_of_the_release_is_refused_or_cut_in_proportion(tmp_path, threads
 
 
 def spoil_some(data_root):
-    """Takes away or empties pictures 0, 7 and all of batch 3; returns the numbers of the others."""
+    """Remove or empty pictures 0, 7 and all of batch 3; returns the indices of the others."""
     images = level_folder(data_root) / "imgs"
     (images / "0" / "sample_0.png").unlink()
     (images / "1" / "sample_2.png").write_bytes(b"")
@@ -372,7 +366,7 @@ def test_splits_are_cut_from_the_pictures_that_are_there(tmp_path, release, prot
     assert store.manifest["notes"] == [
         "7 pictures that metadata names are missing or empty: left out"
     ]
-    order = np.arange(53) if protocol == "lra2020" else shuffled(53, 0)
+    order = np.arange(53) if protocol == "lra2020" else permutation(53, 0)
     for split, part in (("train", order[:39]), ("val", order[39:46]), ("test", order[46:])):
         rows = kept[np.sort(part)]
         np.testing.assert_array_equal(
@@ -439,42 +433,34 @@ def test_store_of_the_release_knows_its_files(tmp_path, release):
     )  # of the split which has that picture
 
 
-# --- Generated -----------------------------------------------------------------------------------------------------
+# --- Generated ---
 
 
 def test_generated_pictures_are_one_stream_with_test_first(tmp_path, threads):
-    task = make_task(data_root=tmp_path)
-    images, labels = draw(0, 60, 32, "hard", 0)
+    task = make_task(data_root=tmp_path, level="easy")
+    images, labels = draw(0, 60, 32, "easy", 0)
     for split, part in (("test", slice(0, 8)), ("val", slice(8, 16)), ("train", slice(16, 60))):
         found, classes = read(task, split)
         np.testing.assert_array_equal(found, images[part])
         np.testing.assert_array_equal(classes, labels[part])
-    more = make_task(data_root=tmp_path, sizes=SIZES | {"train": 50})
+    more = make_task(data_root=tmp_path, level="easy", sizes=SIZES | {"train": 50})
     np.testing.assert_array_equal(read(more, "test")[0], images[:8])
     np.testing.assert_array_equal(read(more, "train")[0][:44], images[16:])
 
 
-def test_protocols_share_generated_pictures_and_settings_do_not():
-    def key(protocol="strict", **changes):
-        return settings_key(make_task("pathfinder", protocol, **changes))
-
-    assert key("lra2020") == key("strict") == key(mean=127.5, std=127.5)
-    keys = [
-        key(),
-        key(data_seed=1),
-        key(level="easy"),
-        key(size=64),
-        key(sizes=SIZES | {"val": 9}),
-        key(source="release"),
-    ]
-    keys += [key("lra2020", source="release"), key("strict", source="release", data_seed=1)]
-    assert len(set(keys)) == len(keys)
-    assert key("lra2020", source="release", data_seed=1) == key("lra2020", source="release")
+def test_protocols_share_generated_pictures_but_not_the_cut_of_the_release():
+    keys = {
+        (protocol, source): settings_key(make_task("pathfinder", protocol, source=source))
+        for protocol in PROTOCOLS
+        for source in ("generated", "release")
+    }
+    assert keys["lra2020", "generated"] == keys["strict", "generated"]
+    assert len(set(keys.values())) == 3
 
 
 @pytest.fixture
 def drawn(threads, monkeypatch):
-    """Chunks of ten pictures, and a list of those that were drawn."""
+    """Sets chunks of ten pictures and lists the drawn ones."""
     calls = []
 
     def counted(first, last, *settings):
@@ -487,26 +473,28 @@ def drawn(threads, monkeypatch):
 
 
 def test_interrupted_preparation_goes_on(tmp_path, drawn, monkeypatch):
-    task = make_task(data_root=tmp_path)
+    task = make_task(data_root=tmp_path, level="easy")
     expected = read(task, "train")
     assert sorted(drawn) == [(16, 26), (26, 36), (36, 46), (46, 56), (56, 60)]
     chunks = sorted((tmp_path / "generated").glob("*/*"))
-    assert [chunk.parent.name for chunk in chunks] == ["32-hard-0-44-8-8-v1"] * 5
+    assert [chunk.parent.name for chunk in chunks] == ["32-easy-0-44-8-8-v1"] * 5
 
     chunks[0].unlink()
     chunks[1].write_bytes(chunks[1].read_bytes()[:-100])
     chunks[2].write_bytes(b"")
     np.savez(chunks[3], images=np.zeros((10, 16, 16), np.uint8), labels=np.zeros(10, np.uint8))
     del drawn[:]
-    for found, wanted in zip(read(make_task(data_root=tmp_path), "train"), expected, strict=True):
+    for found, wanted in zip(
+        read(make_task(data_root=tmp_path, level="easy"), "train"), expected, strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
     assert sorted(drawn) == [(16, 26), (26, 36), (36, 46), (46, 56)]
 
 
 def test_complete_store_leaves_no_chunks(tmp_path, drawn):
-    interrupted = make_task(data_root=tmp_path)
+    interrupted = make_task(data_root=tmp_path, level="easy")
     list(interrupted.examples("train"))
-    store = prepare(make_task(data_root=tmp_path), tmp_path)
+    store = prepare(make_task(data_root=tmp_path, level="easy"), tmp_path)
     assert len(drawn) == 5 + 2  # train was there, val and test are a chunk each
     assert not (tmp_path / "generated").exists()
     assert verify(store).problems == ()
@@ -514,16 +502,16 @@ def test_complete_store_leaves_no_chunks(tmp_path, drawn):
 
 
 def test_a_small_store_leaves_the_chunks_of_an_unfinished_large_one(tmp_path, drawn):
-    list(make_task(data_root=tmp_path).examples("train"))
-    small = make_task(data_root=tmp_path, sizes={"train": 4, "val": 8, "test": 8})
+    list(make_task(data_root=tmp_path, level="easy").examples("train"))
+    small = make_task(data_root=tmp_path, level="easy", sizes={"train": 4, "val": 8, "test": 8})
     prepare(small, tmp_path)
     del drawn[:]
-    prepare(make_task(data_root=tmp_path), tmp_path)
+    prepare(make_task(data_root=tmp_path, level="easy"), tmp_path)
     assert sorted(drawn) == [(0, 8), (8, 16)]  # train was there
 
 
 def test_chunks_removed_by_another_process_are_drawn_again(tmp_path, drawn, monkeypatch):
-    expected = read(make_task(data_root=tmp_path), "val")
+    expected = read(make_task(data_root=tmp_path, level="easy"), "val")
     load = load_chunk
 
     def removed_meanwhile(path, count, size):
@@ -531,7 +519,9 @@ def test_chunks_removed_by_another_process_are_drawn_again(tmp_path, drawn, monk
         return load(path, count, size)
 
     monkeypatch.setattr(pathfinder, "load_chunk", removed_meanwhile)
-    for found, wanted in zip(read(make_task(data_root=tmp_path), "val"), expected, strict=True):
+    for found, wanted in zip(
+        read(make_task(data_root=tmp_path, level="easy"), "val"), expected, strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -570,9 +560,9 @@ def test_export_writes_nothing_beside_other_files(tmp_path, there):
     assert file.read_bytes() == b"mine"
 
 
-def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
+def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path, threads):
     for size in (32, 64, 128, 256):
-        assert make_task(size=size)._publisher.archives == (
+        assert make_task(size=size, source="release").publisher.archives == (
             f"pathfinder{size}.tar.gz",
             "lra_release.gz",
         )
@@ -584,7 +574,7 @@ def test_archives_of_one_size_are_taken_before_the_whole_release(tmp_path):
     prepare(release_task(tmp_path), tmp_path)
 
 
-# --- What a model is given -----------------------------------------------------------------------------------------
+# --- What a model is given ---
 
 
 def test_pixels_are_ids_under_lra2020_and_between_0_and_1_else():
@@ -653,7 +643,7 @@ def test_reference_lines_by_hand():
         ({"size": 300}, r"size=300; expected one of 32, 64, 128, 256"),
         ({"level": "curv_baseline"}, r"level=curv_baseline; expected one of easy"),
         ({"sizes": {"train": 1, "test": 1}}, r"task\.sizes="),
-        ({"sizes": SIZES | {"val": 0}}, r"task\.sizes="),
+        ({"sizes": SIZES | {"val": 0}}, r"task\.sizes\.val=0"),
         ({"data_seed": -1}, r"task\.data_seed=-1"),
         ({"data_seed": 2**64}, r"task\.data_seed="),
         ({"std": -1}, r"task\.std=-1"),
@@ -664,9 +654,49 @@ def test_values_that_cannot_be_used_are_refused(changes, message):
         make_task(**changes)
 
 
+def test_generate_gives_the_pictures_of_the_tasks_stream(threads, monkeypatch):
+    monkeypatch.setattr(pathfinder, "PICTURES_PER_CHUNK", 4)
+    images, labels = generate(10, 32, "easy", 7)
+    expected = draw(0, 10, 32, "easy", 7)
+    np.testing.assert_array_equal(images, expected[0])
+    np.testing.assert_array_equal(labels, expected[1])
+    assert [part.shape for part in generate(0, 64)] == [(0, 64, 64), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 48}, "size=48; expected one of 32, 64, 128, 256"),
+        ({"level": "medium"}, "level=medium; expected one of easy, intermediate, hard"),
+        ({"seed": -1}, "seed=-1 is outside 0..2\\^64-1"),
+        ({"seed": 2**64}, "is outside 0..2\\^64-1"),
+        ({"n": -1}, "n=-1: expected 0 or more"),
+    ],
+)
+def test_generate_refuses_invalid_arguments(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(**({"n": 1} | wrong))
+
+
+@pytest.mark.slow
+def test_generate_needs_no_main_guard(tmp_path):
+    """Workers start from a script without `if __name__ == "__main__"`, and from `python -c`."""
+    code = """if True:
+        import lra.tasks.pathfinder as pathfinder
+        pathfinder.PICTURES_PER_CHUNK = 8
+        print(pathfinder.generate(16, 32, "easy")[0].shape)"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    for command in ([script], ["-c", code]):
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", *command], capture_output=True, text=True, timeout=120
+        )
+        assert (ran.stdout, ran.stderr) == ("(16, 32, 32)\n", "")
+
+
 def test_killed_worker_is_one_line(monkeypatch):
     monkeypatch.setattr(
         joblib, "cpu_count", lambda: 2
     )  # with one, the work would be done, and end, in here
     with pytest.raises(DataError, match="a worker process was killed"):
-        list(in_order(os._exit, [(9,), (9,)], 4))
+        list(parallel_map(os._exit, [(9,), (9,)], 4))

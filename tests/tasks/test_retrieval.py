@@ -1,31 +1,22 @@
-"""Retrieval: the release's files, both encodings, and the refusals a user meets, copies by CSV readers above all."""
+"""Retrieval: the release's files, both encodings, errors (copies by CSV readers above all)."""
 
 import shutil
 import tarfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny_texts
-from omegaconf import OmegaConf
+from configured_task import configured_task
 
 from lra.data.store import prepare, store_name
 from lra.errors import ConfigError, DataError
-from lra.tasks.retrieval import Retrieval, parse_row
-
-ROOT = Path(__file__).parents[2]
+from lra.tasks.retrieval import parse_row
 
 
 def make_task(data_root="unused", inputs="s4", **changes):
-    arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / "retrieval.yaml"))
-    arguments = {
-        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
-    } | changes
-    return Retrieval(
-        protocol={"inputs": inputs, "validation": "train"}, data_root=data_root, **arguments
-    )
+    return configured_task("retrieval", {"inputs": inputs}, data_root, **changes)
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def aan(tmp_path):
     return tmp_path, tiny_texts.aan(tmp_path)
 
 
-# --- Encodings and splits ------------------------------------------------------------------------------------------
+# --- Encodings and splits ---
 
 
 @pytest.mark.parametrize(("inputs", "vocabulary"), [("s4", 98), ("lra2020", 257)])
@@ -120,7 +111,7 @@ def test_changed_file_and_other_settings_make_another_store(aan):
     assert store_name(make_task(data_root)) != name
 
 
-# --- Notes and reference lines -------------------------------------------------------------------------------------
+# --- Notes and reference lines ---
 
 
 def rows(*lines):
@@ -171,7 +162,7 @@ def test_a_file_without_a_newline_at_its_end_is_noted(aan):
             len(list(task.examples(split))) == tiny_texts.PAIRS["eval" if split == "val" else split]
         )
     (note,) = [note for note in task.notes() if "newline" in note]
-    assert note == f"{file}, row 8: no newline at its end, so it may be cut off"
+    assert note == f"{file}, row 8: no newline at its end, so it may be truncated"
     file.write_bytes(file.read_bytes().rpartition(b"\t")[0])  # cut off in the first text
     with pytest.raises(DataError, match=r"eval\.tsv, row 8: 4 columns"):
         list(task.examples("val"))
@@ -188,7 +179,7 @@ def test_archive_of_the_pairs_alone_is_taken(aan):
 
 
 def test_reference_lines_by_hand(monkeypatch):
-    """Neither document alone tells the label, only whether the two agree."""
+    """The label depends on whether the documents agree, not on either alone."""
     monkeypatch.setattr("lra.tasks.retrieval.ROWS_PER_COUNT", 3)
     a, b = [10, 10, 10, 0], [11, 11, 0, 0]
     pairs = {(0, 0): 1, (0, 1): 0, (1, 0): 0, (1, 1): 1}
@@ -199,7 +190,7 @@ def test_reference_lines_by_hand(monkeypatch):
     assert lines == {"majority": pytest.approx(2 / 3), "bag_of_characters": 1.0}
 
 
-# --- Refusals ------------------------------------------------------------------------------------------------------
+# --- Refusals ---
 
 
 @pytest.mark.parametrize(
@@ -213,7 +204,7 @@ def test_reference_lines_by_hand(monkeypatch):
         (b"nan\ta\tb\tc\td", "found the label 'nan'"),
         (b'"1.0"\t"a"\t"b"\t"c"\t"d"', "found the label '\"1.0\"'.*CSV reader"),
         (b"1.0\ta\tb\t\td", "text1 is empty"),
-        (b'1.0\ta\tb\tc\t"an ""odd"" text"', "text2 stands in quotes.*CSV reader"),
+        (b'1.0\ta\tb\tc\t"an ""odd"" text"', "text2 is in quotes.*CSV reader"),
     ],
 )
 def test_malformed_row_is_refused(line, message):
@@ -287,6 +278,6 @@ def test_missing_pairs_say_what_and_where(aan):
     ("changes", "key"),
     [({"inputs": "s5"}, "protocol.inputs=s5"), ({"seq_len": 1}, r"task\.seq_len")],
 )
-def test_values_nobody_can_use_are_refused(changes, key):
+def test_invalid_values_are_refused(changes, key):
     with pytest.raises(ConfigError, match=key):
         make_task(**changes)

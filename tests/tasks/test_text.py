@@ -1,34 +1,25 @@
-"""Text: the publisher's and TFDS's files, both encodings, the carved validation and the refusals a user meets."""
+"""Text: the publisher's and TFDS's files, both encodings, the validation split, errors."""
 
 import hashlib
-import json
 import os
-import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_texts
-from omegaconf import OmegaConf
+from configured_task import configured_task
+from publisher_files import write_tfds
 
 from lra.data.store import prepare, store_name
 from lra.errors import ConfigError, DataError
-from lra.sources.tfds_reader import masked_crc32c
 from lra.tasks.characters import IMDB_CHARACTERS, IMDB_UNUSED, Bytes, Characters, frequencies
-from lra.tasks.text import Review, Text, held_out
+from lra.tasks.text import Review, held_out
 
-ROOT = Path(__file__).parents[2]
 BYTES, CHARACTERS = Bytes(), Characters(IMDB_CHARACTERS, IMDB_UNUSED)
 
 
 def make_task(data_root="unused", inputs="s4", validation="train", **changes):
-    arguments = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / "text.yaml"))
-    arguments = {
-        key: value for key, value in arguments.items() if key not in ("_target_", "hparams")
-    } | changes
-    return Text(
-        protocol={"inputs": inputs, "validation": validation}, data_root=data_root, **arguments
-    )
+    protocol = {"inputs": inputs, "validation": validation}
+    return configured_task("text", protocol, data_root, **changes)
 
 
 @pytest.fixture
@@ -37,7 +28,7 @@ def imdb(tmp_path):
     return tmp_path, tiny_texts.imdb(tmp_path)
 
 
-# --- Encodings -----------------------------------------------------------------------------------------------------
+# --- Encodings ---
 
 
 @pytest.mark.parametrize(
@@ -125,7 +116,7 @@ def test_stored_review_reads_as_it_was(imdb, inputs):
     assert task.to_text(np.pad(ids, (0, 5))) == task.to_text(ids)
 
 
-# --- Splits --------------------------------------------------------------------------------------------------------
+# --- Splits ---
 
 
 def texts_of(task, split):
@@ -162,7 +153,7 @@ def test_validation_is_a_tenth_of_each_class_of_train(imdb):
 
 
 def test_validation_of_the_whole_data_is_fixed():
-    """Golden: where it changes, every score under `strict` means something else."""
+    """Golden: if it changes, scores under `strict` are not comparable with earlier ones."""
     reviews = [Review("", f"review {i}".encode(), i // 12_500) for i in range(25_000)]
     chosen = held_out(reviews, seed=0)
     assert [chosen[:12_500].sum(), chosen[12_500:].sum()] == [1250, 1250]
@@ -182,7 +173,7 @@ def test_validation_depends_on_the_text_and_not_on_the_order():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_texts_are_on_one_side(seed):
-    """Every third text twice in its class, every fifth in both classes; yet each class gives exactly a tenth."""
+    """Some texts occur twice, some in both classes; each class still gives exactly a tenth."""
     rows = [(i, i % 2) for i in range(200)]
     rows += [(i, i % 2) for i in range(0, 200, 3)] + [(i, 1 - i % 2) for i in range(0, 200, 5)]
     reviews = [Review("", f"review {i}".encode(), label) for i, label in rows]
@@ -272,7 +263,7 @@ def test_added_review_and_other_settings_make_another_store(imdb):
 
 
 def test_a_store_of_the_choice_by_position_is_not_taken():
-    """Which reviews are validation has changed; the stores without such a choice stay what they were."""
+    """`chosen_by` is in the fingerprint only if validation is chosen from train."""
     assert make_task().fingerprint()["chosen_by"] == "text"
     assert "chosen_by" not in make_task(validation="test").fingerprint()
 
@@ -282,28 +273,16 @@ def test_seed_of_nothing_changes_no_store(imdb):
     assert store_name(tasks[0]) == store_name(tasks[1])
 
 
-# --- TFDS ----------------------------------------------------------------------------------------------------------
+# --- TFDS ---
 
 
-def write_tfds(data_root, records):
-    """`imdb_reviews/plain_text` as TFDS prepares it; `records` are (text, label) of each split."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    folder = data_root / "imdb_reviews" / "plain_text" / "1.0.0"
-    folder.mkdir(parents=True)
-    for split, rows in records.items():
-        with open(folder / f"imdb_reviews-{split}.tfrecord-00000-of-00001", "wb") as file:
-            for text, label in rows:
-                example = tf_example_pb2.Example()
-                example.features.feature["text"].bytes_list.value.append(text)
-                example.features.feature["label"].int64_list.value.append(label)
-                record = example.SerializeToString()
-                header = struct.pack("<Q", len(record))
-                file.write(header + struct.pack("<I", masked_crc32c(header)))
-                file.write(record + struct.pack("<I", masked_crc32c(record)))
-    splits = [{"name": split, "shardLengths": [str(len(rows))]} for split, rows in records.items()]
-    info = {"name": "imdb_reviews", "version": "1.0.0", "fileFormat": "tfrecord", "splits": splits}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+def write_reviews(data_root, splits):
+    """Write `imdb_reviews/plain_text` as TFDS prepares it, of (text, label) by split."""
+    examples = {
+        split: [{"text": text, "label": label} for text, label in rows]
+        for split, rows in splits.items()
+    }
+    write_tfds(data_root / "imdb_reviews/plain_text/1.0.0", "imdb_reviews", examples)
 
 
 TFDS = {
@@ -315,7 +294,7 @@ TFDS = {
 
 @pytest.mark.parametrize("validation", ["train", "test"])
 def test_tfds_folder_is_read_in_its_order(tmp_path, validation):
-    write_tfds(tmp_path, TFDS)
+    write_reviews(tmp_path, TFDS)
     task = make_task(tmp_path, "lra2020", validation)
     rows = [(text.decode(), label) for text, label in TFDS["train"]]
     train = texts_of(task, "train")
@@ -335,19 +314,19 @@ def test_tfds_folder_is_read_in_its_order(tmp_path, validation):
 
 
 def test_publishers_folder_comes_before_tfds(imdb):
-    write_tfds(imdb[0], TFDS)
+    write_reviews(imdb[0], TFDS)
     task = make_task(imdb[0], validation="test")
     assert len(list(task.examples("test"))) == 20
     assert task.source == "release"
 
 
 def test_tfds_record_without_its_class_is_refused(tmp_path):
-    write_tfds(tmp_path, TFDS | {"test": [(b"fine", 1), (b"?", -1)]})
+    write_reviews(tmp_path, TFDS | {"test": [(b"fine", 1), (b"?", -1)]})
     with pytest.raises(DataError, match="split test, record 1: found the label -1"):
         list(make_task(tmp_path).examples("test"))
 
 
-# --- Refusals ------------------------------------------------------------------------------------------------------
+# --- Refusals ---
 
 SPOILT = {
     "empty": ("7_8.txt", b" \n", "an empty review"),
@@ -397,12 +376,12 @@ def test_missing_reviews_say_what_and_where(tmp_path, monkeypatch):
         ({"seq_len": 1}, r"task\.seq_len"),
     ],
 )
-def test_values_nobody_can_use_are_refused(changes, key):
+def test_invalid_values_are_refused(changes, key):
     with pytest.raises(ConfigError, match=key):
         make_task(**changes)
 
 
-# --- Reference lines -----------------------------------------------------------------------------------------------
+# --- Reference lines ---
 
 
 def test_frequencies_equal_the_loop(monkeypatch):
