@@ -72,7 +72,7 @@ class DataParallel:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Tells what is traced inside of the mesh, where an operation wants to know (`models.ops.by_example`)."""
+        """Sets the mesh that operations read while they are traced (`models.ops.batch_sharding`)."""
         if self.mesh is None:
             yield
             return

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from models.backbone import Backbone, Block, Norm, pool, sinusoids
+from models.mixer import Mixer, MixerModule, StreamingMixer
 
 
-class Shift(nnx.Module):
+class Shift(MixerModule):
     """A mixer without parameters: each position gets the one before it."""
 
     causal = True

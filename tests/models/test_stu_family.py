@@ -101,7 +101,7 @@ def by_loop(name, params, u, lengths):
     for row, n in enumerate(lengths):
         y[row, :n] = loop(params, u[row, :n], *arguments)
         if options["bidirectional"]:
-            y[row, :n] += loop(params["backward"], u[row, :n][::-1], *arguments)[::-1]
+            y[row, :n] += loop(params["anticausal"], u[row, :n][::-1], *arguments)[::-1]
     return y
 
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from models.ops import attention as module
-from models.ops.attention import attention, block_rows, by_blocks, has_flash
-from models.ops.blocks import cut, joined
-from models.ops.by_example import own_examples
+from models.ops.attention import attention, block_rows, attention_by_blocks, has_flash
+from models.ops.blocks import merge_blocks, split_blocks
+from models.ops.batch_sharding import local_batch_size
 
 
 def inputs(batch=2, length=37, heads=3, width=4, dtype=jnp.float32):
@@ -43,7 +43,7 @@ def test_blocks_equal_the_whole_matrix(rows, causal):
         fast, slow = (
             jax.jit(lambda *x, f=f: (f(*x), jax.vjp(f, *x)[1](cotangent)))(q, k, v)
             for f in (
-                lambda *x: by_blocks(*x, mask, causal, rows),
+                lambda *x: attention_by_blocks(*x, mask, causal, rows),
                 lambda *x: whole(*x, mask, causal),
             )
         )
@@ -87,7 +87,7 @@ def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
 def test_a_sequence_that_is_all_padding_gives_finite_gradients():
     q, k, v, _ = inputs()
     mask = mask_of((37, 0), 37)
-    for grad in jax.grad(lambda *x: (by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(
+    for grad in jax.grad(lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(
         q, k, v
     ):
         assert np.isfinite(grad).all()
@@ -96,7 +96,7 @@ def test_a_sequence_that_is_all_padding_gives_finite_gradients():
 def test_16_bits_are_weighed_in_float32():
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs())
     mask = mask_of((37, 20), 37)
-    y = by_blocks(q, k, v, mask, False, 8)
+    y = attention_by_blocks(q, k, v, mask, False, 8)
     assert y.dtype == jnp.bfloat16
     exact = whole(*(x.astype(jnp.float32) for x in (q, k, v)), mask, False)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2**-7)
@@ -109,7 +109,7 @@ def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
     mask = mask_of((64, 20), 64)
 
     def sums(seed, q, k):
-        return by_blocks(q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed))
+        return attention_by_blocks(q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed))
 
     y = sums(0, q, jnp.zeros_like(k))[..., 0]
     np.testing.assert_allclose(np.mean(y), 1.0, atol=0.02)
@@ -122,11 +122,11 @@ def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
     assert np.abs(sums(0, q, k) - sums(1, q, k)).max() > 0.1
     # the backward pass leaves out the same weights: the slope of a sum of the values is linear in them
     slope = jax.grad(
-        lambda v: by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
+        lambda v: attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
     )(v)
     np.testing.assert_allclose(
         (slope * v).sum(),
-        by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(),
+        attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(),
         rtol=1e-4,
     )
 
@@ -211,15 +211,15 @@ def test_flash_attention_is_near_the_whole_matrix(causal):
 @pytest.mark.parametrize("size", [1, 4, 9, 20])
 def test_blocks_are_joined_again(size):
     x = jnp.arange(2 * 9 * 3).reshape(2, 9, 3)
-    assert cut(x, size).shape == (2, -(-9 // size), size, 3)
-    np.testing.assert_array_equal(joined(cut(x, size), 9), x)
+    assert split_blocks(x, size).shape == (2, -(-9 // size), size, 3)
+    np.testing.assert_array_equal(merge_blocks(split_blocks(x, size), 9), x)
 
 
 def test_blocks_are_those_of_the_examples_of_one_device():
-    assert own_examples(8) == 8
+    assert local_batch_size(8) == 8
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):
-        assert own_examples(8) == 2
-        assert own_examples(9) == 3
+        assert local_batch_size(8) == 2
+        assert local_batch_size(9) == 3
 
 
 @pytest.mark.parametrize("model", ["attention", "linear"])
@@ -251,7 +251,7 @@ def test_more_blocks_lose_no_digits_of_16_bit_gradients(causal):
     mask = mask_of((256, 256), 256)
 
     def gradient(rows):
-        return jax.vjp(lambda k, v: by_blocks(q, k, v, mask, causal, rows), k, v)[1](cotangent)
+        return jax.vjp(lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows), k, v)[1](cotangent)
 
     for one, many in zip(gradient(256), gradient(1), strict=True):
         one, many = np.asarray(one, np.float32), np.asarray(many, np.float32)
