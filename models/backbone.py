@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.checks import check_option
 from models.layers import Linear
-from models.mixer import Mixer
+from models.mixer import Mixer, MixerFactory
 
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -82,7 +82,7 @@ class Backbone(nnx.Module):
 
     def __init__(
         self,
-        mixer: Callable[..., Mixer],
+        mixer: MixerFactory,
         *,
         num_classes: int,
         seq_len: int,

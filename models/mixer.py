@@ -2,8 +2,8 @@
 
 A mixer maps a sequence (B, L, D) to a sequence of the same shape and is the only part of the
 network that moves information between positions. `Mixer` states what the backbone reads,
-`StreamingMixer` what a recurrent form adds; `MixerModule` is the NNX base class that supplies the
-defaults.
+`MixerFactory` what it passes to a constructor, `StreamingMixer` what a recurrent form adds.
+`MixerModule` is the NNX base class that supplies the defaults.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -63,6 +63,15 @@ class StreamingMixer(Mixer, Protocol):
 
     def step(self, state: Any, u_t: Float[Array, "B D"]) -> tuple[Any, Float[Array, "B D"]]:
         """The next state and the output: one position of `__call__`."""
+        ...
+
+
+@runtime_checkable
+class MixerFactory(Protocol):
+    """What the backbone passes to the constructor of a mixer; all other arguments are options."""
+
+    def __call__(self, *, width: int, seq_len: int, rngs: nnx.Rngs) -> Mixer:
+        """The mixer of one layer for inputs (B, L, D) with D = `width` and L <= `seq_len`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Filters on disk: found again, made again when the file is not what was written, and never in the way."""
+"""The cache of filters on disk: reused, replaced if damaged, and never fatal."""
 
 import os
 import subprocess
@@ -33,7 +33,10 @@ def counted(make=arrays):
 
 
 def test_second_process_finds_what_the_first_made(cache):
-    code = "from models.ops.filters import spectral_filters as f; import hashlib; print(hashlib.md5(f(1024, 5)[1]).hexdigest())"
+    code = (
+        "from models.ops.filters import spectral_filters as f; import hashlib; "
+        "print(hashlib.md5(f(1024, 5)[1]).hexdigest())"
+    )
 
     def run():
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

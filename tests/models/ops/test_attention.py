@@ -1,4 +1,4 @@
-"""Attention by blocks of queries against the whole matrix of weights, and the choice between them and flash attention."""
+"""The implementations of softmax attention against the whole matrix of weights."""
 
 from types import SimpleNamespace
 
@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from models.ops import attention as module
-from models.ops.attention import attention, block_rows, attention_by_blocks, has_flash
-from models.ops.blocks import merge_blocks, split_blocks
+from models.ops.attention import attention, attention_by_blocks, block_rows, has_flash
 from models.ops.batch_sharding import local_batch_size
+from models.ops.blocks import merge_blocks, split_blocks
 
 
 def inputs(batch=2, length=37, heads=3, width=4, dtype=jnp.float32):
@@ -69,7 +69,7 @@ def test_the_chosen_order_equals_the_whole_matrix(few, causal, monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
-    """Forward and backward of one head's width of 16, four heads: B H L L is 268 MB, and autodiff keeps three of them."""
+    """B H L L is 268 MB, and autodiff would save three such arrays."""
     shape = jax.ShapeDtypeStruct((1, 4096, 4, 16), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, 4096), bool)
     step = jax.jit(
@@ -87,9 +87,9 @@ def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
 def test_a_sequence_that_is_all_padding_gives_finite_gradients():
     q, k, v, _ = inputs()
     mask = mask_of((37, 0), 37)
-    for grad in jax.grad(lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(
-        q, k, v
-    ):
+    for grad in jax.grad(
+        lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2)
+    )(q, k, v):
         assert np.isfinite(grad).all()
 
 
@@ -104,12 +104,14 @@ def test_16_bits_are_weighed_in_float32():
 
 @pytest.mark.parametrize("rows", [8, 64])
 def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
-    """Values of one make each output the sum of what is left of the weights; equal keys make it a mean of kept / (1 - rate)."""
+    """With values of one, outputs are sums of the kept weights; with equal keys their mean is 1."""
     q, k, v, _ = inputs(length=64)
     mask = mask_of((64, 20), 64)
 
     def sums(seed, q, k):
-        return attention_by_blocks(q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed))
+        return attention_by_blocks(
+            q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed)
+        )
 
     y = sums(0, q, jnp.zeros_like(k))[..., 0]
     np.testing.assert_allclose(np.mean(y), 1.0, atol=0.02)
@@ -120,7 +122,8 @@ def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
     np.testing.assert_allclose(np.var(y[0]), 0.25 / 0.75 / 64, rtol=0.3)
     np.testing.assert_array_equal(sums(0, q, k), sums(0, q, k))
     assert np.abs(sums(0, q, k) - sums(1, q, k)).max() > 0.1
-    # the backward pass leaves out the same weights: the slope of a sum of the values is linear in them
+    # the backward pass leaves out the same weights: the slope of a sum of the values is linear in
+    # them
     slope = jax.grad(
         lambda v: attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
     )(v)
@@ -188,7 +191,7 @@ def test_flash_attention_gets_padding_as_lengths(causal, monkeypatch):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attention_is_near_the_whole_matrix(causal):
-    """An odd length, and sequences of all, some and one of its positions; values and gradients for a random cotangent."""
+    """Odd length, with all, some and one real position; values and gradients."""
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in inputs(batch=3, length=301, width=64))
     mask = mask_of((301, 170, 1), 301)
     assert has_flash(q.dtype, 64)
@@ -251,7 +254,9 @@ def test_more_blocks_lose_no_digits_of_16_bit_gradients(causal):
     mask = mask_of((256, 256), 256)
 
     def gradient(rows):
-        return jax.vjp(lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows), k, v)[1](cotangent)
+        return jax.vjp(lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows), k, v)[1](
+            cotangent
+        )
 
     for one, many in zip(gradient(256), gradient(1), strict=True):
         one, many = np.asarray(one, np.float32), np.asarray(many, np.float32)
