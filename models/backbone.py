@@ -157,8 +157,8 @@ class Backbone(nnx.Module):
         check_option("backbone.positions", positions, POSITIONS)
         if (positions == "rotary") != any(block.mixer.rotary for block in self.blocks):
             raise ValueError(
-                f"backbone.positions={positions} does not fit this mixer: the mixer applies rotary "
-                "positions to its queries and keys; set model.positions if the model has it, else "
+                f"backbone.positions={positions} does not go with this mixer: rotary positions are "
+                "applied to its queries and keys; set model.positions if the model has it, else "
                 "a backbone.positions other than rotary"
             )
         if pool == "cls" and any(block.mixer.causal for block in self.blocks):

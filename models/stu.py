@@ -73,7 +73,7 @@ class STU(MixerModule):
         check_option("model.init_m_u", init_m_u, INITS)
         if k_u > seq_len or (k_y is not None and k_y >= seq_len):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
-            raise ValueError(f"{taps} exceed the positions of task.seq_len={seq_len}; lower them")
+            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len}; lower them")
         self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
         self.causal = not bidirectional
         self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
