@@ -265,7 +265,8 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_option("backbone.activation", activation, ACTIVATIONS)
-        self.mixer, self.prenorm, self.activation = mixer, norm_position == "pre", activation
+        self.mixer: Any = mixer  # with `gates_residual` its call has a further argument
+        self.prenorm, self.activation = norm_position == "pre", activation
         if mixer.gates_residual and (activation, glu) != ("none", "none"):
             raise ValueError(
                 f"backbone.activation={activation}, backbone.glu={glu}: this mixer has its own "
@@ -403,8 +404,8 @@ class PairHead(nnx.Module):
 
     def __call__(self, features: Float[Array, "B 2 D"]) -> Float[Array, "B C"]:
         u, v = features[:, 0], features[:, 1]
-        features = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
-        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(features, axis=-1))))
+        inputs = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
+        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(inputs, axis=-1))))
 
 
 def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:

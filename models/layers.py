@@ -21,8 +21,10 @@ class Linear(nnx.Linear):
             in_features, out_features, use_bias=use_bias, promote_dtype=_cast_kernel, rngs=rngs
         )
 
-    def __call__(self, inputs: Float[Array, "*B D_in"]) -> Float[Array, "*B D_out"]:
-        return super().__call__(inputs).astype(inputs.dtype)
+    def __call__(
+        self, inputs: Float[Array, "*B D_in"], *args: Any, **kwargs: Any
+    ) -> Float[Array, "*B D_out"]:
+        return super().__call__(inputs, *args, **kwargs).astype(inputs.dtype)
 
 
 def _cast_kernel(arrays: Any, /, **_: Any) -> Any:

@@ -139,7 +139,7 @@ def test_gradients_are_finite_where_a_chunk_is_all_padding():
     def loss(params):
         return (nnx.merge(graph, params)(x, mask) ** 2).sum()
 
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(params)))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
 
 
 @pytest.mark.parametrize("attention", ["softmax", "laplace"])
@@ -152,9 +152,9 @@ def test_blocks_of_queries_change_nothing(bidirectional, attention, monkeypatch)
     def loss(params):
         return (nnx.merge(graph, params)(x, mask)[:, :6] ** 2).sum()
 
-    whole = jax.value_and_grad(loss)(params)
+    whole = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(module, "_ROWS", 4)
-    blocks = jax.value_and_grad(loss)(params)
+    blocks = jax.jit(jax.value_and_grad(loss))(params)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 

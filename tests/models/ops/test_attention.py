@@ -87,9 +87,8 @@ def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
 def test_a_sequence_that_is_all_padding_gives_finite_gradients():
     q, k, v, _ = inputs()
     mask = mask_of((37, 0), 37)
-    for grad in jax.grad(
-        lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2)
-    )(q, k, v):
+    loss = lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum()  # noqa: E731
+    for grad in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v):
         assert np.isfinite(grad).all()
 
 
@@ -108,30 +107,25 @@ def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
     q, k, v, _ = inputs(length=64)
     mask = mask_of((64, 20), 64)
 
+    @jax.jit
+    def means(seed, q, k, v):
+        return attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(seed))
+
     def sums(seed, q, k):
-        return attention_by_blocks(
-            q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed)
-        )
+        return means(seed, q, k, jnp.ones_like(v))
 
     y = sums(0, q, jnp.zeros_like(k))[..., 0]
     np.testing.assert_allclose(np.mean(y), 1.0, atol=0.02)
     np.testing.assert_allclose(
         y[0] * 64 * 0.75, np.round(y[0] * 64 * 0.75), atol=1e-3
-    )  # a whole number of keys each
+    )  # whole numbers of keys
     assert len(np.unique(np.round(y[0] * 48))) > 5  # another draw for each query
     np.testing.assert_allclose(np.var(y[0]), 0.25 / 0.75 / 64, rtol=0.3)
     np.testing.assert_array_equal(sums(0, q, k), sums(0, q, k))
     assert np.abs(sums(0, q, k) - sums(1, q, k)).max() > 0.1
-    # the backward pass leaves out the same weights: the slope of a sum of the values is linear in
-    # them
-    slope = jax.grad(
-        lambda v: attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
-    )(v)
-    np.testing.assert_allclose(
-        (slope * v).sum(),
-        attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(),
-        rtol=1e-4,
-    )
+    # the backward pass drops the same weights: the sum is linear in the values
+    slope = jax.jit(jax.grad(lambda v: means(0, q, k, v).sum()))(v)
+    np.testing.assert_allclose((slope * v).sum(), means(0, q, k, v).sum(), rtol=1e-4)
 
 
 def test_dropout_needs_random_numbers():
@@ -254,9 +248,11 @@ def test_more_blocks_lose_no_digits_of_16_bit_gradients(causal):
     mask = mask_of((256, 256), 256)
 
     def gradient(rows):
-        return jax.vjp(lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows), k, v)[1](
-            cotangent
-        )
+        def pull(k, v, cotangent):
+            by_rows = lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows)  # noqa: E731
+            return jax.vjp(by_rows, k, v)[1](cotangent)
+
+        return jax.jit(pull)(k, v, cotangent)
 
     for one, many in zip(gradient(256), gradient(1), strict=True):
         one, many = np.asarray(one, np.float32), np.asarray(many, np.float32)
