@@ -1,1 +1,1 @@
-"""The architectures: one mixer a file, one backbone around them. Nothing here imports from `lra/`."""
+"""The architectures: one mixer per module, and the backbone. Independent of `lra`."""

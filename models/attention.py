@@ -1,8 +1,12 @@
-"""Softmax attention, the mixer of the Transformer (Vaswani et al. 2017), with a padding mask and optional rotary positions.
+"""Multi-head softmax attention with a padding mask.
 
-Learned and sinusoidal positions are added to the embeddings by the backbone (`backbone.positions`); rotary ones (Su et al. 2021)
-turn queries and keys here. The MLP branch is the backbone's too (`backbone.mlp`). `MultiHead` is what every kind of attention in
-this package shares: the projections and the heads. Reference code read: google-research/long-range-arena.
+The backbone adds learned and sinusoidal positions to the embeddings (`backbone.positions`) and
+holds the MLP branch (`backbone.mlp`); rotary positions (Su et al. 2021, arXiv 2104.09864) are
+applied to queries and keys here. `MultiHead` holds the projections that every attention in this
+package uses.
+
+Paper: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), equation (1). Reference
+code read: google-research/long-range-arena. Deviations: docs/models/transformer.md.
 """
 
 from flax import nnx
@@ -10,21 +14,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.backbone import POSITIONS
 from models.checks import check_option
-from models.ops.attention import attention, has_flash
+from models.layers import Linear
+from models.mixer import MixerModule
+from models.ops.attention import attention
 from models.ops.positions import rotate
 
 
-class MultiHead(nnx.Module):
-    """Interface: projections to H heads and back, without biases; a kind of attention writes `attend` between them.
+class MultiHead(MixerModule):
+    """Projections to H heads and back, without biases; subclasses implement `attend` between them.
 
     Args:
         width: D.
         num_heads: H; the head width W must be even for rotary positions.
-        positions: learned | sinusoidal | rotary | none; only rotary acts here.
-        causal: whether a position sees only itself and the past.
+        positions: learned | sinusoidal | rotary | none; only rotary has an effect here.
+        causal: whether a position attends only to itself and earlier positions.
         qkv_width: H W, divisible by H; None for D.
     Raises:
-        ValueError: the heads do not divide the width, or positions are unknown; the message names the config key.
+        ValueError: the heads do not divide the width, or positions are unknown; the message names
+            the config key.
     """
 
     def __init__(
@@ -47,11 +54,12 @@ class MultiHead(nnx.Module):
             )
         if positions == "rotary" and (inner // num_heads) % 2:
             raise ValueError(
-                f"model.positions=rotary needs an even head width, found {key}/model.num_heads = {inner // num_heads}"
+                f"model.positions=rotary needs an even head width, found "
+                f"{key}/model.num_heads = {inner // num_heads}"
             )
         self.num_heads, self.rotary, self.causal = num_heads, positions == "rotary", causal
-        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, rngs=rngs)
-        self.output = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        self.qkv = Linear(width, 3 * inner, use_bias=False, rngs=rngs)
+        self.output = Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(
         self,
@@ -61,8 +69,8 @@ class MultiHead(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        q, k, v = self.heads(x)
-        return self.join(self.attend(q, k, v, mask)).astype(x.dtype)
+        q, k, v = self.project_qkv(x)
+        return self.project_output(self.attend(q, k, v, mask)).astype(x.dtype)
 
     def attend(
         self,
@@ -71,22 +79,22 @@ class MultiHead(nnx.Module):
         v: Float[Array, "B L H W"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B L H W"]:
-        """What each position reads from the values; queries and keys come without positions."""
+        """Weighted means of the values; rotary positions are not applied to `q` and `k` yet."""
         raise NotImplementedError
 
-    def heads(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each (B, L, H, W)."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    def join(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
-        """What the heads read, as one vector a position."""
+    def project_output(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
+        """The output projection of the concatenated heads."""
         return self.output(y.reshape(*y.shape[:2], -1))
 
-    def turn(
+    def apply_rotary(
         self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0
     ) -> Float[Array, "B L H W"]:
-        """Rotary positions `first`, `first` + 1, ... where the model has them."""
+        """`x` with rotary positions `first`, `first` + 1, ..., if the mixer is rotary; else `x`."""
         return rotate(x, first=first) if self.rotary else x
 
 
@@ -94,12 +102,13 @@ class Attention(MultiHead):
     """Multi-head self-attention.
 
     Args:
-        width, num_heads, positions, causal: as in `MultiHead`. seq_len: L.
-        qkv_width: of queries, keys and values together over the heads, H W; None for D.
-        attention_dropout: rate at which single weights are left out in training.
-        max_len: longest sequence the model accepts, None for any.
+        width, num_heads, positions, causal, qkv_width: as in `MultiHead`.
+        seq_len: L.
+        attention_dropout: dropout rate of the attention weights.
+        max_len: the longest L that is accepted, None for any.
     Raises:
-        ValueError: as `MultiHead`, L > max_len, or a rate outside of [0, 1); the message names the config key.
+        ValueError: as `MultiHead`; L > max_len, or a rate outside of [0, 1); the message names the
+            config key.
     """
 
     def __init__(
@@ -117,7 +126,8 @@ class Attention(MultiHead):
     ):
         if max_len is not None and seq_len > max_len:
             raise ValueError(
-                f"task.seq_len={seq_len} is longer than model.max_len={max_len}; raise model.max_len or shorten the task"
+                f"task.seq_len={seq_len} is longer than model.max_len={max_len}; "
+                "raise model.max_len or shorten the task"
             )
         if not 0 <= attention_dropout < 1:
             raise ValueError(
@@ -141,13 +151,9 @@ class Attention(MultiHead):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        q, k, v = self.heads(x)
-        q, k = self.turn(q), self.turn(k)
-        if has_flash(x.dtype, q.shape[-1]):
-            q, k, v = (
-                array.astype(x.dtype) for array in (q, k, v)
-            )  # float32 parameters have widened them
+        q, k, v = self.project_qkv(x)
+        q, k = self.apply_rotary(q), self.apply_rotary(k)
         dropout = self.attention_dropout if train else 0.0
         key = rngs.dropout() if dropout and rngs is not None else None
         y = attention(q, k, v, mask, causal=self.causal, dropout=dropout, key=key)
-        return self.join(y).astype(x.dtype)
+        return self.project_output(y).astype(x.dtype)

@@ -1,16 +1,19 @@
-"""What surrounds a mixer: encoder -> depth x [norm, mixer, activation, GLU, residual, MLP] -> pool -> head.
+"""The network around a mixer: encoder, blocks of norm, mixer, GLU and MLP, pooling and head.
 
-One backbone serves every model. A mixer is any callable `mixer(x (B, L, D), mask (B, L), *, train, rngs) -> (B, L, D)`
-made by `mixer(width=D, seq_len=L, rngs=...)`; a model that wants its paper's own surroundings says so in the `recipe` of its
-YAML. A mixer that gates the residual stream itself (`gates_residual`) is given it as `residual` and brings its own dropout.
-Blocks as in the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's as in Vaswani et al. 2017, pre-norm.
+One backbone serves every model. `mixer(width=D, seq_len=L, rngs=...)` makes the mixer of one layer
+(`models.mixer.Mixer`); the `recipe` in a model's YAML sets the options of the backbone that its
+paper uses. A mixer with `gates_residual` receives the residual stream as `residual` and applies its
+own dropout. Blocks follow the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's
+follow Vaswani et al. 2017, with the norm before the branch.
 
-Padding never leaks: masked positions are left out of pooling and of batch-norm statistics, and mixers that look ahead get
-the mask. Batch norm over real positions only is a deliberate difference from the published codes, whose statistics see padding.
+Padding never changes a real position: pooling and batch-norm statistics exclude masked positions,
+and non-causal mixers use the mask. Batch norm over real positions is a deliberate difference from
+the published codes, whose statistics include padding.
+
+The blocks compute in the dtype of their inputs, which `precision` sets once, after the encoder.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
@@ -20,6 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.checks import check_option
+from models.layers import Linear
+from models.mixer import Mixer, MixerFactory
 
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -30,8 +35,8 @@ PAIR_HEADS = ("interact", "concat")
 HEADS = ("linear", "mlp")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
-# what a block keeps for the backward pass, of jax.checkpoint_policies
-# (dots: products with weights, not those of one position with another, which grow as L^2)
+# Names of jax.checkpoint_policies. `dots` saves products with weights, but not products of one
+# position with another, which grow as L^2.
 REMATS = {
     "none": "everything_saveable",
     "block": "nothing_saveable",
@@ -41,34 +46,43 @@ REMATS |= {name: name for name in (*REMATS.values(), "dots_saveable")}
 
 
 class Backbone(nnx.Module):
-    """A stack of blocks around `mixer`, classifying sequences of tokens or of values.
+    """A stack of blocks around `mixer` that classifies sequences of tokens or of values.
 
     Args:
-        mixer: makes one layer's mixer from `width`, `seq_len` and `rngs`.
+        mixer: makes the mixer of one layer from `width`, `seq_len` and `rngs`.
         num_classes: C.
         seq_len: L, the padded length of the inputs.
         vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
-        num_pairs: 1, or 2 where an example is a pair of sequences that share this encoder.
-        num_targets: 1, or T where the last T positions have a class each; they are not pooled then, and have to be real.
-        pair_head: interact | concat, what the head of a pair sees of its two features u and v (S4's or the LRA paper's).
+        num_pairs: 1, or 2 if an example is a pair of sequences; both use this encoder.
+        num_targets: 1, or T if each of the last T positions has a class. Then there is no pooling,
+            and these positions must be real.
+        pair_head: interact | concat, the input of a pair's head: S4's features or the LRA paper's.
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
-        activation, glu: what follows the mixer; GLU `full` doubles the width and gates, `half1`/`half2` are S5's.
+        activation, glu: applied after the mixer; GLU `full` doubles the width and gates,
+            `half1` and `half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
-        dropout: rate, after the activation and after the GLU (once where there is none), and in and after the MLP.
+        dropout: rate, after the activation and after the GLU (once if there is no GLU), and in and
+            after the MLP.
         embedding_dropout: rate, after the embeddings and their positions.
-        pool: mean | last over real positions, or cls (a learned token in front; for mixers that look ahead).
-        positions: none | learned | sinusoidal are added to the encoder's output; rotary is left to the mixer.
-        head: linear | mlp (one hidden layer of `mlp_ratio` D, ReLU: the LRA paper's); of a pair, `pair_head`'s.
-        precision: float32 | tf32 | bf16. With bf16 the blocks see bfloat16, and so do their matrix products; parameters,
-            encoder, statistics of norms, pooling and head stay float32. What a mixer keeps is its own affair.
-        remat: none | block | dots | a policy's name: what each block keeps for the backward pass (`REMATS`).
+        pool: mean | last over real positions, or cls (a learned token in front; not for causal
+            mixers).
+        positions: none | learned | sinusoidal are added to the encoder's output; rotary is applied
+            by the mixer.
+        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper);
+            pairs use `pair_head` instead.
+        precision: float32 | tf32 | bf16. With bf16 the activations and the matrix products of the
+            blocks are bfloat16; parameters, encoder, norm statistics, pooling and head stay
+            float32. A mixer chooses the dtype of its own states and sums.
+        remat: none | block | dots | a policy's name, what each block saves for the backward pass
+            (`REMATS`).
     Raises:
-        ValueError: an option is unknown, or the pool does not fit the mixer; the message names the config key.
+        ValueError: an option is unknown, the pool or the positions do not fit the mixer, or the
+            mixer lacks an attribute of `Mixer`; the message names the config key.
     """
 
     def __init__(
         self,
-        mixer: Callable[..., Any],
+        mixer: MixerFactory,
         *,
         num_classes: int,
         seq_len: int,
@@ -121,11 +135,11 @@ class Backbone(nnx.Module):
         )
         self.sinusoidal = positions == "sinusoidal"
         if self.sinusoidal:
-            sinusoids(1, width)  # refuses an odd width here already, before anything is trained
+            sinusoids(1, width)  # raises for an odd width at construction
         self.embedding_dropout = nnx.Dropout(embedding_dropout)
         self.blocks = nnx.List(
             Block(
-                mixer(width=width, seq_len=length, rngs=rngs),
+                check_mixer(mixer(width=width, seq_len=length, rngs=rngs)),
                 width=width,
                 norm=norm,
                 norm_position=norm_position,
@@ -139,24 +153,21 @@ class Backbone(nnx.Module):
             )
             for _ in range(depth)
         )
-        check_option(
-            "backbone.positions", positions, POSITIONS
-        )  # after the mixer, whose key it mostly comes from
-        if (positions == "rotary") != any(
-            getattr(block.mixer, "rotary", False) for block in self.blocks
-        ):
+        # after the mixer, because most models set it by a key of their own that the mixer checks
+        check_option("backbone.positions", positions, POSITIONS)
+        if (positions == "rotary") != any(block.mixer.rotary for block in self.blocks):
             raise ValueError(
-                f"backbone.positions={positions} does not go with this mixer: rotary positions turn its queries and keys; "
-                "set model.positions where the model has it, else backbone.positions other than rotary"
+                f"backbone.positions={positions} does not go with this mixer: rotary positions are "
+                "applied to its queries and keys; set model.positions if the model has it, else "
+                "a backbone.positions other than rotary"
             )
-        if pool == "cls" and any(getattr(block.mixer, "causal", False) for block in self.blocks):
+        if pool == "cls" and any(block.mixer.causal for block in self.blocks):
             raise ValueError(
-                "backbone.pool=cls puts the class token first, where a causal mixer sees nothing; use mean"
+                "backbone.pool=cls puts the class token first, and a causal mixer reads no later "
+                "position from there; use mean"
             )
         self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
         self.dtype, self.remat = PRECISIONS[precision], remat
-        if self.dtype != jnp.float32:
-            follow_inputs(self.blocks)
         self.head: Any = (
             PairHead(width, num_classes, pair_head, rngs=rngs)
             if num_pairs > 1
@@ -177,13 +188,14 @@ class Backbone(nnx.Module):
 
         Args:
             inputs: ids (B, L) or values (B, L, F); (B, 2, L[, F]) for pairs.
-            lengths: real positions of each sequence, (B,) or (B, 2).
-            train: dropout on, batch norm by this batch's statistics (the running ones are updated).
-            rngs: a stream named `dropout`, needed in training.
+            lengths: number of real positions of each sequence, (B,) or (B, 2).
+            train: enables dropout; batch norm uses the statistics of this batch and updates the
+                running ones.
+            rngs: a stream named `dropout`, required in training.
         """
         if self.num_pairs == 1:
             return self.head(self.features(inputs, lengths, train=train, rngs=rngs))
-        # both documents go through as one batch, so that they share batch-norm statistics
+        # one batch for both sequences, so that they share batch-norm statistics
         flat_inputs = inputs.reshape(-1, *inputs.shape[2:])
         flat = self.features(flat_inputs, lengths.reshape(-1), train=train, rngs=rngs)
         return self.head(flat.reshape(inputs.shape[0], self.num_pairs, -1))
@@ -191,10 +203,11 @@ class Backbone(nnx.Module):
     def features(
         self, inputs: Array, lengths: Int[Array, " B"], *, train: bool, rngs: nnx.Rngs | None
     ) -> Float[Array, "B *T D"]:
-        """Pooled representation of each sequence, or that of each of its last T positions."""
+        """The pooled features of each sequence, or the features of its last T positions."""
         if inputs.shape[1] != self.seq_len:
             raise ValueError(
-                f"inputs have length {inputs.shape[1]}, the model was built for task.seq_len={self.seq_len}"
+                f"inputs have length {inputs.shape[1]}, the model was built for "
+                f"task.seq_len={self.seq_len}"
             )
         x = self.encoder(inputs)  # (B, L, D)
         mask = jnp.arange(inputs.shape[1])[None, :] < lengths[:, None]
@@ -209,17 +222,20 @@ class Backbone(nnx.Module):
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
         x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train, rngs=rngs)
         for block in self.blocks:
-            x = rematerialised(block, self.remat if train else "none")(
+            x = rematerialize(block, self.remat if train else "none")(
                 x, mask, train=train, rngs=rngs
             )
-        x = x.astype(jnp.float32)  # a mean over thousands of positions needs its digits
+        x = x.astype(jnp.float32)  # the mean over thousands of positions loses digits in bfloat16
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
         return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
 
 
 class Embedding(nnx.Module):
-    """Ids (B, L) -> (B, L, D) as a product with one-hot rows: the gradient of a look-up is a sum in no fixed order on a GPU."""
+    """Token embeddings as a product with one-hot rows.
+
+    The gradient of a gather is a sum in no fixed order on a GPU, so runs would not be reproducible.
+    """
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(rngs.params.normal((vocab_size, width)))
@@ -231,11 +247,11 @@ class Embedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One residual layer: the mixer's branch, and an MLP branch where the model has one."""
+    """One residual layer: the branch of the mixer and, unless `mlp` is none, an MLP branch."""
 
     def __init__(
         self,
-        mixer: Callable[..., Any],
+        mixer: Mixer,
         *,
         width: int,
         norm: str,
@@ -249,11 +265,12 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_option("backbone.activation", activation, ACTIVATIONS)
-        self.mixer, self.prenorm, self.activation = mixer, norm_position == "pre", activation
-        self.gates_residual = getattr(mixer, "gates_residual", False)
-        if self.gates_residual and (activation, glu) != ("none", "none"):
+        self.mixer: Any = mixer  # with `gates_residual` its call has a further argument
+        self.prenorm, self.activation = norm_position == "pre", activation
+        if mixer.gates_residual and (activation, glu) != ("none", "none"):
             raise ValueError(
-                f"backbone.activation={activation}, backbone.glu={glu}: this mixer has its own gates; set both to none"
+                f"backbone.activation={activation}, backbone.glu={glu}: this mixer has its own "
+                "gates; set both to none"
             )
         self.norm = Norm(norm, width, norm_momentum, rngs=rngs)
         self.glu = GLU(glu, width, rngs=rngs)
@@ -273,13 +290,13 @@ class Block(nnx.Module):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
         def mix(y):
-            if self.gates_residual:
+            # a mixer that multiplies bfloat16 by its float32 parameters returns float32
+            if self.mixer.gates_residual:
                 return self.mixer(y, mask, residual=x, train=train, rngs=rngs).astype(x.dtype)
-            # a mixer that multiplies by its parameters as they are returns float32 whatever it was given
             y = self.mixer(y, mask, train=train, rngs=rngs).astype(x.dtype)
             act = ACTIVATIONS[self.activation]
             if self.glu.linear is None:
-                return drop(act(y))  # twice would drop 1 - (1 - rate)^2
+                return drop(act(y))  # dropout twice would have the rate 1 - (1 - rate)^2
             return drop(self.glu(y, lambda z: drop(act(z))))
 
         x = self.residual(x, mix, self.norm, mask, train)
@@ -294,7 +311,7 @@ class Block(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Normalisation by name; batch norm takes its statistics over real positions only."""
+    """Normalization by name; the statistics of batch norm cover real positions only."""
 
     def __init__(self, kind: str, width: int, momentum: float | int, *, rngs: nnx.Rngs):
         check_option("backbone.norm", kind, NORMS)
@@ -312,11 +329,11 @@ class Norm(nnx.Module):
             return x
         if isinstance(self.norm, nnx.BatchNorm):
             return self.norm(x, use_running_average=not train, mask=mask[..., None]).astype(x.dtype)
-        return self.norm(x).astype(x.dtype)  # its float32 parameters have made it one
+        return self.norm(x).astype(x.dtype)  # its parameters promote the result to float32
 
 
 class GLU(nnx.Module):
-    """Gated linear unit after the mixer, with `act` (activation and dropout) in front: full, S5's halves, or none."""
+    """Gated linear unit after the mixer: full, S5's half1 and half2, or none."""
 
     def __init__(self, kind: str, width: int, *, rngs: nnx.Rngs):
         check_option("backbone.glu", kind, GLUS)
@@ -324,12 +341,13 @@ class GLU(nnx.Module):
         self.linear = (
             None
             if kind == "none"
-            else nnx.Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
+            else Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
         )
 
     def __call__(
         self, x: Float[Array, "B L D"], act: Callable[[Array], Array]
     ) -> Float[Array, "B L D"]:
+        """The gated `act(x)`; `act` is the activation and the dropout in front of the gate."""
         y = act(x)
         if self.linear is None:
             return y
@@ -341,13 +359,13 @@ class GLU(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The Transformer's position-wise branch; `swiglu` gates (Shazeer 2020)."""
+    """The position-wise branch of a Transformer; `swiglu` is gated (Shazeer 2020)."""
 
     def __init__(self, kind: str, width: int, hidden: int, *, rngs: nnx.Rngs):
         check_option("backbone.mlp", kind, MLPS)
         self.kind = kind
-        self.up = nnx.Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, rngs=rngs)
+        self.up = Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
+        self.down = Linear(hidden, width, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]
@@ -362,7 +380,7 @@ class MLP(nnx.Module):
 
 
 class MLPHead(nnx.Module):
-    """The LRA paper's head: one hidden layer with ReLU."""
+    """The head of the LRA paper: one hidden layer with ReLU."""
 
     def __init__(self, width: int, hidden: int, num_classes: int, *, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(width, hidden, rngs=rngs)
@@ -373,7 +391,10 @@ class MLPHead(nnx.Module):
 
 
 class PairHead(nnx.Module):
-    """Features u, v of a pair -> logits: [u, v, u-v, u*v] (S4's) or [u, v] (the LRA paper's), and a two-layer MLP."""
+    """A two-layer MLP over the features u, v of a pair.
+
+    Its input is [u, v, u - v, u * v] (`interact`, as in S4) or [u, v] (`concat`, the LRA paper).
+    """
 
     def __init__(self, width: int, num_classes: int, kind: str, *, rngs: nnx.Rngs):
         check_option("backbone.pair_head", kind, PAIR_HEADS)
@@ -383,24 +404,31 @@ class PairHead(nnx.Module):
 
     def __call__(self, features: Float[Array, "B 2 D"]) -> Float[Array, "B C"]:
         u, v = features[:, 0], features[:, 1]
-        seen = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
-        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(seen, axis=-1))))
+        inputs = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
+        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(inputs, axis=-1))))
 
 
 def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:
-    """One vector a sequence: the mean or the last of its real positions, or the first (the class token)."""
+    """One vector per sequence: mean or last of the real positions, or the first position (cls)."""
     if kind == "cls":
         return x[:, 0]
     if kind == "last":
         last = mask.sum(axis=1) - 1
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     weights = mask.astype(x.dtype)
-    # an empty sequence pools to zero instead of 0/0
+    # maximum: an empty sequence pools to zero instead of 0/0
     return jnp.einsum("bld,bl->bd", x, weights) / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
-    """Sinusoidal positions (L, D): sin on even channels, cos on odd ones, periods 2 pi to 10,000 x 2 pi (Vaswani 2017)."""
+    """Sinusoidal positions (L, D), with periods from 2 pi to 10,000 x 2 pi.
+
+    Even channels hold the sine, odd ones the cosine.
+
+    Raises:
+        ValueError: D is odd.
+    Source: Vaswani et al. 2017, section 3.5.
+    """
     if width % 2:
         raise ValueError(
             f"backbone.positions=sinusoidal needs an even backbone.width, found {width}"
@@ -409,35 +437,23 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, width)
 
 
-def follow_inputs(module: nnx.Module) -> None:
-    """Make every linear map inside of `module` multiply and answer in the dtype of its inputs, not in the wider of both."""
-    for _, part in nnx.iter_modules(module):
-        if (
-            isinstance(part, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv)
-            and part.dtype is None
-        ):
-            part.promote_dtype = to_first
-            part.__class__ = answering_alike(type(part))
+def check_mixer(mixer: Any) -> Mixer:
+    """`mixer`, if it has every attribute of `Mixer`.
+
+    Raises:
+        ValueError: an attribute is missing.
+    """
+    missing = [name for name in Mixer.__annotations__ if not hasattr(mixer, name)]
+    if missing:
+        raise ValueError(
+            f"model._target_={type(mixer).__module__}.{type(mixer).__qualname__} has no attribute "
+            f"{', '.join(missing)}; derive the class from models.mixer.MixerModule and set causal"
+        )
+    return mixer
 
 
-def to_first(arrays: Any, /, **_: Any) -> Any:
-    """(inputs, kernel, bias), the kernel in the dtype of the inputs. Not the bias, whose gradient is a sum over B L terms."""
-    inputs, kernel, bias = arrays
-    return inputs, kernel.astype(inputs.dtype), bias
-
-
-@cache
-def answering_alike(kind: type) -> type:
-    """`kind` of linear map whose result has the dtype of its inputs, whatever its bias made of it."""
-
-    def call(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        return kind.__call__(self, inputs, *args, **kwargs).astype(inputs.dtype)
-
-    return type(kind.__name__, (kind,), {"__call__": call})
-
-
-def rematerialised(block: Callable[..., Array], policy: str) -> Callable[..., Array]:
-    """`block`, which keeps for the backward pass what `policy` says and computes the rest of it again."""
+def rematerialize(block: Callable[..., Array], policy: str) -> Callable[..., Array]:
+    """`block`, which saves what `policy` names for the backward pass and recomputes the rest."""
     if policy == "none":
         return block
 

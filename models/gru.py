@@ -1,13 +1,21 @@
-"""Gated recurrent unit of Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder" (arXiv 1406.1078).
+"""Gated recurrent unit (GRU).
 
-    r_t = sigmoid(W_r u_t + U_r h_{t-1} + b_r),   z_t = sigmoid(W_z u_t + U_z h_{t-1} + b_z)         (their equations 5, 6)
-    n_t = tanh(W u_t + b + r_t (U h_{t-1} + c)),  h_t = z_t h_{t-1} + (1 - z_t) n_t,  y_t = V h_t + a        (8, 7)
+    r_t = sigmoid(W_r u_t + U_r h_{t-1} + b_r)            equation (5)
+    z_t = sigmoid(W_z u_t + U_z h_{t-1} + b_z)            equation (6)
+    n_t = tanh(W u_t + b + r_t (U h_{t-1} + c))           equation (8)
+    h_t = z_t h_{t-1} + (1 - z_t) n_t                     equation (7)
+    y_t = V h_t + a
 
-The reset gate acts after the product with U, as in version 1 of the paper and in cuDNN; in version 3 and in Chung et al. 2014
-(arXiv 1412.3555) the candidate is tanh(W u_t + U (r_t h_{t-1})). After, a step has one matrix product in place of two that
-wait for each other, and the papers since that train a GRU by a library mean this one. The biases are cuDNN's (Cho et al.
-leave them out) less those that only add up, and y reads the state through a matrix: one rule for any state size and for two
-directions.
+Paper: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder"
+(arXiv 1406.1078). Reference: the equations of cuDNN.
+
+The reset gate acts after the product with U, as in version 1 of the paper and in cuDNN; in version
+3 and in Chung et al. 2014 (arXiv 1412.3555) the candidate is tanh(W u_t + U (r_t h_{t-1})). The
+first form needs one matrix product per step instead of two dependent ones, and libraries implement
+it.
+
+Deviations: biases as in cuDNN, without the redundant ones (Cho et al. have none); the output matrix
+V, which serves any state size and both directions.
 """
 
 import math
@@ -17,19 +25,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.checks import at_least_float32, refuse_to_stream
-from models.ops.products import exactly
+from models.checks import at_least_float32, require_causal
+from models.mixer import MixerModule
+from models.ops.products import matmul_highest
 
-_SHUT = 1e4  # sigmoid is exactly 1 here, so that a state stays as it is
+_SATURATED = 1e4  # sigmoid(1e4) is exactly 1
 
 
-class GRU(nnx.Module):
-    """Gated recurrent unit; causal unless bidirectional. L dependent steps.
+class GRU(MixerModule):
+    """Gated recurrent unit with L dependent steps; causal unless bidirectional.
 
     Args:
-        width: D. seq_len: L, not used, the recurrence has no length.
+        width: D.
+        seq_len: L, not used.
         state_size: H.
-        bidirectional: a second unit from the end, with its own parameters; y reads both states.
+        bidirectional: adds a unit with its own parameters over the reversed sequence; y reads both
+            states.
     Raises:
         ValueError: state_size is below 1.
     """
@@ -42,7 +53,7 @@ class GRU(nnx.Module):
         self.causal, self.bidirectional = not bidirectional, bidirectional
         directions, key = (2 if bidirectional else 1), rngs.params
         orthogonal = jax.nn.initializers.orthogonal()
-        # the three parts of the last axis are r, z, n
+        # the last axis holds r, z, n
         self.input_kernel = nnx.Param(
             key.normal((directions, width, 3 * state_size)) / math.sqrt(width)
         )
@@ -66,19 +77,19 @@ class GRU(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        u = at_least_float32(
-            jnp.swapaxes(x, 0, 1)
-        )  # (L, B, D): turned while it is small, for a scan over time
+        # (L, B, D) for the scan; the gates would be three times as large to transpose
+        u = at_least_float32(jnp.swapaxes(x, 0, 1))
         both = jnp.stack([u, jnp.flip(u, axis=0)]) if self.bidirectional else u[None]
         gates = jax.vmap(self.input_part)(both, self.input_kernel[...], self.input_bias[...])
         if self.bidirectional:
-            # from the end padding comes first: an update gate that is 1 keeps the state at zero
+            # padding comes first in the reversed sequence: an update gate of 1 keeps the state at
+            # zero
             padding = jnp.flip(~mask, axis=1).T[..., None]
             size = self.recurrent_kernel.shape[1]
             gates = gates.at[1, ..., size : 2 * size].set(
-                jnp.where(padding, _SHUT, gates[1, ..., size : 2 * size])
+                jnp.where(padding, _SATURATED, gates[1, ..., size : 2 * size])
             )
-        # the directions take their steps together
+        # one scan for both directions
         h = jax.vmap(states)(
             gates, self.recurrent_kernel[...], self.candidate_bias[...]
         )  # (K, L, B, H)
@@ -91,7 +102,7 @@ class GRU(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         return jnp.zeros((batch_size, self.recurrent_kernel.shape[1]), jnp.float32)
 
     def step(
@@ -105,12 +116,12 @@ class GRU(nnx.Module):
     def input_part(
         self, u: Float[Array, "*B D"], kernel: Float[Array, "D G"], bias: Float[Array, " G"]
     ) -> Float[Array, "*B G"]:
-        """What the inputs add to the three gates, W u + b."""
+        """The part of the three gates that depends on the inputs, W u + b."""
         gates = u @ kernel
         return gates + jnp.broadcast_to(bias, gates.shape)
 
     def output(self, h: Float[Array, "*B H"]) -> Float[Array, "*B D"]:
-        """V h + a; H counts both directions' states."""
+        """V h + a; H counts the states of both directions."""
         y = h @ self.output_kernel[...]
         return y + jnp.broadcast_to(self.output_bias[...], y.shape)
 
@@ -120,9 +131,10 @@ def states(
     recurrent_kernel: Float[Array, "H G"],
     candidate_bias: Float[Array, " H"],
 ) -> Float[Array, "L B H"]:
-    """All states from a zero one, given what the inputs add to r, z and n (G = 3 H)."""
+    """All states from a zero initial state, given the input part of r, z and n (G = 3 H)."""
 
-    # A scan, since the backward pass of a `fori_loop` that fills an array copies it at every step.
+    # A scan, because the backward pass of a `fori_loop` that fills an array copies it at every
+    # step.
     def step(h, gates_t):
         h = next_state(h, gates_t, recurrent_kernel, candidate_bias)
         return h, h
@@ -139,7 +151,7 @@ def next_state(
 ) -> Float[Array, "B H"]:
     """Equations (5) to (8) for one position."""
     r_in, z_in, n_in = jnp.split(gates, 3, axis=-1)
-    r_h, z_h, n_h = jnp.split(exactly(h, recurrent_kernel), 3, axis=-1)
+    r_h, z_h, n_h = jnp.split(matmul_highest(h, recurrent_kernel), 3, axis=-1)
     r, z = jax.nn.sigmoid(r_in + r_h), jax.nn.sigmoid(z_in + z_h)
     n = jnp.tanh(n_in + r * (n_h + candidate_bias[None]))
     return z * h + (1 - z) * n

@@ -1,7 +1,11 @@
-"""Local attention, a baseline of Long Range Arena (Tay et al. 2020, arXiv 2011.04006): softmax attention within blocks.
+"""Local attention: softmax attention within blocks.
 
-The sequence is cut into blocks of C positions; each attends to its own block and, as an option, to the blocks beside it.
-Reference code read: google-research/long-range-arena, which departs from this description (see docs/models/local.md).
+The sequence is split into blocks of C positions. A position attends to its own block and optionally
+to the neighbouring blocks.
+
+Paper: Tay et al. 2020, "Long Range Arena" (arXiv 2011.04006), where it is a baseline. Reference
+code read: google-research/long-range-arena, which departs from this description
+(docs/models/local.md).
 """
 
 import jax
@@ -11,16 +15,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.attention import MultiHead
-from models.ops.blocks import cut, joined
+from models.ops.blocks import merge_blocks, split_blocks
 
 
 class LocalAttention(MultiHead):
     """Softmax attention within blocks; time and memory grow as L C.
 
     Args:
-        width, num_heads, positions, causal: as in `MultiHead`. seq_len: L, any; the last block may be short.
-        block_size: C positions.
-        neighbours: blocks beside its own that a position sees, on each side; of the past alone where causal.
+        width, num_heads, positions, causal: as in `MultiHead`.
+        seq_len: L, any; the last block may be short.
+        block_size: C.
+        neighbours: number of neighbouring blocks on each side that a position attends to; only
+            earlier ones if causal.
     Raises:
         ValueError: as `MultiHead`, or a size is too small; the message names the config key.
     """
@@ -51,7 +57,7 @@ class LocalAttention(MultiHead):
         v: Float[Array, "B L H W"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B L H W"]:
-        q, k = self.turn(q), self.turn(k)
+        q, k = self.apply_rotary(q), self.apply_rotary(k)
         return block_attention(q, k, v, mask, self.block_size, self.neighbours, self.causal)
 
 
@@ -64,29 +70,28 @@ def block_attention(
     neighbours: int,
     causal: bool,
 ) -> Float[Array, "B L H W"]:
-    """softmax(q k^T / sqrt(W)) v over the real positions of a block and of its neighbours."""
+    """softmax(q k^T / sqrt(W)) v over the real positions of a block and its neighbours."""
     batch, length, *rest = q.shape
     blocks = -(-length // block_size)
     after = 0 if causal else neighbours
 
     def window(x: Array) -> Array:
-        """(B, L, ...) to (B blocks, keys, ...): what each block sees, from the farthest block of the past on."""
+        """(B, L, ...) to (B blocks, keys, ...), the keys of each block in order of time."""
         padded = jnp.pad(
-            cut(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1)
+            split_blocks(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1)
         )
-        seen = jnp.concatenate(
+        windows = jnp.concatenate(
             [padded[:, i : i + blocks] for i in range(neighbours + 1 + after)], axis=2
         )
-        return seen.reshape(batch * blocks, -1, *x.shape[2:])
+        return windows.reshape(batch * blocks, -1, *x.shape[2:])
 
-    visible = window(mask)[
-        :, None, None, :
-    ]  # blocks beyond either end, and what fills the last one, count as padding
+    # False also for blocks beyond either end and for the fill of the last block
+    visible = window(mask)[:, None, None, :]
     if causal:
         past = np.tri(
             block_size, (neighbours + 1) * block_size, neighbours * block_size, dtype=bool
         )
         visible = visible & past[None, None]
-    queries = cut(q, block_size).reshape(batch * blocks, block_size, *rest)
+    queries = split_blocks(q, block_size).reshape(batch * blocks, block_size, *rest)
     y = jax.nn.dot_product_attention(queries, window(k), window(v), mask=visible)
-    return joined(y.reshape(batch, blocks, block_size, *rest), length)
+    return merge_blocks(y.reshape(batch, blocks, block_size, *rest), length)

@@ -1,11 +1,16 @@
-"""SGConv of Li et al. 2022, "What Makes Convolutional Models Great on Long Sequence Modeling?" (arXiv 2210.09298).
+"""SGConv, a convolution with a structured kernel as long as the input.
 
-Every channel is convolved with a kernel as long as the input, of sub-kernels with d parameters each (their equation 1):
+The kernel of each channel consists of sub-kernels with d parameters each (equation 1):
 
-    k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i, 2^max(i-1, 0) d),   y = k * u + D u
+    k = [k_0, k_1, ..., k_{S-1}] / Z,   k_i = alpha^i Upsample(w_i, 2^max(i-1, 0) d)
+    y = k * u + D u
 
-so that S = ceil(log2(L / d)) + 1 sub-kernels reach L and later ones weigh less. Z is the kernel's norm when the model is made.
-Reference code read: ctlllll/SGConv. Its further options, and what differs here: `docs/models/longconv.md`.
+S = ceil(log2(L / d)) + 1 sub-kernels reach L, and later ones have smaller weights. Z is the norm of
+the initial kernel.
+
+Paper: Li et al. 2022, "What Makes Convolutional Models Great on Long Sequence Modeling?"
+(arXiv 2210.09298). Reference code read: ctlllll/SGConv. Its further options and the deviations:
+docs/models/longconv.md.
 """
 
 import jax
@@ -14,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from models.checks import at_least_float32, check_option
+from models.mixer import MixerModule
 from models.ops.fft_convolution import fft_convolution
 
 INITS = ("normal", "cosine")
@@ -22,27 +28,31 @@ INTERPOLATIONS = ("linear", "nearest")
 
 
 class KernelNorm(nnx.Variable):
-    """Z, which is not trained."""
+    """Z, not trained."""
 
 
-class LongConv(nnx.Module):
+class LongConv(MixerModule):
     """Structured global convolution; causal unless bidirectional.
 
     Args:
-        width: D. seq_len: L, the longest input: there are as many sub-kernels as reach it.
-        kernel_dim: d, parameters of each sub-kernel of a channel, and length of the first before `init_scale`.
-        init: normal | cosine, where channel c, in random order, starts with c periods in each sub-kernel.
-        init_scale: sub-kernels are 2^init_scale times longer, and so many fewer.
-        decay: geometric, k_i has the factor rate^-i (alpha = 1 / rate) | power, k(t) has the factor (t + 1)^-rate.
-        decay_min, decay_max: the channels' rates, evenly spaced and fixed.
-        interpolation: linear | nearest, how sub-kernels are upsampled.
-        bidirectional: a second kernel over the inputs from the next position on.
+        width: D.
+        seq_len: L, the longest input; it sets the number of sub-kernels.
+        kernel_dim: d, parameters of each sub-kernel of a channel; length of the first one, times
+            2^init_scale.
+        init: normal | cosine (channel c, in random order, has c periods in each sub-kernel).
+        init_scale: sub-kernels are 2^init_scale times longer, and their number is accordingly
+            smaller.
+        decay: geometric, k_i has the factor rate^-i (alpha = 1 / rate) | power, k(t) has the factor
+            (t + 1)^-rate.
+        decay_min, decay_max: range of the channels' rates, evenly spaced and not trained.
+        interpolation: linear | nearest, of the upsampling.
+        bidirectional: adds a kernel over the positions after the current one.
     Raises:
-        ValueError: an option is unknown, the first sub-kernel is longer than L, or the rates are not 0 < decay_min <= decay_max;
-            the message names the config key.
+        ValueError: an option is unknown, the first sub-kernel is longer than L, or the rates are
+            not 0 < decay_min <= decay_max; the message names the config key.
     """
 
-    grows_with_length = True  # a sub-kernel more whenever L doubles
+    grows_with_length = True  # one more sub-kernel whenever L doubles
 
     def __init__(
         self,
@@ -64,17 +74,19 @@ class LongConv(nnx.Module):
         check_option("model.interpolation", interpolation, INTERPOLATIONS)
         if kernel_dim < 1 or init_scale < 0:
             raise ValueError(
-                f"model.kernel_dim={kernel_dim}, model.init_scale={init_scale}: at least 1 and 0"
+                f"model.kernel_dim={kernel_dim}, model.init_scale={init_scale} must be at least "
+                "1 and 0"
             )
         first = kernel_dim * 2**init_scale
         if first > seq_len:
             raise ValueError(
-                f"model.kernel_dim={kernel_dim} with model.init_scale={init_scale} makes a first sub-kernel of {first}, longer "
-                f"than the input's {seq_len}, and its end would never be used; lower one of them"
+                f"model.kernel_dim={kernel_dim} with model.init_scale={init_scale} makes a first "
+                f"sub-kernel of {first}, longer than task.seq_len={seq_len}; lower one of them"
             )
         if not 0 < decay_min <= decay_max < float("inf"):
             raise ValueError(
-                f"model.decay_min={decay_min}, model.decay_max={decay_max}: expected 0 < decay_min <= decay_max"
+                f"model.decay_min={decay_min}, model.decay_max={decay_max}: "
+                "expected 0 < decay_min <= decay_max"
             )
         self.causal, self.bidirectional, self.seq_len = not bidirectional, bidirectional, seq_len
         self.stretch, self.decay, self.interpolation = 2**init_scale, decay, interpolation
@@ -94,10 +106,10 @@ class LongConv(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        u = at_least_float32(x)  # the transform wants all its digits
+        u = at_least_float32(x)  # the transform loses too many digits in 16 bits
         kernels = self.kernels(x.shape[1])
         if self.bidirectional:
-            # padding must not enter the kernel that looks ahead
+            # padding must not enter the anticausal kernel
             y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
         else:
             y = fft_convolution(u, kernels[0])
@@ -107,7 +119,7 @@ class LongConv(nnx.Module):
         """The kernel of each direction, cut to the input.
 
         Raises:
-            ValueError: the input is longer than the model was made for.
+            ValueError: the input is longer than `seq_len`.
         """
         if length > self.seq_len:
             raise ValueError(
@@ -116,7 +128,7 @@ class LongConv(nnx.Module):
         return self.unscaled_kernel()[..., :length] / self.z[...][..., None]
 
     def unscaled_kernel(self) -> Float[Array, "K D T"]:
-        """[k_0, ..., k_{S-1}], of the first length S sub-kernels have from L on; not yet divided by Z."""
+        """[k_0, ..., k_{S-1}], not divided by Z; T >= L is the total length of S sub-kernels."""
         w = self.w[...]
         rates = jnp.linspace(*self.rates, w.shape[2], dtype=w.dtype)[None, :, None]
         parts = []
@@ -132,18 +144,18 @@ class LongConv(nnx.Module):
 
 
 def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float[Array, "K D T"]:
-    """T = factor d values; linear ones lie between the centres of w's steps and are constant beyond the outer two.
+    """`w` upsampled to T = factor d values.
 
-    All steps have the same weights, so there is neither a look-up, whose gradient is a sum in no fixed order on a GPU, nor a
-    matrix of (d, T).
+    Linear interpolation is constant beyond the outer two centres. All steps have the same
+    interpolation weights. This avoids a gather, whose gradient is a sum in no fixed order on a GPU,
+    and a (d, T) matrix.
     """
     if interpolation == "nearest":
         return jnp.repeat(w, factor, axis=-1)
     before = jnp.concatenate([w[..., :1], w[..., :-1]], axis=-1)
     after = jnp.concatenate([w[..., 1:], w[..., -1:]], axis=-1)
-    offset = ((jnp.arange(factor, dtype=w.dtype) + 0.5) / factor - 0.5)[
-        None, None, None
-    ]  # from the step's centre
+    # distance from the centre of the step
+    offset = ((jnp.arange(factor, dtype=w.dtype) + 0.5) / factor - 0.5)[None, None, None]
     steps = (
         w[..., None] * (1 - jnp.abs(offset))
         + before[..., None] * jax.nn.relu(-offset)
@@ -155,14 +167,14 @@ def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float
 def normal_kernels(
     key: PRNGKeyArray, scales: int, directions: int, width: int, size: int
 ) -> Float[Array, "S K D d"]:
-    """Independent N(0, 1)."""
+    """Independent N(0, 1) entries."""
     return jax.random.normal(key, (scales, directions, width, size))
 
 
 def cosine_kernels(
     key: PRNGKeyArray, scales: int, directions: int, width: int, size: int
 ) -> Float[Array, "S K D d"]:
-    """cos(2 pi c s), s = 0..1 in d steps, for channels c = 0..D-1; shuffled in each scale, both directions alike."""
+    """cos(2 pi c s), s = 0..1 in d steps, for channels c = 0..D-1, permuted in each scale."""
     waves = jnp.cos(2 * jnp.pi * jnp.arange(width)[:, None] * jnp.linspace(0, 1, size)[None])
     shuffled = jnp.stack([jax.random.permutation(k, waves) for k in jax.random.split(key, scales)])
     return jnp.tile(shuffled[:, None], (1, directions, 1, 1))

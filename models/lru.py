@@ -1,9 +1,15 @@
-"""Linear Recurrent Unit of Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences" (arXiv 2303.06349).
+"""Linear Recurrent Unit (LRU).
 
-h_t = lam h_{t-1} + gamma B u_t,  y_t = Re(C h_t) + D u_t,  lam = exp(-exp(nu_log) + i exp(theta_log))   (their equation 7),
-with every earlier rung of the paper's section 3 as an option: a dense real A, linear or not, and other ways to write lam.
-The parameters start as in their appendix A; `bidirectional` concatenates a second scan over the reversed sequence.
-Reference code read: NicolasZucchet/minimal-LRU. What each rung is and where we depart from it: docs/models/lru.md.
+    h_t = lam h_{t-1} + gamma B u_t,   y_t = Re(C h_t) + D u_t
+    lam = exp(-exp(nu_log) + i exp(theta_log))
+
+(equation 7). The steps of the ablation in section 3 are options: a dense real A with or without a
+nonlinearity, and other parametrizations of lam. The initialization is that of appendix A;
+`bidirectional` adds a scan over the reversed sequence.
+
+Paper: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences"
+(arXiv 2303.06349). Reference code read: NicolasZucchet/minimal-LRU. The ablation and the
+deviations: docs/models/lru.md.
 """
 
 import math
@@ -13,33 +19,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
-from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.checks import at_least_float32, check_option, require_causal
+from models.mixer import MixerModule
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
-from models.ops.products import exactly, real_product
+from models.ops.products import matmul_highest, real_product
 from models.ops.recurrence import linear_recurrence
 
 PARAMETRIZATIONS = ("dense", "real_imag", "exp", "stable_exp")
 PHASES = ("log", "linear")
 
 
-class LRU(nnx.Module):
-    """Linear recurrence with a diagonal complex or a dense real matrix; causal unless bidirectional.
+class LRU(MixerModule):
+    """Recurrence with a diagonal complex or a dense real matrix; causal unless bidirectional.
 
     Args:
-        width: D. seq_len: L, not used, the recurrence has no length.
-        state_size: N states, complex ones unless dense.
-        parametrization: of the matrix: dense, all N x N entries; real_imag, lam itself; exp, lam = exp(-nu + i theta);
-            stable_exp, lam = exp(-exp(nu_log) + i theta), inside the unit circle whatever training does.
-        phase: log | linear, whether stable_exp learns log theta, as the LRU, or theta.
-        activation: none | tanh | relu, around the dense recurrence.
-        r_min, r_max: ring from which |lam| is drawn, uniformly in area; 0 and 1 are the disk of a Glorot matrix's
-            eigenvalues. A dense matrix is drawn from Glorot's law itself.
-        max_phase: largest angle of lam at the start, in radians.
-        gamma_norm: scale each state's input by sqrt(1 - |lam|^2) at the start (learned from there).
-        bidirectional: a second scan from the end; C reads both.
+        width: D.
+        seq_len: L, not used.
+        state_size: N, complex states unless dense.
+        parametrization: of the matrix: dense, all N x N entries; real_imag, lam itself; exp, lam =
+            exp(-nu + i theta); stable_exp, lam = exp(-exp(nu_log) + i theta), always inside the
+            unit circle.
+        phase: log | linear, whether stable_exp learns log theta, as the LRU does, or theta.
+        activation: none | tanh | relu, of the dense recurrence.
+        r_min, r_max: ring of the initial |lam|, uniform in area; 0 and 1 give the disk of a Glorot
+            matrix's eigenvalues. A dense matrix has Glorot initialization.
+        max_phase: largest initial angle of lam, in radians.
+        gamma_norm: scales the input of each state by gamma, which is learned from sqrt(1 - |lam|^2)
+            on.
+        bidirectional: adds a scan over the reversed sequence; C reads both.
     Raises:
-        ValueError: an option is unknown or does not fit the parametrization, the ring is not 0 <= r_min < r_max <= 1, or
-            a size or angle is not positive; the message names the config key.
+        ValueError: an option is unknown or does not fit the parametrization, the ring is not 0 <=
+            r_min < r_max <= 1, or a size or angle is not positive; the message names the config
+            key.
     """
 
     def __init__(
@@ -72,11 +83,13 @@ class LRU(nnx.Module):
         self.dense = parametrization == "dense"
         if self.dense and gamma_norm:
             raise ValueError(
-                "model.gamma_norm=true needs eigenvalues, model.parametrization=dense has none; set it to false"
+                "model.gamma_norm=true needs eigenvalues, model.parametrization=dense has none; "
+                "set model.gamma_norm=false"
             )
         if not self.dense and activation != "none":
             raise ValueError(
-                f"model.activation={activation} is for model.parametrization=dense; set it to none"
+                f"model.activation={activation} requires model.parametrization=dense; "
+                "set model.activation=none"
             )
         self.causal, self.bidirectional = not bidirectional, bidirectional
         self.parametrization, self.log_phase, self.activation = (
@@ -86,17 +99,17 @@ class LRU(nnx.Module):
         )
         key, columns = rngs.params, state_size * (2 if bidirectional else 1)
         if self.dense:
-            # Glorot's law: variance 1/N (their figure 2)
+            # Glorot initialization: variance 1/N (figure 2)
             self.a = nnx.Param(key.normal((state_size, state_size)) / math.sqrt(state_size))
             self.b = nnx.Param(key.normal((width, state_size)) / math.sqrt(width))
             self.c = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         else:
-            # uniform in area between the circles: |lam|^2 is uniform; kept away from 0, where log(-log) diverges
+            # uniform in area means uniform |lam|^2; above 0, where log(-log) diverges
             squared = jnp.maximum(
                 key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12
             )
             theta = max_phase * key.uniform((state_size,), minval=1e-7)
-            self.start(-0.5 * jnp.log(squared), theta)
+            self.init_eigenvalues(-0.5 * jnp.log(squared), theta)
             self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
             self.b_re = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
             self.b_im = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
@@ -104,8 +117,8 @@ class LRU(nnx.Module):
             self.c_im = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         self.d = nnx.Param(key.normal((width,)))
 
-    def start(self, nu: Float[Array, " N"], theta: Float[Array, " N"]) -> None:
-        """The parameters of lam = exp(-nu + i theta)."""
+    def init_eigenvalues(self, nu: Float[Array, " N"], theta: Float[Array, " N"]) -> None:
+        """Sets the parameters so that lam = exp(-nu + i theta)."""
         if self.parametrization == "real_imag":
             lam = polar(nu, theta)
             self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
@@ -127,13 +140,14 @@ class LRU(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u = at_least_float32(x)
-        bu = self.read(u)  # (B, L, N)
-        # a direction after the other, each read by its rows of C: both at once would be 4 B L N numbers more
-        y = self.write(self.states(bu, reverse=False))
+        bu = self.project_input(u)  # (B, L, N)
+        # One direction at a time, with its own rows of C: concatenating both would hold 4 B L N
+        # more numbers.
+        y = self.read_out(self.states(bu, reverse=False))
         if self.bidirectional:
-            # padding must not enter the scan that starts at the end
-            y = y + self.write(
-                self.states(jnp.where(mask[..., None], bu, 0), reverse=True), back=True
+            # padding must not enter the reversed scan
+            y = y + self.read_out(
+                self.states(jnp.where(mask[..., None], bu, 0), reverse=True), anticausal=True
             )
         return (y + self.d[...][None, None, :] * u).astype(x.dtype)
 
@@ -143,7 +157,7 @@ class LRU(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         size = (self.c if self.dense else self.c_re).shape[0]
         return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
 
@@ -152,17 +166,20 @@ class LRU(nnx.Module):
     ) -> tuple[Inexact[Array, "B N"], Float[Array, "B D"]]:
         """The next state and output: one position of `__call__`."""
         u = at_least_float32(u_t)
-        bu = self.read(u)
-        after = exactly(state, self.a[...]) if self.dense else self.eigenvalues()[None] * state
-        state = ACTIVATIONS[self.activation][0](after + bu)
-        return state, (self.write(state) + self.d[...][None] * u).astype(u_t.dtype)
+        bu = self.project_input(u)
+        decayed = (
+            matmul_highest(state, self.a[...]) if self.dense else self.eigenvalues()[None] * state
+        )
+        state = ACTIVATIONS[self.activation][0](decayed + bu)
+        return state, (self.read_out(state) + self.d[...][None] * u).astype(u_t.dtype)
 
     def states(self, bu: Inexact[Array, "B L N"], reverse: bool) -> Inexact[Array, "B L N"]:
+        """All states of the recurrence, over the reversed sequence with `reverse`."""
         if self.dense:
             return dense_recurrence(self.a[...], bu, self.activation, reverse)
         return linear_recurrence(self.eigenvalues(), bu, reverse=reverse)
 
-    def read(self, u: Float[Array, "*B D"]) -> Inexact[Array, "*B N"]:
+    def project_input(self, u: Float[Array, "*B D"]) -> Inexact[Array, "*B N"]:
         """gamma B u."""
         if self.dense:
             return u @ self.b[...]
@@ -170,19 +187,19 @@ class LRU(nnx.Module):
         if self.gamma_log is not None:
             gamma = jnp.exp(self.gamma_log[...])[None]
             b_re, b_im = gamma * b_re, gamma * b_im  # D N products instead of B L N
-        # two real products: complex ones are slow on every backend
+        # two real products, because complex ones are slow on every backend
         return jax.lax.complex(u @ b_re, u @ b_im)
 
-    def write(self, h: Inexact[Array, "*B N"], back: bool = False) -> Float[Array, "*B D"]:
-        """Re(C h) of a direction's states; the later rows of C are the second's."""
+    def read_out(self, h: Inexact[Array, "*B N"], anticausal: bool = False) -> Float[Array, "*B D"]:
+        """Re(C h) of one direction; the second half of C's rows reads the reversed scan."""
         size = h.shape[-1]
-        rows = slice(size, None) if back else slice(size)
+        rows = slice(size, None) if anticausal else slice(size)
         if self.dense:
-            return exactly(h, self.c[rows])
+            return matmul_highest(h, self.c[rows])
         return real_product(h, self.c_re[rows], self.c_im[rows])
 
     def eigenvalues(self) -> Complex[Array, " N"]:
-        """lam as it is parametrised."""
+        """lam."""
         if self.parametrization == "real_imag":
             return jax.lax.complex(self.lam_re[...], self.lam_im[...])
         if self.parametrization == "exp":

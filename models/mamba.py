@@ -1,9 +1,13 @@
-"""Mamba's block with the selective state-space model S6: Gu & Dao 2023, "Mamba" (arXiv 2312.00752).
+"""Mamba's block with the selective state-space model S6.
 
-    x, z = in_proj(u);  x = silu(conv(x));  Delta, B, C = functions of x;  y = S6(x);  out_proj(y * silu(z))
+    x, z = in_proj(u),   x = silu(conv(x)),   Delta, B, C = functions of x
+    y = S6(x),   out_proj(y * silu(z))
 
-(their figure 3, algorithm 2). The gate stands inside the block, so that nothing but a norm and the residual goes around it.
-Reference code read: state-spaces/mamba, `mamba_simple.py`. Differences: `docs/models/mamba.md`.
+(figure 3, algorithm 2). The gate is part of the mixer, so that the block around it has only a norm
+and the residual.
+
+Paper: Gu & Dao 2023, "Mamba" (arXiv 2312.00752). Reference code read: state-spaces/mamba,
+`mamba_simple.py`. Deviations: docs/models/mamba.md.
 """
 
 import math
@@ -13,24 +17,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.mixer import MixerModule
 from models.ops.selective_scan import selective_scan, selective_step
 from models.ops.state_space import log_uniform_steps
 
-_DT_FLOOR = 1e-4  # of the published code: smallest step size at the start
+_DT_FLOOR = 1e-4  # smallest initial step size, as in the published code
 
 
-class Mamba(nnx.Module):
+class Mamba(MixerModule):
     """Gated block around a selective state-space model; causal.
 
     Args:
-        width: D. seq_len: L, not used, the recurrence has no length.
-        state_size: N real states for each of the E inner channels.
-        expand: E / D, whole or such that E is whole.
+        width: D.
+        seq_len: L, not used.
+        state_size: N, real states of each of the E inner channels.
+        expand: E / D; E must be whole.
         conv_size: taps of the causal depthwise convolution before the state-space model.
-        dt_rank: rank of the projection that makes the step sizes; None for ceil(D / 16).
-        dt_min, dt_max: range of the step sizes at the start, uniform in their logarithm.
+        dt_rank: rank of the projection to the step sizes; None for ceil(D / 16).
+        dt_min, dt_max: range of the initial step sizes, log-uniform.
     Raises:
-        ValueError: a size below 1, E is not a whole number, or the range is empty; the message names the config key.
+        ValueError: a size below 1, E is not a whole number, or the range is empty; the message
+            names the config key.
     """
 
     causal = True
@@ -84,18 +91,16 @@ class Mamba(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
-        # the backward pass takes taps and gates again: autodiff would keep 13 arrays of (B, L, E) here
+        # The backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E).
         u, delta, b, c = jax.checkpoint(self.convolved)(u)
         # 16-bit states would stop decaying after a few hundred steps
         y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
         return jax.checkpoint(self.gated)(y, u, z)
 
     def convolved(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
-        """The inputs of the state-space model, and what they choose."""
-        kernel, dtype = (
-            self.conv_kernel[...],
-            u.dtype,
-        )  # not cast: their gradients are sums over B L terms
+        """The inputs of the state-space model and the step sizes, B and C computed from them."""
+        # the kernel is not cast, because its gradient is a sum over B L terms
+        kernel, dtype = self.conv_kernel[...], u.dtype
         padded = jnp.pad(u, ((0, 0), (self.conv_size - 1, 0), (0, 0)))
         taps = (
             padded[:, i : i + u.shape[1]] * kernel[i][None, None] for i in range(self.conv_size)
@@ -104,14 +109,17 @@ class Mamba(nnx.Module):
         return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
-        """The last W = conv_size - 1 inputs of the convolution and the states of the recurrence, before the first step."""
+        """The state before the first input, zero.
+
+        The last W = conv_size - 1 inputs of the convolution, and the recurrent states.
+        """
         window = jnp.zeros((batch_size, self.conv_size - 1, self.inner))
         return window, jnp.zeros((batch_size, self.inner, self.state_size))
 
     def step(
         self, state: tuple[Float[Array, "B W E"], Float[Array, "B E N"]], u_t: Float[Array, "B D"]
     ) -> tuple[tuple[Float[Array, "B W E"], Float[Array, "B E N"]], Float[Array, "B D"]]:
-        """One step of the recurrent form; it takes the same memory at any length."""
+        """The next state and output: one position of `__call__`."""
         window, states = state
         u, z = jnp.split(u_t @ self.in_proj[...].astype(u_t.dtype), 2, axis=-1)  # (B, E)
         window = jnp.concatenate([window, u[:, None].astype(window.dtype)], axis=1)
@@ -122,7 +130,7 @@ class Mamba(nnx.Module):
         return (window[:, 1:], states), self.gated(y, u, z)
 
     def selected(self, u: Array) -> tuple[Array, Array, Array]:
-        """Step sizes (..., E) and matrices B, C (..., N) that inputs u (..., E) choose, in at least float32."""
+        """Step sizes (..., E) and matrices B, C (..., N) of inputs u (..., E), at least float32."""
         dtype = jnp.promote_types(u.dtype, jnp.float32)
         selected = (u @ self.x_proj[...].astype(u.dtype)).astype(dtype)
         low, b, c = jnp.split(selected, [self.rank, self.rank + self.state_size], axis=-1)
@@ -134,16 +142,17 @@ class Mamba(nnx.Module):
         )
 
     def a(self, dtype) -> Float[Array, "E N"]:
+        """The diagonals of A."""
         return -jnp.exp(self.a_log[...].astype(dtype))
 
     def gated(self, y: Array, u: Array, z: Array) -> Array:
-        """The skip D u, the gate and the projection back to the width."""
+        """The output: skip D u, gate and projection to the width."""
         skip = jnp.broadcast_to(self.d[...].astype(y.dtype), y.shape) * u.astype(y.dtype)
         gated = (y + skip).astype(z.dtype) * jax.nn.silu(z)
         return gated @ self.out_proj[...].astype(z.dtype)
 
 
 def uniform(key, shape: tuple[int, ...], fan_in: int) -> Array:
-    """Uniform in +-1/sqrt(fan_in), where PyTorch starts linear maps and convolutions."""
+    """Uniform in +-1/sqrt(fan_in), PyTorch's initialization of linear maps and convolutions."""
     bound = fan_in**-0.5
     return key.uniform(shape, minval=-bound, maxval=bound)

@@ -1,8 +1,12 @@
-"""Mega's gated attention over an exponential moving average: Ma et al. 2023 (arXiv 2209.10655), equations (5) to (14).
+"""Mega: gated attention over an exponential moving average.
 
-The block mixes its output with the residual stream by a gate, Y = phi * H + (1 - phi) * X, so that it needs the stream itself
-beside its normalised copy: it returns the difference Y - X, which the backbone adds (`gates_residual`).
-Reference code read: facebookresearch/mega. What it adds to the equations, and what differs here: `docs/models/mega.md`.
+A gate mixes the output with the residual stream, Y = phi * H + (1 - phi) * X. The mixer therefore
+receives the stream X besides its normalized copy and returns Y - X, which the backbone adds
+(`gates_residual`).
+
+Paper: Ma et al. 2023, "Mega: Moving Average Equipped Gated Attention" (arXiv 2209.10655), equations
+(5) to (14). Reference code read: facebookresearch/mega. Its additions to the equations and the
+deviations: docs/models/mega.md.
 """
 
 import math
@@ -12,29 +16,33 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.checks import at_least_float32, check_option, refuse_to_stream
-from models.ops.blocks import cut, joined
+from models.checks import at_least_float32, check_option, require_causal
+from models.mixer import MixerModule
+from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.fft_convolution import fft_convolution
 from models.ops.state_space import split_powers
 
 ATTENTIONS = ("softmax", "laplace", "relu2")
-_ROWS = 256  # queries whose weights are held at once: memory grows with L, not with L^2
+_ROWS = 256  # queries per block of attention weights, so that memory grows with L, not with L^2
 
 
-class Mega(nnx.Module):
+class Mega(MixerModule):
     """Moving-average gated attention; causal unless bidirectional.
 
     Args:
-        width: D. seq_len: L; without chunks, the longest input the position bias knows.
-        state_size: N averages a channel.
+        width: D.
+        seq_len: L; without chunks, the longest input of the position bias.
+        state_size: N, moving averages per channel.
         attention_size: Z, width of queries and keys.
-        expand: V / D of the values, such that V is whole.
-        attention: softmax | laplace | relu2, what turns scores into weights.
-        bidirectional: averages from both ends, attention to all positions.
-        chunk_size: attend within chunks of so many positions (Mega-chunk), in O(L) time; None: everywhere.
-        dropout: rate after the averages and on H, as in the published code.
+        expand: V / D, where V is the width of the values; V must be whole.
+        attention: softmax | laplace | relu2, the function from scores to weights.
+        bidirectional: averages over both directions and attention to all positions.
+        chunk_size: positions per attention chunk (Mega-chunk), O(L) time; None attends to the whole
+            sequence.
+        dropout: rate, after the averages and on H, as in the published code.
     Raises:
-        ValueError: a size below 1, V is not whole, or an unknown attention; the message names the config key.
+        ValueError: a size below 1, V is not whole, or an unknown attention; the message names the
+            config key.
     """
 
     gates_residual = True
@@ -92,15 +100,15 @@ class Mega(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        """phi * (H - X): what to add to the residual stream X, which is `x` itself unless given."""
+        """phi * (H - X), the update of the residual stream X (`residual`, default `x`)."""
 
         def drop(y):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
-        update, q, k, reset, candidate = self.projected(drop(self.average(x, mask)))
+        update, q, k, reset, candidate = self.project(drop(self.average(x, mask)))
         o = self.attend(q, k, silu(affine(x, self.value_kernel, self.value_bias)), mask)
         h = drop(self.candidate(reset, o, candidate))
-        return mixed(update, h, x if residual is None else residual)
+        return gated_update(update, h, x if residual is None else residual)
 
     def attend(
         self,
@@ -109,7 +117,7 @@ class Mega(nnx.Module):
         v: Float[Array, "B L V"],
         mask: Bool[Array, "B L"],
     ) -> Float[Array, "B L V"]:
-        """Equation (11), in chunks where the model has them."""
+        """Equation (11), within chunks unless `chunk_size` is None."""
         batch, length, _ = q.shape
         size = min(self.chunk_size or length, length)
         longest = self.chunk_size or (self.rel_bias.shape[0] + 1) // 2
@@ -118,21 +126,28 @@ class Mega(nnx.Module):
                 f"inputs have length {length}, the model was built for task.seq_len={longest}"
             )
         bias = self.rel_bias[...][longest - size : longest + size - 1]
-        # chunks stand beside each other as sequences of a batch do, (B * chunks, size, ...)
-        q, k, v, mask = (cut(y, size).reshape(-1, size, *y.shape[2:]) for y in (q, k, v, mask))
+        # chunks become sequences of a larger batch, (B * chunks, size, ...)
+        q, k, v, mask = (
+            split_blocks(y, size).reshape(-1, size, *y.shape[2:]) for y in (q, k, v, mask)
+        )
         o = attend(q, k, v, mask, bias, attention=self.attention, causal=self.causal)
-        return joined(o.reshape(batch, -1, *o.shape[1:]), length)
+        return merge_blocks(o.reshape(batch, -1, *o.shape[1:]), length)
 
     def init_state(self, batch_size: int) -> tuple[Array, Array, Array, Int[Array, ""]]:
-        """Averages (B, D, N), keys (B, C, Z) and values (B, C, V) of the current chunk, and how many steps were taken.
+        """The state before the first input, zero.
+
+        Averages (B, D, N), keys (B, C, Z) and values (B, C, V) of the current chunk, and the number
+        of steps.
 
         Raises:
-            ValueError: the model is bidirectional, or attends to everything, which no bounded state remembers.
+            ValueError: the model is bidirectional, or has no chunks, so that no bounded state holds
+                its past.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         if self.chunk_size is None:
             raise ValueError(
-                "model.chunk_size=null has no recurrent form of bounded memory; set model.chunk_size"
+                "model.chunk_size=null has no recurrent form of bounded memory; "
+                "set model.chunk_size"
             )
         _, attention_size, values = self.sizes
         keys = jnp.zeros((batch_size, self.chunk_size, attention_size))
@@ -150,11 +165,11 @@ class Mega(nnx.Module):
         u_t: Float[Array, "B D"],
         residual: Float[Array, "B D"] | None = None,
     ) -> tuple[tuple[Array, Array, Array, Int[Array, ""]], Float[Array, "B D"]]:
-        """One step of the recurrent form of a causal model with chunks; memory of one chunk at any length."""
+        """The next state and output of a causal model with chunks; the state holds one chunk."""
         averages, keys, values, time = state
         size = keys.shape[1]
         averages, average = self.average.step(averages, u_t)
-        update, q, k, reset, candidate = self.projected(average)
+        update, q, k, reset, candidate = self.project(average)
         slot = time % size
         v = jax.nn.silu(affine(u_t, self.value_kernel, self.value_bias))
         keys = jax.lax.dynamic_update_slice_in_dim(
@@ -164,47 +179,48 @@ class Mega(nnx.Module):
             values, v[:, None].astype(values.dtype), slot, axis=1
         )
         bias = jax.lax.dynamic_slice_in_dim(self.rel_bias[...], size - 1 - slot, size)[None]
-        seen = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
-        o = attention_weights(q[:, None], keys, bias, seen, self.attention) @ values
+        visible = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
+        o = attention_weights(q[:, None], keys, bias, visible, self.attention) @ values
         h = self.candidate(reset, o[:, 0].astype(u_t.dtype), candidate)
-        return (averages, keys, values, time + 1), mixed(
-            update, h, u_t if residual is None else residual
-        )
+        y = gated_update(update, h, u_t if residual is None else residual)
+        return (averages, keys, values, time + 1), y
 
-    def projected(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Update gate, Q, K, reset gate and the candidate's part X' W_h + b_h, all from the averages X'; gates as they are
-        before phi's sigmoid and gamma's SiLU."""
+    def project(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """Update gate, Q, K, reset gate and X' W_h + b_h of the candidate, from the averages X'.
+
+        Gates are returned before the sigmoid of phi and the SiLU of gamma.
+        """
         width, attention_size, values = self.sizes
         ends = [width, width + attention_size, width + attention_size + values]
         update, z, reset, candidate = jnp.split(
             affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1
         )
-        q, k = scaled(z, self.kappa[...], self.mu[...])
+        q, k = queries_and_keys(z, self.kappa[...], self.mu[...])
         return update, q, k, reset, candidate
 
     def candidate(self, reset: Array, o: Array, candidate: Array) -> Array:
         """H of equation (13)."""
-        return silu(candidate + affine(gated(reset, o), self.output_kernel, self.output_bias))
+        return silu(candidate + affine(reset_gate(reset, o), self.output_kernel, self.output_bias))
 
 
-# What autodiff would keep of these is several times their arguments, and taking it again costs next to nothing.
+# Autodiff would save several times the arguments of these functions; recomputing them is cheap.
 silu = jax.checkpoint(jax.nn.silu)
 
 
 @jax.checkpoint
-def gated(reset: Array, o: Array) -> Array:
+def reset_gate(reset: Array, o: Array) -> Array:
     """gamma * O."""
     return jax.nn.silu(reset) * o
 
 
 @jax.checkpoint
-def mixed(update: Array, h: Array, residual: Array) -> Array:
+def gated_update(update: Array, h: Array, residual: Array) -> Array:
     """phi * (H - X)."""
     return jax.nn.sigmoid(update) * (h - residual)
 
 
 @jax.checkpoint
-def scaled(
+def queries_and_keys(
     z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]
 ) -> tuple[Array, Array]:
     """Queries and keys, two scales and shifts of the shared SiLU(z), in the dtype of z."""
@@ -216,17 +232,19 @@ def scaled(
 
 
 class MovingAverage(nnx.Module):
-    """Multi-dimensional damped exponential moving average, equations (5) and (6), with the code's skip and SiLU.
+    """Multi-dimensional damped exponential moving average, equations (5) and (6).
 
-    N averages h of each channel, h_t = alpha beta x_t + (1 - alpha delta) h_{t-1}, read by eta / sqrt(N); alpha and delta are
-    kept in (0, 1) by a sigmoid. Bidirectional: a second set from the end, which leaves out the present.
+    The skip and the SiLU are those of the code. Each channel has N averages, h_t = alpha beta x_t +
+    (1 - alpha delta) h_{t-1}, read by eta / sqrt(N); a sigmoid keeps alpha and delta in (0, 1).
+    Bidirectional: adds averages over the reversed sequence, without the current position.
     """
 
     def __init__(self, width: int, state_size: int, *, bidirectional: bool, rngs: nnx.Rngs):
         key, shape = rngs.params, (2 if bidirectional else 1, width, state_size)
         self.alpha = nnx.Param(0.2 * key.normal(shape))
         self.delta = nnx.Param(0.2 * key.normal(shape))
-        # alternating signs start the kernel near zero ("seems more stable", says the published code)
+        # alternating signs make the initial kernel nearly zero ("seems more stable", the published
+        # code says)
         self.beta = nnx.Param(
             0.02 * key.normal(shape) + (-1.0) ** jnp.arange(state_size)[None, None]
         )
@@ -240,7 +258,7 @@ class MovingAverage(nnx.Module):
             p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
         )
         kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
-        # the second direction begins at the next position; what rolls to its end meets no input
+        # the anticausal kernel begins at the next position; its last entry meets no input
         back = jnp.roll(kernels[1], -1, axis=1) if len(kernels) == 2 else None
         skip = self.omega[...].astype(wide.dtype)[None, None] * wide
         return silu(fft_convolution(u, kernels[0], back) + skip).astype(x.dtype)
@@ -248,7 +266,7 @@ class MovingAverage(nnx.Module):
     def step(
         self, state: Float[Array, "B D N"], x: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
-        """The next averages and the output, of a one-directional average."""
+        """The next averages and the output; one direction only."""
         alpha, delta, beta, eta = (
             p[...][0].astype(state.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
         )
@@ -266,9 +284,13 @@ def ema_kernel(
     eta: Float[Array, "S D N"],
     length: int,
 ) -> Float[Array, "S D L"]:
-    """Impulse responses sum_n eta alpha beta (1 - alpha delta)^l / sqrt(N); alpha and delta are given before the sigmoid.
+    """Impulse responses sum_n eta alpha beta (1 - alpha delta)^l / sqrt(N).
 
-    The power l is the sum of a coarse and a fine one, so that D N sqrt(L) exponentials and one product replace D N L of them.
+    The exponent l is the sum of a coarse and a fine one, so that D N sqrt(L) exponentials and one
+    product replace D N L.
+
+    Args:
+        alpha, delta: before the sigmoid; S is 1 or 2 directions.
     """
     log_q = log_decay(alpha, delta)[..., None]
     fine_size, coarse_size = split_powers(length)
@@ -282,10 +304,11 @@ def ema_kernel(
 
 
 def log_decay(alpha: Float[Array, "*S"], delta: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """log(1 - sigmoid(alpha) sigmoid(delta)), finite and accurate where the product rounds to 0 or to 1."""
+    """log(1 - sigmoid(alpha) sigmoid(delta)), accurate also if the product rounds to 0 or 1."""
     product = jax.nn.sigmoid(alpha) * jax.nn.sigmoid(delta)
     slow = jnp.log1p(-jnp.minimum(product, 0.5))
-    # 1 - 1/((1 + a)(1 + d)) = (a + d + a d) / ((1 + a)(1 + d)) with a = exp(-alpha), d = exp(-delta)
+    # 1 - 1/((1 + a)(1 + d)) = (a + d + a d) / ((1 + a)(1 + d)) with a = exp(-alpha), d =
+    # exp(-delta)
     fast = jnp.logaddexp(jnp.logaddexp(-alpha, -delta), -alpha - delta)
     fast = fast + jax.nn.log_sigmoid(alpha) + jax.nn.log_sigmoid(delta)
     return jnp.where(product < 0.5, slow, fast)
@@ -301,13 +324,18 @@ def attend(
     attention: str,
     causal: bool,
 ) -> Float[Array, "B K V"]:
-    """f(Q K^T / tau + b_rel) V over K positions, a block of queries at a time; R = 2 K - 1 distances have a bias each."""
+    """f(Q K^T / tau + b_rel) V over K positions, one block of queries at a time.
+
+    Args:
+        bias: one per distance, R = 2 K - 1.
+    """
     batch, length, _ = q.shape
     rows = min(length, _ROWS)
     blocks = -(-length // rows)
     total = blocks * rows
-    narrow = v.dtype
-    # wide outside of the blocks, over which the backward pass sums their gradients
+    dtype = v.dtype
+    # at least float32 outside the blocks, because the backward pass sums the gradients of the
+    # blocks
     q, k, v = (
         at_least_float32(jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))),
         at_least_float32(k),
@@ -317,15 +345,16 @@ def attend(
 
     def block(start):
         part = jax.lax.dynamic_slice_in_dim(bias, total - rows - start, rows + length - 1)
-        seen = jnp.broadcast_to(mask[:, None, :], (batch, rows, length))
+        visible = jnp.broadcast_to(mask[:, None, :], (batch, rows, length))
         if causal:
-            seen = seen & (jnp.arange(length)[None, :] <= start + jnp.arange(rows)[:, None])[None]
+            past = jnp.arange(length)[None, :] <= start + jnp.arange(rows)[:, None]
+            visible = visible & past[None]
         queries = jax.lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         bias_rows = toeplitz(part, rows, length)
         weights = attention_weights(
-            queries.astype(narrow), k.astype(narrow), bias_rows, seen, attention
+            queries.astype(dtype), k.astype(dtype), bias_rows, visible, attention
         )
-        return weights.astype(narrow) @ v.astype(narrow)
+        return weights.astype(dtype) @ v.astype(dtype)
 
     if blocks == 1:
         return block(0)
@@ -337,26 +366,28 @@ def attention_weights(
     q: Float[Array, "B Q Z"],
     k: Float[Array, "B K Z"],
     bias: Float[Array, "Q K"],
-    seen: Bool[Array, "B Q K"],
+    visible: Bool[Array, "B Q K"],
     attention: str,
 ) -> Float[Array, "B Q K"]:
-    """What each query takes of the keys it sees, in at least float32; tau is sqrt(Z) for softmax, else their number."""
+    """f(Q K^T / tau + b_rel), at least float32.
+
+    tau is sqrt(Z) for softmax, else the number of visible keys.
+    """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bqz,bkz->bqk", q, k, preferred_element_type=dtype)
     bias = bias.astype(dtype)[None]
     if attention == "softmax":
-        # finite, since a row of padding alone sees nothing
+        # not -inf, because rows of padding have no visible key
         return jax.nn.softmax(
-            jnp.where(seen, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1
+            jnp.where(visible, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1
         )
-    scores = scores / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1).astype(dtype) + bias
-    return jnp.where(
-        seen, laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2, 0
-    )
+    scores = scores / jnp.maximum(visible.sum(axis=-1, keepdims=True), 1).astype(dtype) + bias
+    weights = laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2
+    return jnp.where(visible, weights, 0)
 
 
 def laplace(x: Array) -> Array:
-    """The paper's attention function: a normal distribution function that matches relu^2 in value and slope at sqrt(1/2)."""
+    """A normal CDF that matches relu^2 in value and slope at sqrt(1/2), as in the paper."""
     mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
     return 0.5 * (1 + jax.scipy.special.erf((x - mean) / (deviation * math.sqrt(2))))
 
@@ -364,7 +395,7 @@ def laplace(x: Array) -> Array:
 def toeplitz(diagonals: Float[Array, " R"], rows: int, columns: int) -> Float[Array, "Q K"]:
     """The matrix whose entry (i, j) is diagonals[rows - 1 + j - i], R = rows + columns - 1.
 
-    By tiling, since the gradient of a look-up is a sum in no fixed order on a GPU.
+    Made by tiling, because the gradient of a gather is a sum in no fixed order on a GPU.
     """
     period = rows + columns
     tiled = jnp.tile(jnp.pad(diagonals, (0, 1)), rows)[: rows * (period - 1)]
@@ -372,6 +403,9 @@ def toeplitz(diagonals: Float[Array, " R"], rows: int, columns: int) -> Float[Ar
 
 
 def affine(x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
-    """x W + b in the dtype of x, whatever the parameters' is; b, whose gradient is a sum over B L terms, is added as it is."""
+    """x W + b in the dtype of x.
+
+    b is added in its own dtype, because its gradient is a sum over B L terms.
+    """
     y = x @ kernel[...].astype(x.dtype)
     return (y + jnp.broadcast_to(bias[...], y.shape)).astype(x.dtype)

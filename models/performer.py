@@ -1,10 +1,16 @@
-"""Performer of Choromanski et al. 2021, "Rethinking Attention with Performers" (arXiv 2009.14794): FAVOR+.
+"""Performer: attention with random features (FAVOR+).
 
-Softmax attention's exp(q . k / sqrt(W)) is estimated, without bias, by phi(q) . phi(k) with
-phi(x)_j = exp(w_j . x' - |x'|^2 / 2) / sqrt(M),  x' = x / W^(1/4)   (their Lemma 1 and equation 5 with positive features),
-the w_j orthogonal in blocks of W and as long as Gaussian vectors (their section 3.3).
-Reference code read: google-research/long-range-arena. Deviations: the w_j are drawn once, when the model is made; the
-numbers stay in range without a look at other positions (see `key_features`), so that padding and the future change nothing.
+phi(q) . phi(k) is an unbiased estimate of softmax attention's exp(q . k / sqrt(W)), with
+
+    phi(x)_j = exp(w_j . x' - |x'|^2 / 2) / sqrt(M),   x' = x / W^(1/4)
+
+(lemma 1 and equation 5 with positive features). The w_j are orthogonal in blocks of W and have the
+lengths of Gaussian vectors (section 3.3).
+
+Paper: Choromanski et al. 2021, "Rethinking Attention with Performers" (arXiv 2009.14794). Reference
+code read: google-research/long-range-arena. Deviations: the w_j are drawn once, at construction;
+the scaling of the features uses no other position (`key_features`), so that padding and later
+positions have no effect.
 """
 
 import math
@@ -21,21 +27,24 @@ KERNELS = ("softmax", "relu")
 
 
 class RandomFeatures(nnx.Variable):
-    """Directions drawn with the parameters' seed and never trained."""
+    """Random directions, drawn from the seed of the parameters and not trained."""
 
 
 class Performer(KernelAttention):
     """Attention with random features.
 
     Args:
-        width, num_heads, positions, causal: as in `MultiHead`. seq_len: L, not used.
-        num_features: M; None, with kernel relu, takes queries and keys themselves in place of random projections.
-        kernel: softmax | relu, max(w . x, 0) + 0.001 (their section 4.2, "generalised attention").
+        width, num_heads, positions, causal: as in `MultiHead`.
+        seq_len: L, not used.
+        num_features: M; None, with kernel relu only, replaces the random projections by the
+            identity.
+        kernel: softmax | relu, max(w . x, 0) + 0.001 (section 4.2, "generalised attention").
     Raises:
-        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax; the message names the config key.
+        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax; the
+            message names the config key.
     """
 
-    turns_features = False
+    rotates_features = False
 
     def __init__(
         self,
@@ -53,7 +62,8 @@ class Performer(KernelAttention):
         check_option("model.kernel", kernel, KERNELS)
         if num_features is None and kernel == "softmax":
             raise ValueError(
-                "model.num_features=null takes no random features, which model.kernel=softmax needs"
+                "model.num_features=null has no random features, but model.kernel=softmax needs "
+                "them; set model.num_features or model.kernel=relu"
             )
         if num_features is not None and num_features < 1:
             raise ValueError(f"model.num_features={num_features} must be at least 1")
@@ -71,15 +81,17 @@ class Performer(KernelAttention):
         if self.kernel == "relu":
             return self.relu_features(q)
         exponent = self.exponent(q)
-        # a factor of the query's own, which the quotient of the sums does not see
+        # a factor per query cancels in the quotient of the sums
         return jnp.exp(exponent - jax.lax.stop_gradient(exponent.max(axis=-1, keepdims=True)))
 
     def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
-        """Keys share one factor, so theirs cannot be their own maximum; the published code takes that of all keys.
+        """Features of the keys, without a subtracted maximum.
 
-        None is needed against overflow: exponents are at most |w_j|^2 / 2, about W / 2, and the features are 1 in the mean
-        over w. What is added keeps the total from 0 for a query that no feature fits; the published code adds it to queries
-        too. Keys of more than twice the length sqrt(W) have features below it and weigh alike: docs/models/performer.md.
+        All keys must share one factor; the published code uses the maximum over all keys. No factor
+        is needed: exponents are at most |w_j|^2 / 2, about W / 2, and the mean of the features over
+        w is 1. The added 1e-6 keeps the denominator above 0 for a query that fits no feature; the
+        published code adds it to queries too. Keys longer than 2 sqrt(W) have features below 1e-6
+        and therefore equal weights (docs/models/performer.md).
         """
         return self.relu_features(k) if self.kernel == "relu" else jnp.exp(self.exponent(k)) + 1e-6
 
@@ -96,10 +108,10 @@ class Performer(KernelAttention):
 
 
 def orthogonal_features(key: PRNGKeyArray, num_features: int, width: int) -> Float[Array, "M W"]:
-    """Gaussian vectors, those of each block of W made orthogonal; each for itself is still N(0, I) (their section 3.3)."""
+    """Vectors distributed as N(0, I) that are orthogonal within blocks of W (section 3.3)."""
     key_direction, key_length = jax.random.split(key)
     blocks = math.ceil(num_features / width)
-    # the second factor's signs make the first uniform over rotations, whatever the QR routine's convention
+    # the signs of r make q uniform over rotations for any sign convention of the QR routine
     q, r = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, width, width)))
     q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
     rows = jnp.swapaxes(q, 1, 2).reshape(blocks * width, width)[:num_features]

@@ -1,14 +1,19 @@
-"""S4D of Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv 2206.11893).
+"""S4D, a diagonal state space model per channel.
 
-One single-input single-output state space model for each channel, with a diagonal A and a Delta of its own:
+Each channel has a single-input single-output model with its own diagonal A and Delta:
 
-    x_k = lam_bar x_{k-1} + b_bar u_k,   y_k = 2 Re(C x_k) + D u_k,   A = -exp(log_a_real) + i a_imag
+    x_k = lam_bar x_{k-1} + b_bar u_k,   y_k = 2 Re(C x_k) + D u_k
+    A = -exp(log_a_real) + i a_imag
 
-over N/2 states, one of each conjugate pair; in training it is a convolution with K_l = 2 Re sum_n C_n b_bar_n lam_bar_n^l.
-Reference code read: state-spaces/s4.
+over N/2 states, one of each conjugate pair. `__call__` convolves with
+K_l = 2 Re sum_n C_n b_bar_n lam_bar_n^l.
 
-Deviations: S4D-LegS starts B at |V^H B|, since the phases of the eigenvectors are arbitrary and those of C are random; the
-published code keeps the phases its LAPACK returns and clips the imaginary parts. The scale is the code's, twice the theorem's.
+Paper: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"
+(arXiv 2206.11893). Reference code read: state-spaces/s4.
+
+Deviations: S4D-LegS initializes B with |V^H B|, because the phases of the eigenvectors are
+arbitrary and those of C random; the published code keeps the phases that LAPACK returns and clips
+the imaginary parts. The scale is that of the code, twice the theorem's.
 """
 
 import math
@@ -19,7 +24,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
-from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.checks import at_least_float32, check_option, require_causal
+from models.mixer import MixerModule
 from models.ops.fft_convolution import fft_convolution
 from models.ops.state_space import (
     DISCRETIZATIONS,
@@ -32,19 +38,22 @@ from models.ops.state_space import (
 INITS = ("lin", "inv", "legs")
 
 
-class S4D(nnx.Module):
-    """A diagonal state space model for each channel, as a long convolution; causal unless bidirectional.
+class S4D(MixerModule):
+    """A diagonal state space model per channel, as a long convolution; causal unless bidirectional.
 
     Args:
-        width: D. seq_len: L, not used, the kernel is made as long as the input.
-        state_size: N, even; N/2 complex states a channel stand for conjugate pairs.
-        init: lin | inv | legs, the eigenvalues that A starts with: S4D-Lin, S4D-Inv, S4D-LegS.
-        num_ssms: copies of (A, B) that the channels share in turn, a divisor of D; None for one a channel.
+        width: D.
+        seq_len: L, not used.
+        state_size: N, even; each channel has N/2 complex states, one of each conjugate pair.
+        init: lin | inv | legs, the initial eigenvalues of A: S4D-Lin, S4D-Inv, S4D-LegS.
+        num_ssms: number of pairs (A, B), a divisor of D; channels share them in turn. None for one
+            per channel.
         discretization: zoh | bilinear.
-        dt_min, dt_max: Delta of each channel starts log-uniformly between them.
-        bidirectional: a second kernel, with its own C, over the inputs from the next position on.
+        dt_min, dt_max: range of the initial Delta of each channel, log-uniform.
+        bidirectional: adds a kernel, with its own C, over the positions after the current one.
     Raises:
-        ValueError: an option is unknown, N is odd, or num_ssms does not divide D; the message names the config key.
+        ValueError: an option is unknown, N is odd, or num_ssms does not divide D; the message names
+            the config key.
     """
 
     def __init__(
@@ -63,7 +72,8 @@ class S4D(nnx.Module):
     ):
         if state_size < 2 or state_size % 2:
             raise ValueError(
-                f"model.state_size={state_size} must be even, at least 2: its states are conjugate pairs"
+                f"model.state_size={state_size} must be even and at least 2, because its states "
+                "are conjugate pairs"
             )
         if num_ssms is not None and (num_ssms < 1 or width % num_ssms):
             raise ValueError(
@@ -96,12 +106,12 @@ class S4D(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        u = at_least_float32(x)  # the transform and the kernel want all their digits
+        u = at_least_float32(x)  # the transform and the kernel lose too many digits in 16 bits
         log_lam_bar, b_bar = self.system()
         c = jax.lax.complex(self.c_re[...], self.c_im[...])
         kernels = vandermonde_kernel(c * b_bar[None], log_lam_bar, x.shape[1])  # (1 or 2, D, L)
         if self.bidirectional:
-            # padding must not enter the kernel that looks ahead
+            # padding must not enter the anticausal kernel
             y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
         else:
             y = fft_convolution(u, kernels[0])
@@ -113,7 +123,7 @@ class S4D(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         return jnp.zeros((batch_size, *self.c_re.shape[1:]), jnp.complex64)
 
     def step(
@@ -130,7 +140,7 @@ class S4D(nnx.Module):
         return state, y.astype(u_t.dtype)
 
     def system(self) -> tuple[Complex[Array, "D N_half"], Complex[Array, "D N_half"]]:
-        """log(lam_bar) and b_bar of every channel's sampled system."""
+        """log(lam_bar) and b_bar of the sampled system of each channel."""
         a = jax.lax.complex(-jnp.exp(self.log_a_real[...]), self.a_imag[...])
         b = jax.lax.complex(self.b_re[...], self.b_im[...])
         repeats = (self.log_step.shape[0] // a.shape[0], 1)
@@ -143,9 +153,10 @@ class S4D(nnx.Module):
 def initial_system(
     init: str, state_size: int
 ) -> tuple[Float[np.ndarray, " N_half"], Float[np.ndarray, " N_half"]]:
-    """Imaginary parts of A, whose real parts are -1/2, and B at the start, n = 0..N/2-1.
+    """Initial imaginary parts of A, whose real parts are -1/2, and initial B, n = 0..N/2-1.
 
-    Source: S4D, section 4: S4D-Lin, pi n; S4D-Inv, N/pi (N / (2n + 1) - 1); both with B = 1; S4D-LegS, HiPPO-N's.
+    Source: S4D, section 4: pi n for S4D-Lin and N/pi (N / (2n + 1) - 1) for S4D-Inv, with B = 1;
+        HiPPO-N for S4D-LegS.
     """
     n = np.arange(state_size // 2)
     if init == "legs":

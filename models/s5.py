@@ -1,13 +1,17 @@
-"""S5 of Smith, Warrington, Linderman 2023, "Simplified State Space Layers for Sequence Modeling" (arXiv 2208.04933).
+"""S5, one diagonal state space model for all channels.
 
-One state space model for all channels, x' = A x + B u, y = C x + D u (their equation 1), diagonalised and sampled:
+x' = A x + B u, y = C x + D u (equation 1), diagonalized and sampled:
 
     x_k = lam_bar x_{k-1} + B_bar u_k,   y_k = 2 Re(C x_k) + D u_k
 
-with A = HiPPO-N in J diagonal blocks at the start, one of each conjugate pair of eigenvalues kept, and a learned Delta for each
-state. Reference code read: lindermanlab/S5, whose values the tests hold ours to.
+with J diagonal blocks of HiPPO-N as the initial A, one of each conjugate pair of eigenvalues, and a
+learned Delta per state.
 
-Deviations: none in the values. Padding does not enter the scan from the end, as it does in the published code.
+Paper: Smith, Warrington, Linderman 2023, "Simplified State Space Layers for Sequence Modeling"
+(arXiv 2208.04933). Reference code read: lindermanlab/S5, to whose values the tests compare.
+
+Deviation: padding does not enter the reversed scan; in the published code it does. Otherwise the
+values agree.
 """
 
 import math
@@ -18,7 +22,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
-from models.checks import at_least_float32, check_option, refuse_to_stream
+from models.checks import at_least_float32, check_option, require_causal
+from models.mixer import MixerModule
 from models.ops.products import real_product
 from models.ops.recurrence import linear_recurrence
 from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
@@ -26,23 +31,28 @@ from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, lo
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 
 
-class S5(nnx.Module):
+class S5(MixerModule):
     """Multi-input multi-output diagonal state space model; causal unless bidirectional.
 
-    The scan holds all states, (B, L, P) complex: they are what C reads.
+    The scan holds all states, (B, L, P) complex, because C reads them.
 
     Args:
-        width: D. seq_len: L, not used, the recurrence has no length.
-        state_size: N eigenvalues; P = N/2 of them are kept with `conj_sym`, one of each conjugate pair, else all.
-        num_blocks: J copies of HiPPO-N of size N/J on the diagonal of A at the start.
-        conj_sym: the output is 2 Re(C x) over P states, else Re(C x) over N.
+        width: D.
+        seq_len: L, not used.
+        state_size: N eigenvalues. With `conj_sym` the model has P = N/2 states, one of each
+            conjugate pair, else P = N.
+        num_blocks: J, the copies of HiPPO-N of size N/J on the diagonal of the initial A.
+        conj_sym: the output is 2 Re(C x) over P = N/2 states, else Re(C x) over N.
         discretization: zoh | bilinear.
-        dt_min, dt_max: Delta of each state starts log-uniformly between them.
-        c_init: trunc_standard_normal | lecun_normal (C V, with C of variance 1/N or 1/(N D)) | complex_normal (variance 1).
-        clip_eigs: keep the real parts of the eigenvalues at -1e-4 or below.
-        bidirectional: a second scan from the end; C has twice the columns and reads both.
+        dt_min, dt_max: range of the initial Delta of each state, log-uniform.
+        c_init: trunc_standard_normal | lecun_normal (C V, with C of variance 1/N or 1/(N D)) |
+            complex_normal (variance 1).
+        clip_eigs: clips the real parts of the eigenvalues to at most -1e-4.
+        bidirectional: adds a scan over the reversed sequence; C has twice the columns and reads
+            both.
     Raises:
-        ValueError: an option is unknown, or the sizes do not divide; the message names the config key.
+        ValueError: an option is unknown, or the sizes do not divide; the message names the config
+            key.
     """
 
     def __init__(
@@ -64,8 +74,8 @@ class S5(nnx.Module):
         part = 2 if conj_sym else 1
         if num_blocks < 1 or state_size < 1 or state_size % (part * num_blocks):
             raise ValueError(
-                f"model.state_size={state_size} must be a multiple of {part} x model.num_blocks={num_blocks}"
-                + " (conjugate pairs in every block)" * conj_sym
+                f"model.state_size={state_size} must be a multiple of {part} x "
+                f"model.num_blocks={num_blocks}" + " (conjugate pairs in every block)" * conj_sym
             )
         check_option("model.discretization", discretization, DISCRETIZATIONS)
         check_option("model.c_init", c_init, C_INITS)
@@ -78,7 +88,8 @@ class S5(nnx.Module):
         self.lam_re = nnx.Param(jnp.asarray(lam.real, jnp.float32))
         self.lam_im = nnx.Param(jnp.asarray(lam.imag, jnp.float32))
         self.log_step = nnx.Param(log_uniform_steps(rngs.params(), (states,), dt_min, dt_max))
-        # B and C are drawn in the coordinates of HiPPO and turned into its eigenvectors': V^H B and C V
+        # B and C are drawn in the basis of HiPPO and transformed to that of its eigenvectors: V^H B
+        # and C V
         v_re, v_im = jnp.asarray(vectors.real, jnp.float32), jnp.asarray(vectors.imag, jnp.float32)
         b = lecun_normal(rngs.params(), (width, num_blocks, block), state_size)
         self.b_re = nnx.Param((b @ v_re).reshape(width, states))
@@ -125,7 +136,7 @@ class S5(nnx.Module):
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         return jnp.zeros((batch_size, self.lam_re.shape[0]), jnp.complex64)
 
     def step(
@@ -157,34 +168,37 @@ def apply_ssm(
     conj_sym: bool,
     bidirectional: bool,
 ) -> Float[Array, "B L D"]:
-    """y_k = 2 Re(C x_k) (Re(C x_k) without `conj_sym`) of the sampled system, in the precision of `u`.
+    """y_k = 2 Re(C x_k) of the sampled system, in the precision of `u`.
+
+    Without `conj_sym` y_k = Re(C x_k).
 
     Args:
-        c_re, c_im: C transposed, R = P rows or, if bidirectional, 2P: the second half reads the scan from the end.
+        c_re, c_im: C transposed, R = P rows or, if bidirectional, 2P: the second half reads the
+            reversed scan.
     Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
     """
-    bu = jax.lax.complex(
-        u @ b_bar.real, u @ b_bar.imag
-    )  # two real products: complex ones are slow on every backend
+    # two real products, because complex ones are slow on every backend
+    bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)
     p = lam_bar.shape[0]
     y = read_out(linear_recurrence(lam_bar, bu), c_re[:p], c_im[:p], conj_sym)
     if bidirectional:
-        # padding must not enter the scan that starts at the end
-        back = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
-        y = y + read_out(back, c_re[p:], c_im[p:], conj_sym)
+        # padding must not enter the reversed scan
+        states = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
+        y = y + read_out(states, c_re[p:], c_im[p:], conj_sym)
     return y
 
 
 def read_out(
     x: Complex[Array, "*B P"], c_re: Float[Array, "P D"], c_im: Float[Array, "P D"], conj_sym: bool
 ) -> Float[Array, "*B D"]:
+    """Re(C x), times 2 with `conj_sym`."""
     y = real_product(x, c_re, c_im)
     return 2 * y if conj_sym else y
 
 
 def lecun_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
-    """Normal of variance 1/fan_in, truncated at two standard deviations before it is scaled to that variance.
+    """Normal of variance 1/fan_in, truncated at two standard deviations.
 
-    S5 counts fan_in over the states for B too, not over its inputs; so do we.
+    As in the published code, fan_in counts the states for B too, not its inputs.
     """
     return jax.random.truncated_normal(key, -2.0, 2.0, shape) / (0.87962566 * math.sqrt(fan_in))

@@ -1,9 +1,12 @@
-"""Spectral Transform Unit, equation (4), and AR-STU, equation (6), of "Spectral State Space Models" (arXiv 2312.06837).
+"""Spectral Transform Unit (STU), equation (4), and AR-STU, equation (6).
 
-The mathematics is `models.ops.stu`; this file owns the matrices. Reference code read: google-deepmind/spectral_ssm, which
-is this class with M_u random at the start, no negative filters and k_y = 2 (`conf/model/stu_official.yaml`).
+Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models" (arXiv 2312.06837). Reference code
+read: google-deepmind/spectral_ssm, which is this class with a random initial M_u, without negative
+filters and with k_y = 2 (`conf/model/stu_official.yaml`). `models.ops.stu` holds the mathematics,
+this module the parameters.
 
-Ours: `bidirectional`, which the paper does not have, and the recurrent form (`step`), which `models.ops.filters` derives.
+Additions to the paper: `bidirectional` and the recurrent form `step`, which `models.ops.filters`
+derives.
 """
 
 from collections.abc import Callable
@@ -13,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.checks import check_option, refuse_to_stream
+from models.checks import check_option, require_causal
+from models.mixer import MixerModule
 from models.ops.filter_step import initial_features, next_features
 from models.ops.filters import alternative_filters, spectral_filters
-from models.ops.stu import EXACT, stu
+from models.ops.stu import HIGHEST, stu
 
 FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
 INITS = ("zeros", "truncated_normal")
@@ -25,25 +29,27 @@ State = dict[str, Array]
 
 
 class Filter(nnx.Variable):
-    """A fixed array that follows from the configuration: no gradient, nothing to save."""
+    """A constant array that follows from the configuration: not trained and not saved."""
 
 
-class STU(nnx.Module):
+class STU(MixerModule):
     """Spectral filters over the input plus feedback from the output; causal unless bidirectional.
 
     Args:
         width: D, of input and output.
-        seq_len: L, the length the filters are made for.
-        num_filters: K, largest eigenpairs of the matrix of `filters`.
-        filters: hankel | alternative, the paper's section 2 or its appendix D.
-        k_u: direct input taps M_u (equation (4) has 3).
-        k_y: None for equation (4), where y_t starts from y_{t-2}; else the number of learned feedback matrices of equation (6).
-        negative_filters: also the features U- with signs (-1)^i, as in the paper; hankel only.
-        init_m_u: zeros (the paper) | truncated_normal (its code: scale D^(-1/2), cut at 2). All other matrices start at 0.
-        bidirectional: a second unit with matrices of its own reads the sequence from its end; the outputs are added.
+        seq_len: L, the length of the filters and the longest input.
+        num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
+        filters: hankel | alternative, section 2 or appendix D of the paper.
+        k_u: number of direct input taps M_u (3 in equation (4)).
+        k_y: None for equation (4), which adds y_{t-2}; else the number of learned feedback matrices
+            of equation (6).
+        negative_filters: adds the features U- with signs (-1)^i, as in the paper; hankel only.
+        init_m_u: zeros (the paper) | truncated_normal (its code: scale D^(-1/2), cut at 2). All
+            other matrices start at 0.
+        bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
-        ValueError: K, k_u or k_y reaches beyond L, a size below 1, or an option that is unknown or does not fit; the message
-            names the config key.
+        ValueError: K, k_u or k_y exceeds L, a size is below 1, or an option is unknown or does not
+            fit; the message names the config key.
     """
 
     def __init__(
@@ -60,16 +66,17 @@ class STU(nnx.Module):
         bidirectional: bool,
         rngs: nnx.Rngs,
     ):
-        if k_u < 1 or (k_y is not None and k_y < 1):
-            taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
-            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
+        for key, value in (("k_u", k_u), ("k_y", k_y)):
+            if value is not None and value < 1:
+                null = "; null is equation (4)" if key == "k_y" else ""
+                raise ValueError(f"model.{key}={value} must be at least 1{null}")
         check_option("model.init_m_u", init_m_u, INITS)
         if k_u > seq_len or (k_y is not None and k_y >= seq_len):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
-            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len} has positions")
+            raise ValueError(f"{taps} reach further back than task.seq_len={seq_len}; lower them")
         self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
         self.causal = not bidirectional
-        self.sigma, self.phi = fixed_filters(filters, seq_len, num_filters, negative_filters)
+        self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
         self.m_u = nnx.Param(
             jnp.zeros((k_u, width, width))
             if init_m_u == "zeros"
@@ -80,7 +87,7 @@ class STU(nnx.Module):
             nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
         )
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
-        self.backward = (
+        self.anticausal = (
             STU(
                 width,
                 seq_len,
@@ -105,44 +112,42 @@ class STU(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        x = jnp.where(
-            mask[..., None], x, 0
-        )  # rounding in the transforms is not causal: padding would be seen in it
+        # rounding errors of the transforms are not causal: padding would change them
+        x = jnp.where(mask[..., None], x, 0)
         m_minus = None if self.m_minus is None else self.m_minus[...]
         m_y = "lag2" if self.m_y is None else self.m_y[...]
         y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
-        return y if self.backward is None else y + from_the_end(self.backward, x, mask)
+        return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
     def init_state(self, batch_size: int) -> State:
-        """What `step` knows before the first input; its size depends on K, k_u, k_y and D, not on L.
+        """The state before the first input, zero; its size depends on K, k_u, k_y and D, not on L.
 
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         k_u, width, _ = self.m_u.shape
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
-        state = {
-            "inputs": jnp.zeros(
-                (batch_size, max(k_u - 1, 2), width)
-            ),  # the latest first, here and below
+        state = {  # inputs and outputs: the latest first
+            "inputs": jnp.zeros((batch_size, max(k_u - 1, 2), width)),
             "outputs": jnp.zeros((batch_size, 2 if self.m_y is None else self.m_y.shape[0], width)),
             "plus": features,
         }
         return state if self.m_minus is None else state | {"minus": features}
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """One more input and its output, as `__call__` gives it, up to the error that `filter_recurrence` states.
+        """The next state and output: one position of `__call__`.
 
-        Made for L steps: after them filters go on where those of `__call__` end.
+        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
+        recurrence continue, and those of `__call__` end.
         """
         dtype = state["plus"].dtype
         bank = (self.filters, self.seq_len, self.num_filters)
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
         m_u = self.m_u[...].astype(dtype)
-        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=EXACT)
-        # y_t sees U_{t-2}, so the features are fed two steps late.
+        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=HIGHEST)
+        # y_t reads U_{t-2}, so the features receive their input two steps late
         new["plus"] = next_features(state["plus"], recent[:, 2], *bank)
         y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
         if self.m_minus is not None:
@@ -152,24 +157,26 @@ class STU(nnx.Module):
             y = y + state["outputs"][:, 1]
         else:
             y = y + jnp.einsum(
-                "bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=EXACT
+                "bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=HIGHEST
             )
         new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
         return new, y.astype(u_t.dtype)
 
 
-def fixed_filters(
+def filter_variables(
     filters: str, seq_len: int, num_filters: int, negative_filters: bool
 ) -> tuple[Filter, Filter]:
-    """sigma (K,) and phi (L, K) by name, as variables that nobody trains.
+    """sigma (K,) and phi (L, K) of the named matrix, as variables that are not trained.
 
     Raises:
-        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the message names the config key.
+        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the
+            message names the config key.
     """
     check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
         raise ValueError(
-            "model.filters=alternative have the signs (-1)^i among them; set model.negative_filters=false"
+            "model.filters=alternative already include the signs (-1)^i; "
+            "set model.negative_filters=false"
         )
     sigma, phi = FILTERS[filters](seq_len, num_filters)
     return Filter(jnp.asarray(sigma)), Filter(jnp.asarray(phi))
@@ -178,20 +185,21 @@ def fixed_filters(
 def weighted(
     h: Float[Array, "B N D"], sigma: Float[Array, " K"], m: Float[Array, "K D D_out"]
 ) -> Float[Array, "B D_out"]:
-    """sum_k sigma_k^(1/4) h_k m_k over the first K states, or all where there are fewer."""
+    """sum_k sigma_k^(1/4) h_k m_k over the first K states, or over all N if N < K."""
     num = min(h.shape[1], sigma.shape[0])
     scale = sigma[:num].astype(h.dtype) ** 0.25
     return jnp.einsum(
-        "bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=EXACT
+        "bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=HIGHEST
     )
 
 
-def from_the_end(
+def apply_reversed(
     mixer: Callable[..., Array], x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """The output of a causal, linear mixer that reads each sequence from its last real position to its first.
+    """The outputs of a causal, linear mixer over the reversed sequences, in the original order.
 
-    Padding comes first in that order; as zeros it leaves a linear mixer at rest.
+    Padding comes first in the reversed sequence and is set to zero, which keeps the state of a
+    linear mixer at zero.
     """
-    backwards = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
-    return jnp.flip(mixer(backwards, jnp.flip(mask, 1)), 1)
+    reversed_x = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
+    return jnp.flip(mixer(reversed_x, jnp.flip(mask, 1)), 1)

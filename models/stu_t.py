@@ -1,9 +1,14 @@
-"""STU-T, the tensorised Spectral Transform Unit of "Flash STU: Fast Spectral Transform Units" (arXiv 2409.10489).
+"""STU-T, the tensorized Spectral Transform Unit.
 
-Each matrix M_k of the STU is one matrix, the same for all k, times one number per output channel:
-M_k[i, o] = m_in[i, o] m_filters[k, o]. So the input is multiplied once and each channel convolved with one filter of its own.
-Reference code read: windsornguyen/flash-stu with `use_approx`. As there, U- shares the matrices of U+, and neither the direct
-taps M_u nor the feedback from y of the STU paper are left, nor its lag of 2, which belongs to the feedback.
+Each matrix M_k of the STU factors into one matrix for all k and one number per output channel,
+
+    M_k[i, o] = m_in[i, o] m_filters[k, o]
+
+so that the input is multiplied once and each channel is convolved with one filter.
+
+Paper: "Flash STU: Fast Spectral Transform Units" (arXiv 2409.10489). Reference code read:
+windsornguyen/flash-stu with `use_approx`. As there, U- shares the matrices of U+, and the direct
+taps M_u, the feedback from y and its lag of 2 are absent. Deviations: docs/models/stu.md.
 """
 
 import jax
@@ -11,26 +16,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.checks import refuse_to_stream
+from models.checks import require_causal
+from models.mixer import MixerModule
 from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
-from models.stu import State, fixed_filters, from_the_end
+from models.stu import State, apply_reversed, filter_variables
 
 
-class TensorizedSTU(nnx.Module):
-    """One matrix product, then spectral filters channel by channel; causal unless bidirectional.
+class TensorizedSTU(MixerModule):
+    """One matrix product, then one spectral filter per channel; causal unless bidirectional.
 
-    y_t = sum_k sigma_k^(1/4) m_filters[k] * (X+_{t,k} + X-_{t,k}), where X are the features U of x_t = u_t m_in.
+    y_t = sum_k sigma_k^(1/4) m_filters[k] * (X+_{t,k} + X-_{t,k}), where X are the features U of
+    x_t = u_t m_in.
 
     Args:
         width: D, of input and output.
-        seq_len: L, the length the filters are made for.
-        num_filters: K, largest eigenpairs of the matrix of `filters`.
+        seq_len: L, the length of the filters and the longest input.
+        num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
         filters: hankel | alternative, section 2 or appendix D of the STU paper.
-        negative_filters: also the features X- with signs (-1)^i; hankel only.
-        bidirectional: a second unit with matrices of its own reads the sequence from its end; the outputs are added.
+        negative_filters: adds the features X- with signs (-1)^i; hankel only.
+        bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
-        ValueError: K > L, or an option that is unknown or does not fit; the message names the config key.
+        ValueError: K > L, or an option that is unknown or does not fit; the message names the
+            config key.
     """
 
     def __init__(
@@ -46,12 +54,12 @@ class TensorizedSTU(nnx.Module):
     ):
         self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
         self.causal, self.negative_filters = not bidirectional, negative_filters
-        self.sigma, self.phi = fixed_filters(filters, seq_len, num_filters, negative_filters)
-        # Neither factor may start at zero: the other would have no gradient.
+        self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
+        # If one factor were zero initially, the other would have no gradient.
         xavier = jax.nn.initializers.glorot_normal()
         self.m_in = nnx.Param(xavier(rngs.params(), (width, width)))
         self.m_filters = nnx.Param(xavier(rngs.params(), (num_filters, width)))
-        self.backward = (
+        self.anticausal = (
             TensorizedSTU(
                 width,
                 seq_len,
@@ -76,11 +84,11 @@ class TensorizedSTU(nnx.Module):
         length = x.shape[1]
         if length > self.seq_len:
             raise ValueError(
-                f"the filters have length {self.seq_len} and the input {length}; set task.seq_len to {length} or more"
+                f"the filters have length {self.seq_len} and the input {length}; "
+                f"set task.seq_len to {length} or more"
             )
-        x = jnp.where(
-            mask[..., None], x, 0
-        )  # rounding in the transforms is not causal: padding would be seen in it
+        # rounding errors of the transforms are not causal: padding would change them
+        x = jnp.where(mask[..., None], x, 0)
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
         if self.negative_filters:
             # phi(i) + (-1)^i phi(i)
@@ -88,7 +96,7 @@ class TensorizedSTU(nnx.Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the transforms
         u = (x @ self.m_in[...].astype(x.dtype)).astype(dtype)
         y = fft_convolution(u, filters.astype(dtype).T).astype(x.dtype)
-        return y if self.backward is None else y + from_the_end(self.backward, x, mask)
+        return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
     def scales(self) -> Float[Array, "K D"]:
         """sigma_k^(1/4) m_filters[k], at least in float32."""
@@ -97,12 +105,12 @@ class TensorizedSTU(nnx.Module):
         )
 
     def init_state(self, batch_size: int) -> State:
-        """What `step` knows before the first input; its size depends on K and D, not on L.
+        """The state before the first input, zero; its size depends on K and D, not on L.
 
         Raises:
             ValueError: the model is bidirectional.
         """
-        refuse_to_stream(self.causal)
+        require_causal(self.causal)
         width = self.m_in.shape[0]
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
         return (
@@ -110,9 +118,10 @@ class TensorizedSTU(nnx.Module):
         )
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """One more input and its output, as `__call__` gives it, up to the error that `filter_recurrence` states.
+        """The next state and output: one position of `__call__`.
 
-        Made for L steps: after them filters go on where those of `__call__` end.
+        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
+        recurrence continue, and those of `__call__` end.
         """
         x_t = (u_t @ self.m_in[...].astype(u_t.dtype)).astype(state["plus"].dtype)
         bank = (self.filters, self.seq_len, self.num_filters)

@@ -1,11 +1,13 @@
-"""What every model, task and experiment in conf/ has to meet. A new YAML file is tested without anybody editing this one."""
+"""The contract of every model, task and experiment in conf/, found there without an edit here."""
 
 import inspect
-import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hydra.utils import get_class
@@ -13,254 +15,271 @@ from omegaconf import OmegaConf
 
 import lra
 from lra.config.build import build_task, constructor_arguments, data_arguments, model_builder
-from lra.config.cost import abstract_model, cost, state_size
+from lra.config.cost import abstract_model, cost, parameters, state_size
 from lra.config.options import options
 from lra.data.store import prepare
 from lra.errors import ConfigError, DataError
+from lra.runs.records import read_record
 from lra.tasks.base import SPLITS
 from lra.training.optimizer import assign_groups
 from lra.training.setup import Setup
-from lra.training.state import Examples, State
+from lra.training.state import Examples, initial_state
 from lra.training.step import compile_program
+from models.mixer import MixerFactory, StreamingMixer
 
 MODELS, TASKS, EXPERIMENTS, PROTOCOLS = (
     options(g) for g in ("model", "task", "experiment", "protocol")
 )
-SUPPLIED = {"width", "seq_len", "rngs", "self"}  # what the backbone gives a mixer
-BATCH = 3
-KNOWN = (
-    "text",
-    "retrieval",
-    "image",
-    "scifar",
-)  # the tests' own files stand in for their publishers'
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def built(request, data_root):
-    """A small model of each kind for the tiny task, its parameters moved off their start (the paper's are zero)."""
-    cfg = lra.compose(
-        [f"model={request.param}", *TINY_TASK, "backbone.depth=2", "backbone.width=16"]
-    )
-    task = build_task(cfg)
-    model = model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
-    graph, params, stats, fixed = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    return Built(request.param, cfg, task, graph, noisy(params), stats, fixed)
-
-
-def noisy(params):
-    keys = nnx.Rngs(noise=1)
-    return jax.tree.map(
-        lambda x: x + 0.02 * jax.random.normal(keys.noise(), x.shape, x.dtype), params
-    )
-
-
+WIDTH, DEPTH, BATCH = 16, 2, 3
 TINY_TASK = ["task=listops_short", "task.max_length=30"]
 
 
-class Built:
-    def __init__(self, name, cfg, task, graph, params, stats, fixed):
-        self.name, self.cfg, self.task = name, cfg, task
-        self.graph, self.params, self.batch_stats, self.constants = graph, params, stats, fixed
+# ---- models
 
-    def model(self, params=None):
-        return nnx.merge(
-            self.graph,
-            self.params if params is None else params,
-            self.batch_stats,
-            self.constants,
-            copy=True,
+
+class Built:
+    """A small model of each kind, whose compiled functions all tests of the model share."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.cfg = lra.compose(
+            [f"model={name}", *TINY_TASK, f"backbone.depth={DEPTH}", f"backbone.width={WIDTH}"]
         )
+        self.task = build_task(self.cfg)
+        self.builder = model_builder(self.cfg, self.task)
+        model = self.builder(rngs=nnx.Rngs(params=jax.random.key(0)))
+        self.graph, self.initial, self.batch_stats, self.constants = nnx.split(
+            model, nnx.Param, nnx.BatchStat, ...
+        )
+        self.params = perturbed(self.initial)
+        self.mixer = model.blocks[0].mixer
+
+        def loss(params, inputs, lengths, labels):
+            logits = self.model(params)(inputs, lengths, train=True, rngs=nnx.Rngs(dropout=0))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), logits
+
+        def mix(params, x, mask):
+            mixer = self.model(params).blocks[0].mixer
+            return mixer(x, mask, **{"residual": x} if mixer.gates_residual else {})
+
+        self.forward = jax.jit(lambda *args: self.model(self.params)(*args))
+        self.loss_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        self.mix = lambda x, mask: mix_jitted(self.params, x, mask)
+        mix_jitted = jax.jit(mix)
+
+    def model(self, params):
+        return nnx.merge(self.graph, params, self.batch_stats, self.constants, copy=True)
 
     def batch(self, seed=0, batch=BATCH):
+        """Random ids, zero at padding, and lengths."""
         rng = np.random.default_rng(seed)
         inputs = rng.integers(3, len(self.task.vocab), (batch, self.task.seq_len))
         lengths = rng.integers(5, self.task.seq_len - 5, batch)
         inputs[np.arange(self.task.seq_len) >= lengths[:, None]] = 0
         return jnp.asarray(inputs, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
+    def padding_replaced(self, inputs, lengths):
+        other = jnp.where(np.arange(self.task.seq_len) >= np.asarray(lengths)[:, None], 7, inputs)
+        assert (other != inputs).any()
+        return other
+
+    def sequences(self, dtype=jnp.float32):
+        """Inputs (2, L, D) of a mixer, and masks of a whole and of a padded pair."""
+        length = self.task.seq_len
+        x = jax.random.normal(jax.random.key(1), (2, length, WIDTH)).astype(dtype)
+        padded = jnp.arange(length)[None, :] < jnp.asarray([length, 20])[:, None]
+        return x, jnp.ones(x.shape[:2], bool), padded
+
+
+def perturbed(params):
+    """`params` plus noise, because some papers start parameters at zero."""
+    keys = nnx.Rngs(noise=1)
+    return jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(keys.noise(), x.shape, x.dtype), params
+    )
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(request):
+    return Built(request.param)
+
 
 def test_logits_have_shape_and_dtype(built):
-    logits = built.model()(*built.batch())
+    logits = built.forward(*built.batch())
     assert logits.shape == (BATCH, built.task.num_classes)
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
 
 
 def test_every_parameter_has_a_finite_gradient_that_is_not_zero(built):
-    inputs, lengths = built.batch()
-
-    def loss(params):
-        logits = built.model(params)(inputs, lengths, train=True, rngs=nnx.Rngs(dropout=0))
-        return (jax.nn.log_softmax(logits)[:, 0] ** 2).mean()
-
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(built.params)):
+    _, grads = built.loss_and_gradients(built.params, *built.batch(), jnp.arange(BATCH))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all(), jax.tree_util.keystr(path)
         assert np.abs(grad).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+def test_small_model_overfits_one_batch(built):
+    """In 60 steps of Adam the training loss falls below 10 % of its first value."""
+    tx, params = optax.adam(1e-2), built.initial
+    opt, losses = tx.init(params), []
+
+    @jax.jit
+    def update(grads, opt, params):
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt
+
+    for _ in range(60):
+        (loss, _), grads = built.loss_and_gradients(params, *built.batch(), jnp.arange(BATCH))
+        params, opt = update(grads, opt, params)
+        losses.append(float(loss))
+    assert losses[0] > 1
+    assert losses[-1] < 0.1 * losses[0]
+
+
 def test_padding_changes_nothing(built):
     inputs, lengths = built.batch()
-    padding = np.arange(built.task.seq_len)[None, :] >= np.asarray(lengths)[:, None]
-    other = jnp.where(padding, 7, inputs)
-    assert (other != inputs).any()
-    model = built.model()
-    np.testing.assert_allclose(model(inputs, lengths), model(other, lengths), atol=1e-5)
+    other = built.padding_replaced(inputs, lengths)
+    np.testing.assert_allclose(
+        built.forward(inputs, lengths), built.forward(other, lengths), atol=1e-5
+    )
 
 
 def test_padding_changes_no_training_step(built):
-    """Batch statistics are taken over real positions only."""
+    """Batch statistics cover real positions only."""
     inputs, lengths = built.batch()
-    padding = np.arange(built.task.seq_len)[None, :] >= np.asarray(lengths)[:, None]
-
-    def logits(x):
-        return built.model()(x, lengths, train=True, rngs=nnx.Rngs(dropout=0))
-
-    np.testing.assert_allclose(logits(inputs), logits(jnp.where(padding, 7, inputs)), atol=1e-5)
-
-
-def test_causal_mixers_ignore_the_future(built):
-    mixer = built.model().blocks[0].mixer
-    if not mixer.causal:
-        pytest.skip("looks ahead by design")
-    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16))
-    mask = jnp.ones(x.shape[:2], bool)
-    cut = built.task.seq_len // 2
-    before = mixer(x, mask, train=False, rngs=None)
-    after = mixer(x.at[:, cut:].add(1.0), mask, train=False, rngs=None)
-    np.testing.assert_allclose(before[:, :cut], after[:, :cut], atol=1e-5)
-    assert np.abs(before[:, cut:] - after[:, cut:]).max() > 1e-3
-
-
-def test_mixers_that_claim_to_look_ahead_do(built):
-    mixer = built.model().blocks[0].mixer
-    if mixer.causal:
-        pytest.skip("causal")
-    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16))
-    mask = jnp.ones(x.shape[:2], bool)
-    before, after = (
-        mixer(x, mask, train=False, rngs=None),
-        mixer(x.at[:, -1].add(10.0), mask, train=False, rngs=None),
+    (_, logits), (_, other) = (
+        built.loss_and_gradients(built.params, x, lengths, jnp.arange(BATCH))[0]
+        for x in (inputs, built.padding_replaced(inputs, lengths))
     )
-    assert np.abs(before[:, 0] - after[:, 0]).max() > 1e-5
+    np.testing.assert_allclose(logits, other, atol=1e-5)
 
 
-def test_examples_of_a_batch_do_not_meet(built):
+def test_causal_mixers_ignore_the_future_and_others_do_not(built):
+    x, mask, _ = built.sequences()
+    if built.mixer.causal:
+        cut = built.task.seq_len // 2
+        before, after = built.mix(x, mask), built.mix(x.at[:, cut:].add(1.0), mask)
+        np.testing.assert_allclose(before[:, :cut], after[:, :cut], atol=1e-5)
+        assert np.abs(before[:, cut:] - after[:, cut:]).max() > 1e-3
+    else:
+        before, after = built.mix(x, mask), built.mix(x.at[:, -1].add(10.0), mask)
+        assert np.abs(before[:, 0] - after[:, 0]).max() > 1e-5
+
+
+def test_examples_of_a_batch_are_independent(built):
     inputs, lengths = built.batch()
-    model = built.model()
-    alone = jnp.concatenate([model(inputs[i : i + 1], lengths[i : i + 1]) for i in range(BATCH)])
-    np.testing.assert_allclose(model(inputs, lengths), alone, atol=1e-5)
-    np.testing.assert_allclose(
-        model(inputs[::-1], lengths[::-1]), model(inputs, lengths)[::-1], atol=1e-5
-    )
+    others, other_lengths = built.batch(seed=1)
+    logits = built.forward(inputs, lengths)
+    for i in range(BATCH):
+        among_others = built.forward(
+            others.at[i].set(inputs[i]), other_lengths.at[i].set(lengths[i])
+        )
+        np.testing.assert_allclose(among_others[i], logits[i], atol=1e-5)
+        assert np.abs(among_others - logits).max() > 1e-3
+    np.testing.assert_allclose(built.forward(inputs[::-1], lengths[::-1]), logits[::-1], atol=1e-5)
 
 
 def test_same_seed_same_parameters(built):
     def params(seed):
-        return nnx.state(
-            model_builder(built.cfg, built.task)(rngs=nnx.Rngs(params=jax.random.key(seed))),
-            nnx.Param,
-        )
+        return nnx.state(built.builder(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
 
-    first, again, other = params(0), params(0), params(1)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
-    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, other)))
+    equal = jax.tree.map(np.array_equal, built.initial, params(0))
+    assert all(jax.tree.leaves(equal))
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, built.initial, params(1))))
 
 
-def test_inputs_longer_than_the_model_was_made_for_are_refused(built):
+def test_inputs_longer_than_the_model_are_refused(built):
     inputs, lengths = built.batch()
     with pytest.raises(ValueError, match=r"built for task\.seq_len="):
-        built.model()(jnp.pad(inputs, ((0, 0), (0, 1))), lengths)
+        jax.eval_shape(built.model(built.params), jnp.pad(inputs, ((0, 0), (0, 1))), lengths)
 
 
 def test_training_step_returns_what_it_takes(built):
-    """Shapes, dtypes and weak types: else the second call would compile again, and a checkpoint would not fit."""
+    """Shapes, dtypes and weak types are stable, so that the second call does not compile again."""
     setup = Setup(built.cfg)
-    program = compile_program(setup, 4)
-    state = State(
-        jnp.int32(0),
-        setup.params,
-        setup.batch_stats,
-        setup.tx.init(setup.params),
-        jnp.zeros(3),
-        jnp.bool_(True),
-    )
+    state = initial_state(setup)[0]
     inputs, lengths = built.batch(batch=8)
     data = Examples(inputs.astype(jnp.uint8), lengths, jnp.zeros(8, jnp.int32))
-    after = jax.eval_shape(program.run, state, setup.constants, data, jnp.int32(2))
+    after = jax.eval_shape(
+        compile_program(setup, 4).run, state, setup.constants, data, jnp.int32(2)
+    )
     found, expected = (jax.tree.map(jax.typeof, tree) for tree in (after, state))
     assert found == expected
 
 
-def test_parameter_count_does_not_grow_with_length(built):
-    if getattr(built.model().blocks[0].mixer, "grows_with_length", False):
-        pytest.skip(
-            "has parameters for each scale of the length by design; its own test counts them"
-        )
-
+def test_parameter_count_grows_with_length_only_if_declared(built):
     def count(length):
-        words = [
-            f"model={built.name}",
-            "task=listops_short",
-            f"task.max_length={length}",
-            "backbone.width=16",
-        ]
-        return cost(lra.compose(words)).params
+        words = [f"model={built.name}", "task=listops_short", f"backbone.width={WIDTH}"]
+        cfg = lra.compose([*words, f"task.max_length={length}"])
+        return parameters(abstract_model(cfg, build_task(cfg)))
 
-    assert count(30) == count(60)
+    assert (count(30) != count(60)) == built.mixer.grows_with_length
 
 
-def test_parameters_that_are_printed_are_those_that_train(built):
+def test_reported_parameters_are_those_that_train(built):
     found = cost(built.cfg)
     assert found.params == sum(x.size for x in jax.tree.leaves(built.params))
-    assert (found.width, found.depth) == (16, 2)
+    assert (found.width, found.depth) == (WIDTH, DEPTH)
     assert found.note == ""
-    assert found.flops > 2 * built.task.seq_len * 16 * 16
+    assert found.flops > 2 * built.task.seq_len * WIDTH * WIDTH
 
 
 def test_bfloat16_is_near_float32(built):
-    """A mixer's own sums and states stay in float32; only what comes in and goes out is rounded."""
-    mixer = built.model().blocks[0].mixer
-    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16)).astype(jnp.bfloat16)
-    mask = jnp.arange(built.task.seq_len)[None, :] < jnp.asarray([built.task.seq_len, 20])[:, None]
-    exact, y = run(mixer, x.astype(jnp.float32), mask), run(mixer, x, mask)
+    """Sums and states of a mixer stay float32; activations and factors of products are rounded."""
+    x, _, padded = built.sequences(jnp.bfloat16)
+    exact, y = built.mix(x.astype(jnp.float32), padded), built.mix(x, padded)
     assert y.dtype == jnp.bfloat16
-    real = np.asarray(mask)
-    # 8 bits are 0.4 % at each rounding on the way; ours lose 0.2 to 1.2 % of the largest output
+    real = np.asarray(padded)
+    # each rounding to 8 bits loses 0.4 %; the mixers lose 0.2 to 1.2 % of the largest output
     np.testing.assert_allclose(
         y.astype(jnp.float32)[real], exact[real], rtol=0, atol=0.03 * np.abs(exact).max()
     )
 
 
-def test_padding_changes_nothing_in_16_bits(built):
-    """Not even through rounding, where transforms mix all positions."""
-    mixer = built.model().blocks[0].mixer
-    x = jax.random.normal(jax.random.key(1), (2, built.task.seq_len, 16)).astype(jnp.bfloat16)
-    mask = jnp.arange(built.task.seq_len)[None, :] < jnp.asarray([built.task.seq_len, 20])[:, None]
-    y, other = run(mixer, x, mask), run(mixer, jnp.where(mask[..., None], x, 100 * x), mask)
-    real = np.asarray(mask)
+def test_padding_changes_nothing_in_bfloat16(built):
+    """Not even by rounding errors of transforms that mix all positions."""
+    x, _, padded = built.sequences(jnp.bfloat16)
+    y, other = built.mix(x, padded), built.mix(jnp.where(padded[..., None], x, 100 * x), padded)
+    real = np.asarray(padded)
     np.testing.assert_array_equal(y.astype(jnp.float32)[real], other.astype(jnp.float32)[real])
 
 
-def run(mixer, x, mask):
-    extra = {"residual": x} if getattr(mixer, "gates_residual", False) else {}
-    return mixer(x, mask, train=False, rngs=None, **extra)
+def test_groups_of_the_recipe_have_parameters_in_every_layer(built):
+    groups = {group.name: group for group in assign_groups(built.cfg.optim, built.params)[0]}
+    for name, rule in (built.cfg.optim.groups or {}).items():
+        assert (groups[name].lr_factor, groups[name].weight_decay) == (
+            rule.lr_factor,
+            rule.weight_decay,
+        )
+        layers = {
+            int(path.split("/")[1]) for path in groups[name].paths if path.startswith("blocks/")
+        }
+        assert layers in (set(), set(range(DEPTH))), groups[name].paths
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_streaming_equals_parallel(name):
-    """Where a mixer has a recurrent form, with the option that makes it causal; over more than one of Mega's chunks."""
-    mixer, length = causal_mixer(name, 150)
-    if not hasattr(mixer, "init_state"):
+    """With the option that makes the mixer causal, over more than one of Mega's chunks."""
+    cfg = lra.compose(causal_words(name, 150))
+    task = build_task(cfg)
+    model = model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
+    if not isinstance(model.blocks[0].mixer, StreamingMixer):
         pytest.skip("no recurrent form")
-    x = jax.random.normal(jax.random.key(1), (2, length, 16))
-    parallel = run(mixer, x, jnp.ones(x.shape[:2], bool))
-    _, y = jax.lax.scan(
-        mixer.step, mixer.init_state(2), x.swapaxes(0, 1)
-    )  # refuses a state that changes its shape
-    np.testing.assert_allclose(
-        y.swapaxes(0, 1), parallel, rtol=0, atol=2e-5 * np.abs(parallel).max()
-    )
+    graph, params, rest = nnx.split(model.blocks[0].mixer, nnx.Param, ...)
+    params = perturbed(params)
+
+    @jax.jit
+    def both(x):
+        mixer = nnx.merge(graph, params, rest)
+        extra = {"residual": x} if mixer.gates_residual else {}
+        parallel = mixer(x, jnp.ones(x.shape[:2], bool), **extra)
+        # the scan refuses a state that changes its shape
+        _, streamed = jax.lax.scan(mixer.step, mixer.init_state(2), x.swapaxes(0, 1))
+        return parallel, streamed.swapaxes(0, 1)
+
+    parallel, streamed = both(jax.random.normal(jax.random.key(1), (2, task.seq_len, WIDTH)))
+    np.testing.assert_allclose(streamed, parallel, rtol=0, atol=2e-5 * np.abs(parallel).max())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -271,90 +290,88 @@ def test_recurrent_state_does_not_grow_with_length(name):
 
     if (short := size(1000)) is None:
         pytest.skip("no recurrent form")
-    # the sums of exponentials that stand for STU's filters reach their last, 2 K, here
+    # the recurrence of the STU's filters reaches its largest size, 2 K, here
     assert size(2000) <= 1.1 * short
 
 
-def causal_mixer(name, max_length):
-    """A mixer of the model, made causal where that is an option, its parameters moved off their start; and L."""
-    cfg = lra.compose(causal_words(name, max_length))
-    task = build_task(cfg)
-    graph, params, rest = nnx.split(
-        model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0))), nnx.Param, ...
-    )
-    return nnx.merge(graph, noisy(params), rest).blocks[0].mixer, task.seq_len
-
-
-def test_recipe_names_parameters_that_exist(built):
-    groups, _ = assign_groups(built.cfg.optim, built.params)
-    assert sum(group.num_params for group in groups) == sum(
-        x.size for x in jax.tree.leaves(built.params)
-    )
-    assert set(built.cfg.optim.groups or {}) <= {group.name for group in groups}
+def causal_words(name, max_length):
+    """Overrides of a one-layer model, made causal if it has such an option."""
+    words = [f"model={name}", "task=listops_short", f"task.max_length={max_length}"]
+    # a class token comes first, where a causal mixer reads no other position
+    words += ["backbone.depth=1", f"backbone.width={WIDTH}", "backbone.pool=mean"]
+    section = lra.compose(words).model
+    causal = {"bidirectional": "false", "causal": "true"}
+    return [*words, *(f"model.{key}={value}" for key, value in causal.items() if key in section)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_yaml_carries_every_argument(name):
-    """So that a typo on the command line is refused, and every default is written in one place."""
+def test_model_yaml_has_every_argument(name):
+    """A misspelt override is refused, and every default is written in one place."""
     section = lra.compose([f"model={name}"]).model
-    wanted = set(inspect.signature(get_class(section._target_).__init__).parameters) - SUPPLIED
+    wanted = parameter_names(get_class(section._target_).__init__)
+    wanted -= parameter_names(MixerFactory.__call__)
     assert set(constructor_arguments(section)) - {"_target_", "_partial_"} == wanted
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(ConfigError, match="unknown key model.frobnicate"):
+        lra.compose([f"model={name}", "model.frobnicate=1"])
+
+
+# ---- tasks
+
+
+def parameter_names(function):
+    return set(inspect.signature(function).parameters)
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_task_yaml_carries_every_argument(name):
+def test_task_yaml_has_every_argument(name):
+    """All arguments that the harness does not supply, and the sizes that conf/ refers to."""
     section = lra.compose([f"task={name}"]).task
-    wanted = set(inspect.signature(get_class(section._target_).__init__).parameters)
-    assert set(constructor_arguments(section)) - {"_target_"} == wanted - {
-        "self",
-        "protocol",
-        "data_root",
-    }
-    assert set(section.hparams) - {"pool"} == {
-        "depth",
-        "width",
-        "state_size",
-        "num_heads",
-        "dropout",
-        "batch_size",
-        "steps",
-    }
+    supplied = {"self", "protocol", "data_root"}
+    wanted = parameter_names(get_class(section._target_).__init__)
+    assert supplied <= wanted
+    assert set(constructor_arguments(section)) - {"_target_"} == wanted - supplied
+    conf = Path(lra.__file__).parents[1] / "conf"
+    used = re.findall(
+        r"\$\{task\.hparams\.(\w+)\}", "".join(f.read_text() for f in conf.glob("*/*.yaml"))
+    )
+    assert len(used) > 4
+    assert set(used) <= set(section.hparams)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", TASKS)
-def test_task_is_named_and_has_a_vocabulary_of_its_own(name, protocol):
+def test_task_has_its_name_and_distinct_tokens(name, protocol):
     task = build_task(lra.compose([f"task={name}", f"protocol={protocol}"]))
     assert task.name == name
     assert task.vocab is None or len(set(task.vocab)) == len(task.vocab)
-    assert (
-        build_task(lra.compose([f"task={name}", f"protocol={protocol}"])).fingerprint()
-        == task.fingerprint()
-    )
 
 
-SMALL = "task.sizes={train: 40, val: 8, test: 8}"  # of tasks that are generated
+def small_task(name, publishers, *overrides):
+    """Overrides of a task with few examples, generated or in the format of its publisher."""
+    words = [f"task={name}", f"data.root={publishers}", "data.allow_partial=true", *overrides]
+    generated = "sizes" in lra.compose(words).task
+    return [*words, *(["task.sizes={train: 40, val: 8, test: 8}"] if generated else [])]
+
+
+def skip_without_files(task):
+    """Skips a task if the tests have no files in its publisher's format."""
+    try:
+        task.source_files()
+    except DataError as error:
+        pytest.skip(f"needs the publisher's files: {error}")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", TASKS)
 def test_packed_examples_fit_the_task(name, protocol, publishers):
-    overrides = [
-        f"task={name}",
-        f"protocol={protocol}",
-        f"data.root={publishers}",
-        "data.allow_partial=true",
-    ]
-    if "sizes" in lra.compose(overrides).task:
-        overrides.append(SMALL)
-    cfg = lra.compose(overrides)
+    cfg = lra.compose(small_task(name, publishers, f"protocol={protocol}"))
     task = build_task(cfg)
-    try:
-        store = prepare(task, **data_arguments(cfg))
-    except DataError as error:
-        if task.source == "generated" or name in KNOWN:
-            raise
-        pytest.skip(f"without its publisher's files: {error}")
+    skip_without_files(task)
+    store = prepare(task, **data_arguments(cfg))
     splits = store.splits
     assert tuple(splits) == SPLITS
     sizes = task.split_sizes()
@@ -384,74 +401,70 @@ def check_rows(task, split):
     assert lengths.shape == (len(labels), *pair)
     assert labels.shape[1:] == ((task.num_targets,) if task.num_targets > 1 else ())
     assert ((lengths >= 1) & (lengths <= task.seq_len)).all()
-    assert (
-        task.num_targets == 1 or (lengths == task.seq_len).all()
-    )  # the targets are those of the last positions
+    # several targets are those of the last positions, which must be real
+    assert task.num_targets == 1 or (lengths == task.seq_len).all()
     assert ((labels >= 0) & (labels < task.num_classes)).all()
     padding = np.arange(task.seq_len) >= lengths[..., None]
     assert (inputs[padding] == 0).all()
-    if task.vocab is not None:
-        assert (
-            (inputs[~padding] >= 1) & (inputs[~padding] < len(task.vocab))
-        ).all()  # 0 is padding
+    if task.vocab is not None:  # 0 is padding
+        assert ((inputs[~padding] >= 1) & (inputs[~padding] < len(task.vocab))).all()
     factors = task.factors(split)
     assert all(
         values.shape == (len(labels),) and values.dtype.kind in "iuU" for values in factors.values()
     )
 
 
+LONG = 4096  # the longest tasks only trace their steps: two steps of 65,536 tokens take minutes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_task_trains_two_steps(name, publishers, tmp_path, lra_command):
-    """At its real length, from its own format, through the command."""
-    overrides = [
-        f"task={name}",
-        "model=stu",
-        "debug=tiny",
-        "trainer.steps=2",
-        "trainer.batch_size=2",
-    ]
-    overrides += [f"data.root={publishers}", "data.allow_partial=true", f"output.root={tmp_path}"]
-    if "sizes" in lra.compose([f"task={name}"]).task:
-        overrides.append(SMALL)
-    done = lra_command("train", *overrides, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_task_trains_two_steps(name, publishers, tmp_path):
+    """At its real length, from its own format."""
+    overrides = small_task(name, publishers, f"output.root={tmp_path}", "model=lru", "debug=tiny")
+    overrides += ["trainer.steps=2", "trainer.batch_size=2"]
+    cfg = lra.compose(overrides)
+    task = build_task(cfg)
+    skip_without_files(task)
+    if task.seq_len > LONG:
+        trace_two_steps(cfg)
+        return
+    lra.train(overrides)
     (file,) = tmp_path.glob("**/record.json")
-    record = json.loads(file.read_text())
+    record = read_record(file.parent)
     assert (record["status"], record["step"], record["task"]) == ("finished", 2, name)
     assert np.isfinite(record["metrics"]["test"]["loss"])
-    assert (
-        record["data"]["partial"]
-        == ("partial data" in done.stdout)
-        == ("sizes" not in record["config"]["task"])
+    assert record["data"]["partial"] == ("sizes" not in record["config"]["task"])
+
+
+def trace_two_steps(cfg):
+    """Traces the training and the evaluation of the task's packed examples."""
+    setup = Setup(cfg)
+    split = prepare(setup.task, **data_arguments(cfg)).splits["train"]
+    data = Examples(
+        *(jnp.asarray(np.asarray(x)) for x in (split.inputs, split.lengths, split.labels))
     )
+    program, state = compile_program(setup, 2), initial_state(setup)[0]
+    after = jax.eval_shape(program.run, state, setup.constants, data, jnp.int32(2))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    logits = jax.eval_shape(
+        program.apply,
+        state.params,
+        state.batch_stats,
+        setup.constants,
+        data.inputs[:2],
+        data.lengths[:2],
+    )
+    targets = (setup.task.num_targets,) if setup.task.num_targets > 1 else ()
+    assert logits.shape == (2, *targets, setup.task.num_classes)
+
+
+# ---- experiments
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_and_its_model_builds(name):
     cfg = lra.compose([f"experiment={name}"])
-    task = build_task(cfg)
-    shapes = nnx.eval_shape(
-        lambda: model_builder(cfg, task)(rngs=nnx.Rngs(params=jax.random.key(0)))
-    )
-    params = nnx.state(shapes, nnx.Param)
+    params = nnx.state(abstract_model(cfg, build_task(cfg)), nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1000
     assign_groups(OmegaConf.to_container(cfg.optim), params)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_unknown_argument_is_refused(name):
-    with pytest.raises(ConfigError, match="unknown key model.frobnicate"):
-        lra.compose([f"model={name}", "model.frobnicate=1"])
-
-
-def causal_words(name, max_length):
-    words = [f"model={name}", "task=listops_short", f"task.max_length={max_length}"]
-    words += [
-        "backbone.depth=1",
-        "backbone.width=16",
-        "backbone.pool=mean",
-    ]  # a class token comes first and sees nothing
-    section = lra.compose(words).model
-    causal = {"bidirectional": "false", "causal": "true"}
-    return [*words, *(f"model.{key}={value}" for key, value in causal.items() if key in section)]

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from lra.config.build import build_task, model_builder
 from lra.config.flops import UncountedError, flops
+from models.mixer import StreamingMixer
 
 
 class Cost(NamedTuple):
@@ -90,7 +91,7 @@ def state_size(model: Any) -> int | None:
     def states(variables):
         return [block.mixer.init_state(1) for block in nnx.merge(graph, variables).blocks]
 
-    if not all(hasattr(block.mixer, "init_state") for block in model.blocks):
+    if not all(isinstance(block.mixer, StreamingMixer) for block in model.blocks):
         return None
     try:
         leaves = jax.tree.leaves(jax.eval_shape(states, variables))

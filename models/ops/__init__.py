@@ -1,1 +1,1 @@
-"""The mathematics of the models as plain functions, without parameters, each held to a slow loop by its tests."""
+"""The mathematics of the models: plain functions without parameters."""

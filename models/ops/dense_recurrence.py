@@ -1,10 +1,12 @@
-"""What are all states of a recurrence with a full matrix, h_t = f(h_{t-1} A + bu_t)?
+"""Computes all states of a recurrence with a full matrix, h_t = f(h_{t-1} A + bu_t).
 
-Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, equation (1), section 3.1.
-Nothing here is parallel in time: a scan over products of matrices would cost N times the work.
+Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv
+2303.06349, equation (1), section 3.1. The steps run in order, because a parallel scan over matrix
+products costs N times the work.
 
-Deviation: autodiff would add up the slope of A step by step and keep every product; the backward pass here is the recurrence in
-the other direction, from the states alone, and the slope of A is one matrix product at its end.
+Deviation: autodiff would accumulate the gradient of A step by step and save every product. The
+backward pass here is the reversed recurrence, needs only the states, and computes the gradient of A
+as one matrix product.
 """
 
 from functools import partial
@@ -14,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from models.ops.products import exactly
+from models.ops.products import matmul_highest
 
-# each with its slope as a function of its value
+# each function with its derivative in terms of its value
 ACTIVATIONS = {
     "none": (lambda x: x, jnp.ones_like),
     "tanh": (jnp.tanh, lambda y: 1 - y**2),
@@ -31,14 +33,15 @@ def dense_recurrence(
     activation: str = "none",
     reverse: bool = False,
 ) -> Float[Array, "B L N"]:
-    """All states of h_t = f(h_{t-1} A + bu_t) with h_{-1} = 0; with `reverse`, of h_t = f(h_{t+1} A + bu_t) with h_L = 0.
+    """All states of h_t = f(h_{t-1} A + bu_t) with h_{-1} = 0.
 
-    Gradients are exact, of first order; forward mode (`jax.jvp`) is not supported.
+    First-order gradients are exact; forward mode (`jax.jvp`) is not supported.
 
     Args:
-        a: a row for each state that is read, a column for each that is written.
-        bu: driven input, already multiplied by B.
+        a: rows multiply the previous state, columns give the next one.
+        bu: the input, already multiplied by B.
         activation: none | tanh | relu, f.
+        reverse: computes h_t = f(h_{t+1} A + bu_t) with h_L = 0.
     """
     return _steps(a, bu, ACTIVATIONS[activation][0], reverse)
 
@@ -51,7 +54,7 @@ def _forward(a, bu, activation, reverse):
 def _backward(activation, reverse, saved, cotangent):
     a, states = saved
     slope = ACTIVATIONS[activation][1](states)
-    # d_t, the cotangent of what f is given: d_t = slope_t (c_t + d_{t+1} A^T)
+    # d_t, the cotangent of the argument of f: d_t = slope_t (c_t + d_{t+1} A^T)
     dbu = _steps(a.T, cotangent, lambda x, slope: slope * x, not reverse, slope)
     late, early = (dbu[:, :-1], states[:, 1:]) if reverse else (dbu[:, 1:], states[:, :-1])
     return jnp.einsum("bln,blm->nm", early, late), dbu
@@ -61,7 +64,7 @@ dense_recurrence.defvjp(_forward, _backward)
 
 
 def _steps(a, driven, f, reverse, *more):
-    """h_t = f(h_{t-1} A + driven_t, *more_t), one after the other."""
+    """h_t = f(h_{t-1} A + driven_t, *more_t), step by step."""
     length = driven.shape[1]
 
     # time stays the second axis, as in `models.ops.recurrence.states_by_steps`
@@ -69,7 +72,7 @@ def _steps(a, driven, f, reverse, *more):
         state, states = carry
         t = length - 1 - count if reverse else count
         at = partial(lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
-        state = f(exactly(state, a) + at(driven), *map(at, more))
+        state = f(matmul_highest(state, a) + at(driven), *map(at, more))
         return state, lax.dynamic_update_index_in_dim(states, state, t, axis=1)
 
     return lax.fori_loop(0, length, step, (jnp.zeros_like(driven[:, 0]), jnp.zeros_like(driven)))[1]

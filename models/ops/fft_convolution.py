@@ -1,39 +1,46 @@
-"""What is the convolution of every channel with a filter as long as the input, in O(L log L)?"""
+"""Convolves each channel with a filter as long as the input, in O(L log L)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.ops.by_example import by_example
+from models.ops.batch_sharding import shard_over_batch
 
 
 def fft_convolution(
-    x: Float[Array, "B L D"], kernel: Float[Array, "D L"], back: Float[Array, "D L"] | None = None
+    x: Float[Array, "B L D"],
+    kernel: Float[Array, "D L"],
+    anticausal: Float[Array, "D L"] | None = None,
 ) -> Float[Array, "B L D"]:
-    """y_t = sum_{j=0..t} kernel_j x_{t-j}, and with `back` also + sum_{j=0..L-2-t} back_j x_{t+1+j}.
+    """y_t = sum_{j=0..t} kernel_j x_{t-j} + sum_{j=0..L-2-t} anticausal_j x_{t+1+j}.
 
-    The transforms have 2L - 1 points or a few more, so that nothing wraps around. Rounding errors of y_t are relative to the
-    whole input, not to the inputs it depends on. All arguments share one dtype, float32 or float64.
+    `anticausal=None` omits the second sum. The transforms have at least 2L - 1 points, so that
+    nothing wraps around. Rounding errors of y_t are relative to the whole input, not to the inputs
+    it depends on. All arguments share one dtype, float32 or float64.
 
-    Source: Gu et al. 2022 (S4, arXiv 2111.00396), section 2.4; the two directions in one transform as in state-spaces/s4,
-    where the backward filter starts at the next position, so that the present one is not counted twice.
+    Source: Gu et al. 2022 (S4, arXiv 2111.00396), section 2.4. As in state-spaces/s4, one transform
+        serves both directions,
+    and the anticausal filter starts at the next position, so that the current one is not counted
+    twice.
     """
     length = x.shape[1]
     size = smooth_size(2 * length - 1)
-    if back is None:
+    if anticausal is None:
         filters = kernel
     else:
         gap = jnp.zeros((kernel.shape[0], size - 2 * length + 1), kernel.dtype)
-        filters = jnp.concatenate([kernel, gap, jnp.flip(back[:, : length - 1], axis=1)], axis=1)
+        filters = jnp.concatenate(
+            [kernel, gap, jnp.flip(anticausal[:, : length - 1], axis=1)], axis=1
+        )
 
     def convolve(x: Array, filters: Array) -> Array:
         spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * jnp.fft.rfft(filters, size)[None]
         return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
 
-    return by_example(convolve, x, filters)
+    return shard_over_batch(convolve, x, filters)
 
 
 def smooth_size(at_least: int) -> int:
-    """The smallest even number from `at_least` on whose only prime factors are 2, 3 and 5."""
+    """The smallest even number >= `at_least` whose only prime factors are 2, 3 and 5."""
     size = at_least + at_least % 2
     while 30 ** size.bit_length() % size:
         size += 2

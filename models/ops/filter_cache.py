@@ -1,8 +1,8 @@
-"""Where are filters kept between runs, and when are the kept ones believed?
+"""Caches spectral filters on disk between runs.
 
-In `$XDG_CACHE_HOME/lra/filters` (else `~/.cache/lra/filters`), one .npz per kind, L and K, which carries a digest of its
-arrays. A file that does not fit its name or its digest is made again; a folder that cannot be written is not used. Nothing
-that happens here stops a run.
+The folder is `$XDG_CACHE_HOME/lra/filters` (default `~/.cache/lra/filters`), with one .npz per
+kind, L and K that includes a digest of its arrays. A file that does not match its name or its
+digest is replaced; a folder that cannot be written is not used. No error of the cache stops a run.
 """
 
 import hashlib
@@ -14,39 +14,42 @@ from pathlib import Path
 
 import numpy as np
 
-# Part of the file's name: raise it when the filters themselves change.
+# Part of the file's name; increase it if the filters change.
 _VERSION = 1
-# Shorter filters are made in less time than a shared file system may take to answer; every LRA task is this long.
+# Computing shorter filters takes less time than a shared file system may need; every LRA task is at
+# least this long.
 _SHORTEST = 1024
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
-def kept(kind: str, seq_len: int, num_filters: int, make: Callable[[], Arrays]) -> Arrays:
-    """Eigenvalues (K,) and filters (L, K) from the cache, or from `make` and then into the cache."""
+def load_or_compute(
+    kind: str, seq_len: int, num_filters: int, compute: Callable[[], Arrays]
+) -> Arrays:
+    """Eigenvalues (K,) and filters (L, K), from the cache if it has them, else from `compute`."""
     if seq_len < _SHORTEST:
-        return make()
-    file = folder() / f"{kind}-L{seq_len}-K{num_filters}-v{_VERSION}.npz"
+        return compute()
+    file = cache_folder() / f"{kind}-L{seq_len}-K{num_filters}-v{_VERSION}.npz"
     found = _read(file, seq_len, num_filters)
     if found is None:
-        found = make()
+        found = compute()
         _write(file, *found)
     return found
 
 
-def folder() -> Path:
-    """`lra/filters` in the user's cache."""
+def cache_folder() -> Path:
+    """`lra/filters` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says to ignore relative paths; expanduser does not fail where there is no home.
+    # The XDG specification ignores relative paths; expanduser does not fail if there is no home.
     return Path(root if os.path.isabs(root) else os.path.expanduser("~/.cache")) / "lra" / "filters"
 
 
 def _read(file: Path, seq_len: int, num_filters: int) -> Arrays | None:
     try:
-        # Opened here, since NumPy leaves a file that is no whole archive open.
+        # Opened here, because NumPy does not close a file that is a truncated archive.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
             sigma, phi, digest = data["sigma"], data["phi"], str(data["digest"])
-    except Exception:  # damage shows in many ways, and all mean that the filters are to be made
+    except Exception:  # a damaged file raises many exceptions; all mean: compute the filters
         return None
     fits = (
         sigma.shape == (num_filters,)
@@ -59,7 +62,7 @@ def _read(file: Path, seq_len: int, num_filters: int) -> Arrays | None:
 def _write(file: Path, sigma: np.ndarray, phi: np.ndarray) -> None:
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name first: whoever reads at the same time finds a whole file or none.
+        # A temporary name first, so that concurrent readers find a complete file or none.
         handle, name = tempfile.mkstemp(prefix=file.stem, suffix=".tmp", dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as stream:

@@ -1,4 +1,4 @@
-"""How are spectral filters applied to inputs that come one at a time, without keeping the inputs?"""
+"""Applies spectral filters to inputs one at a time, with a state of fixed size."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from models.ops.filters import filter_recurrence
 def initial_features(
     batch_size: int, width: int, kind: str, seq_len: int, num_filters: int
 ) -> Float[Array, "B N D"]:
-    """The state of `next_features` before any input; N is at most K + 24, whatever L."""
+    """The initial state of `next_features`, zero; N is at most K + 24 for any L."""
     return jnp.zeros((batch_size, len(filter_recurrence(kind, seq_len, num_filters)[1]), width))
 
 
@@ -23,13 +23,18 @@ def next_features(
     num_filters: int,
     alternate: bool = False,
 ) -> Float[Array, "B N D"]:
-    """The state after one more input. Its first K entries are the features U+_{t,k} = sum_i u_{t-i} phi_k(i), or with
-    `alternate` U-_{t,k}, whose terms have the sign (-1)^i; fewer than K where the further filters weigh nothing.
+    """The state after one more input.
 
-    Source: `filter_recurrence`, which states the error. `h` and `u_t` share a dtype, float32 or float64.
+    Its first K entries are the features U+_{t,k} = sum_i u_{t-i} phi_k(i), or, with `alternate`,
+    U-_{t,k}, whose terms have the sign (-1)^i. There are fewer than K if the remaining filters have
+    negligible weights.
+
+    Args:
+        h, u_t: of one dtype, float32 or float64.
+    Source: `filter_recurrence`, which states the error.
     """
     a, b = filter_recurrence(kind, seq_len, num_filters)
-    # Errors of the transition add up over L steps, so it may not be rounded to the 10 bits of tf32.
+    # highest precision, because errors of the transition accumulate over L steps
     moved = jnp.einsum(
         "bnd,nm->bmd",
         h,

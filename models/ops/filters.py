@@ -1,16 +1,18 @@
-"""Which fixed filters does a spectral state-space model convolve with, and how much does each of them count?
+"""The filters of spectral state space models and their eigenvalues.
 
-Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: the Hankel matrix Z before equation
-(2), and the matrix of appendix D (7). Reference code read: google-deepmind/spectral_ssm, which builds Z in a Python
-double loop and calls `eigh`.
+Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: the Hankel matrix
+Z before equation (2), and the matrix of appendix D (7). Reference code read:
+google-deepmind/spectral_ssm, which builds Z in a Python double loop and calls `eigh`.
 
-Deviation: Z is never formed. It is the integral over alpha of mu(alpha) mu(alpha)^T, with mu(alpha) = (1 - alpha) (1,
-alpha, alpha^2, ...) on [0, 1] for Z and (1 - alpha^2) (1, alpha, ...) on [-1, 1] for the alternative matrix. A
-quadrature of that integral is a factor M with Z = M M^T and a few hundred columns, so that the left singular vectors of
-M are the filters and its squared singular values the eigenvalues. `eigh` of Z knows an eigenvalue to 1e-16 of the
-largest one; the SVD of M knows its square root so.
+Deviation: Z is never formed. It is the integral over alpha of mu(alpha) mu(alpha)^T, with mu(alpha)
+= (1 - alpha) (1, alpha, alpha^2, ...) on [0, 1] for Z and (1 - alpha^2) (1, alpha, ...) on [-1, 1]
+for the alternative matrix. A quadrature of this integral gives a factor M with Z = M M^T and a few
+hundred columns. The filters are the left singular vectors of M, the eigenvalues its squared
+singular values. `eigh` of Z has an absolute error of 1e-16 of the largest eigenvalue; the SVD of M
+has this error in the square roots.
 
-The filters also follow a small linear recurrence (`filter_recurrence`), which is how they are applied one input at a time.
+The filters also satisfy a small linear recurrence (`filter_recurrence`), which applies them one
+input at a time.
 """
 
 from functools import lru_cache
@@ -18,32 +20,37 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
-from models.ops.filter_cache import kept
+from models.ops.filter_cache import load_or_compute
 
-# At 16 nodes a panel the eigenvalues near 1e-24 lose a digit, at 12 all of them; beyond 24 nothing is gained.
+# With 16 nodes per panel the eigenvalues near 1e-24 lose a digit, with 12 all digits; more than 24
+# change nothing.
 _NODES_PER_PANEL = 24
 # Enough for float32 at K = 24 and any length, see `filter_recurrence`.
 _EXTRA_STATES = 24
-# Eigenvectors of smaller eigenvalues carry noise, which as part of a recurrence can grow.
+# Eigenvectors of smaller eigenvalues contain noise, which can grow in a recurrence.
 _SMALLEST_EIGENVALUE = 1e-30
 
 
 def spectral_filters(
     seq_len: int, num_filters: int
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
-    """The `num_filters` largest eigenvalues sigma of Z (descending) and their unit eigenvectors phi (columns, phi[0] >
-    0).
+    """The `num_filters` largest eigenvalues of Z and their unit eigenvectors.
 
-    Z[i, j] = 2 / ((i + j)^3 - (i + j)), i, j = 1..L. Relative errors grow as 1e-18 / sqrt(sigma): 1e-8 at eigenvalues
-    of 1e-20, which is the 24th at L = 128; 1e-3 at 1e-30, the 24th at L = 32. Below 1e-32, at L < 30 only, float64
-    resolves nothing: what is returned there is finite, orthonormal to the others and otherwise arbitrary. It is not
-    refused, since a model weighs it by sigma^(1/4), at most 1e-8.
+    Z[i, j] = 2 / ((i + j)^3 - (i + j)), i, j = 1..L. Relative errors grow as 1e-18 / sqrt(sigma):
+    1e-8 at eigenvalues of 1e-20, the 24th at L = 128; 1e-3 at 1e-30, the 24th at L = 32.
+    Eigenvalues below 1e-32, which occur only for L < 30, are not resolved by float64: their
+    eigenvectors are finite, orthonormal to the others and otherwise arbitrary. They are not
+    refused, because a model weighs them by sigma^(1/4), at most 1e-8.
 
-    The arrays are read-only and kept: in memory, and from L = 1024 on in the user's cache (`models.ops.filter_cache`).
+    The arrays are read-only and cached in memory and, from L = 1024 on, on disk
+    (`models.ops.filter_cache`).
 
+    Returns:
+        sigma in descending order, and phi as columns with phi[0] > 0.
     Raises:
-        ValueError: if a size is not positive, or `num_filters` exceeds `seq_len`.
-    Source: Agarwal et al. 2023, section 2. The paper leaves the sign of a filter open; ours makes its first entry
+        ValueError: a size is not positive, or `num_filters` exceeds `seq_len`.
+    Source: Agarwal et al. 2023, section 2. The paper does not state the sign of a filter; here its
+        first entry is
     positive.
     """
     return _filters("hankel", seq_len, num_filters)
@@ -52,7 +59,7 @@ def spectral_filters(
 def uncached_spectral_filters(
     seq_len: int, num_filters: int
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
-    """`spectral_filters`, computed whatever is kept."""
+    """`spectral_filters` without the cache."""
     _check_sizes(seq_len, num_filters)
     return _hankel_filters(seq_len, num_filters)
 
@@ -60,11 +67,12 @@ def uncached_spectral_filters(
 def alternative_filters(
     seq_len: int, num_filters: int
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
-    """The same for the matrix of appendix D, whose filters serve eigenvalues in [-1, 1] without a second,
-    sign-alternated set.
+    """As `spectral_filters`, for the matrix of appendix D.
 
-    Z[i, j] = ((-1)^(i+j-2) + 1) 8 / ((i+j+3) (i+j-1) (i+j+1)) couples only entries of equal parity, so that each filter
-    is exactly zero on one parity and positive at the first entry of the other: phi[0] > 0 or phi[0] = 0 < phi[1].
+    These filters cover eigenvalues in [-1, 1] without a second, sign-alternated set.
+    Z[i, j] = ((-1)^(i+j-2) + 1) 8 / ((i+j+3) (i+j-1) (i+j+1)) couples only entries of equal parity,
+    so that each filter is exactly zero on one parity and positive at the first entry of the other:
+    phi[0] > 0 or phi[0] = 0 < phi[1].
 
     Raises:
         ValueError: as `spectral_filters`.
@@ -77,23 +85,27 @@ def alternative_filters(
 def filter_recurrence(
     kind: str, seq_len: int, num_filters: int, extra_states: int = _EXTRA_STATES
 ) -> tuple[Float[np.ndarray, "N N"], Float[np.ndarray, " N"]]:
-    """The linear recurrence that the filters follow in time: a and b such that phi_k(i) = (b a^i)_k. Whence h_t =
-    h_{t-1} a + b u_t holds the features sum_i u_{t-i} phi_k(i), k = 0..K-1, as its first entries.
+    """a and b such that phi_k(i) = (b a^i)_k: the linear recurrence of the filters in time.
 
-    A filter is a combination of powers alpha^i, so what is left of it after one step is another. In the basis of all
-    filters that step is a matrix, whose entry from filter j to filter k falls as sigma_j / sigma_k; cut after N filters it
-    loses sigma_N / sigma_K. With orthonormal filters as coordinates float32 suffices, where the powers themselves as
-    coordinates would need weights near sigma_k^(-1/4) that cancel. The error of filter k, as the root of its summed
-    squares times sigma_k^(1/4), is at K = 24, in float64 and the largest over L from 64 to 16,384 and over k, for 0, 4, 8,
-    16 and 24 extra states
+    The first entries of h_t = h_{t-1} a + b u_t are therefore the features sum_i u_{t-i} phi_k(i),
+    k = 0..K-1.
+
+    A filter is a combination of powers alpha^i, and so is the filter shifted by one step. In the
+    basis of all filters the shift is a matrix whose entry from filter j to filter k falls as
+    sigma_j / sigma_k; truncation to N filters has an error of sigma_N / sigma_K. Orthonormal
+    filters as coordinates suffice in float32; powers as coordinates would need weights near
+    sigma_k^(-1/4) that cancel. The error of filter k is the root of its summed squares times
+    sigma_k^(1/4). Its maximum over k and over L from 64 to 16,384, at K = 24 in float64, for 0, 4,
+    8, 16 and 24 extra states, is
         hankel       6e-4, 1e-5, 2e-7, 6e-11, 3e-13,
         alternative  1e-2, 2e-3, 3e-4, 6e-6, 9e-8.
-    N = L is exact. Filters end at time L; the recurrence goes on with the same combinations of powers.
+    N = L is exact. The filters end at time L; the recurrence continues the same combinations of
+    powers.
 
     Args:
         kind: hankel (`spectral_filters`) | alternative (`alternative_filters`).
-        extra_states: N - K, where L does not end before. N stays below it, and even below K, where further eigenvalues are
-            under 1e-30: filters that are left out weigh less than 4e-8.
+        extra_states: N - K, at most. N is smaller if L is, or if further eigenvalues are below
+            1e-30 (then even below K): the omitted filters weigh less than 4e-8.
     Raises:
         ValueError: as `spectral_filters`.
     """
@@ -101,7 +113,7 @@ def filter_recurrence(
     sigma, phi = _filters(kind, seq_len, min(seq_len, num_filters + extra_states))
     if phi.shape[1] < seq_len:
         phi = phi[:, sigma > _SMALLEST_EIGENVALUE]
-    # Not phi[:-1].T @ phi[1:], which would shift in a zero after the last entry.
+    # not phi[:-1].T @ phi[1:], which would shift in a zero after the last entry
     a = np.linalg.lstsq(phi[:-1], phi[1:], rcond=None)[0]
     return _frozen(a, phi[0])
 
@@ -110,7 +122,7 @@ def filter_recurrence(
 def _filters(kind: str, seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
     _check_sizes(seq_len, num_filters)
     make = {"hankel": _hankel_filters, "alternative": _alternative_filters}[kind]
-    return _frozen(*kept(kind, seq_len, num_filters, lambda: make(seq_len, num_filters)))
+    return _frozen(*load_or_compute(kind, seq_len, num_filters, lambda: make(seq_len, num_filters)))
 
 
 def _hankel_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +135,8 @@ def _hankel_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndar
 def _alternative_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
     gap, weight = _quadrature(seq_len)
     powers = np.exp(np.arange(seq_len)[:, None] * np.log1p(-gap)[None, :])
-    # 1 - alpha^2 from the gap 1 - alpha, since alpha^2 has lost the gap; both halves of [-1, 1] contribute the same.
+    # 1 - alpha^2 from the gap 1 - alpha, which alpha^2 has rounded away; both halves of [-1, 1]
+    # contribute equally.
     mu = powers * (gap * (2 - gap) * np.sqrt(2 * weight))[None, :]
     sigmas, columns = [], []
     for parity in range(min(2, seq_len)):
@@ -144,14 +157,19 @@ def _check_sizes(seq_len: int, num_filters: int) -> None:
         raise ValueError(f"model.num_filters={num_filters} is not positive")
     if num_filters > seq_len:
         raise ValueError(
-            f"model.num_filters={num_filters} exceeds task.seq_len={seq_len}, which has only {seq_len} filters; "
+            f"model.num_filters={num_filters} exceeds task.seq_len={seq_len}, "
+            f"which has only {seq_len} filters; "
             "lower model.num_filters or raise task.seq_len"
         )
 
 
 def _quadrature(seq_len: int) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
-    """Gauss-Legendre nodes, as gaps 1 - alpha, and weights on the panels [1 - 2^-j, 1 - 2^-(j+1)] of [0, 1]."""
-    # Panels shrink until powers up to alpha^(2L) no longer vary on the last one, which reaches 1.
+    """Gauss-Legendre nodes, as gaps 1 - alpha, and weights on [0, 1].
+
+    The panels are [1 - 2^-j, 1 - 2^-(j+1)].
+    """
+    # Panels shrink until powers up to alpha^(2L) are nearly constant on the last one, which reaches
+    # 1.
     panels = int(np.ceil(np.log2(max(seq_len, 2)))) + 3
     upper = 2.0 ** -np.arange(panels)
     lower = np.append(upper[1:], 0.0)

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, "RoFormer", equation 34): a turn of each channel pair by an angle linear in time."""
+"""Rotary positions of Su et al. 2021, "RoFormer" (arXiv 2104.09864), equation (34)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,7 +7,9 @@ from jaxtyping import Array, Float, Int
 def rotate(
     x: Float[Array, "B L H W"], base: float = 10_000.0, first: int | Int[Array, ""] = 0
 ) -> Float[Array, "B L H W"]:
-    """Turn channels (j, j + W/2) of position t by the angle t * base^(-2j/W), so that q . k depends on distance only.
+    """Rotates channels (j, j + W/2) of position t by the angle t * base^(-2j/W).
+
+    Products of rotated queries and keys depend on distances only.
 
     Args:
         first: the position of x[:, 0].
@@ -19,7 +21,7 @@ def rotate(
         raise ValueError(
             f"rotary positions need an even head width, found {x.shape[3]}; change model.num_heads"
         )
-    # 16 bits cannot tell position 257 from 256
+    # bfloat16 does not distinguish position 257 from 256
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle = (first + jnp.arange(length)).astype(dtype)[:, None] * frequency[None, :]  # (L, W/2)

@@ -1,11 +1,12 @@
-"""What are all states of a diagonal linear recurrence, h_t = lam * h_{t-1} + bu_t?
+"""Computes all states of a diagonal linear recurrence, h_t = lam * h_{t-1} + bu_t.
 
-Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, equation (5).
-Reference code read: NicolasZucchet/minimal-LRU, whose values the tests hold ours to.
+Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv
+2303.06349, equation (5). Reference code read: NicolasZucchet/minimal-LRU, to whose values the tests
+compare.
 
-Deviation: the reference runs an associative scan over pairs (lam^n, state) for every sequence of the batch and lets
-autodiff store its levels. Here the CPU simply takes the steps in order, an accelerator runs blocks of them side by side,
-and the backward pass is the same recurrence in the other direction, from the states alone.
+Deviation: the reference runs an associative scan over pairs (lam^n, state) for each sequence, and
+autodiff saves its levels. Here a CPU runs the steps in order, an accelerator runs blocks of steps
+in parallel, and the backward pass is the reversed recurrence and saves only the states.
 """
 
 from functools import partial
@@ -15,20 +16,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-_BLOCK = 8  # longer ones make XLA compute a state again for each later one instead of keeping it
+_BLOCK = 8  # in longer blocks XLA recomputes each state for every later one instead of storing it
 
 
 def linear_recurrence(
     lam: Inexact[Array, " N_lam"], bu: Inexact[Array, "B L N"], reverse: bool = False
 ) -> Inexact[Array, "B L N"]:
-    """All states of h_t = lam * h_{t-1} + bu_t with h_{-1} = 0; with `reverse`, of h_t = lam * h_{t+1} + bu_t with h_L
-    = 0.
+    """All states of h_t = lam * h_{t-1} + bu_t with h_{-1} = 0.
 
-    Gradients are exact and cost one more recurrence; second derivatives work, forward mode (`jax.jvp`) does not.
+    Gradients are exact and cost one more recurrence. Second derivatives work, forward mode
+    (`jax.jvp`) does not.
 
     Args:
         lam: decay of each state, real or complex; |lam| < 1 or the states grow without bound.
-        bu: driven input, already multiplied by B.
+        bu: the input, already multiplied by B.
+        reverse: computes h_t = lam * h_{t+1} + bu_t with h_L = 0.
     Returns:
         the states in the precision of `bu`, complex if either argument is.
     Raises:
@@ -37,9 +39,10 @@ def linear_recurrence(
     """
     if lam.shape[0] != bu.shape[2]:
         raise ValueError(
-            f"lam has {lam.shape[0]} states and bu has {bu.shape[2]}; both must have model.state_size"
+            f"lam has {lam.shape[0]} states and bu has {bu.shape[2]}; "
+            "both must have model.state_size"
         )
-    # By hand, since under strict promotion even `promote_types` refuses.
+    # explicit dtypes, because strict promotion refuses even `promote_types`
     double = bu.dtype in (jnp.float64, jnp.complex128)
     if jnp.iscomplexobj(lam) or jnp.iscomplexobj(bu):
         dtype = jnp.complex128 if double else jnp.complex64
@@ -67,7 +70,7 @@ def _states_forward(lam, bu, reverse):
 
 
 def _states_backward(reverse, saved, cotangent):
-    # No conjugates: JAX cotangents are transported by the transpose, and it is the caller of `grad` who conjugates.
+    # No conjugates: JAX defines cotangents by the transpose, and the caller of `grad` conjugates.
     lam, states = saved
     dbu = _states(lam, cotangent, not reverse)
     late, early = (dbu[:, :-1], states[:, 1:]) if reverse else (dbu[:, 1:], states[:, :-1])
@@ -78,7 +81,8 @@ _states.defvjp(_states_forward, _states_backward)
 
 
 def _sum_over_batch_and_time(x: Inexact[Array, "B L N"]) -> Inexact[Array, " N"]:
-    # Part by part, since XLA:CPU reduces complex numbers three times slower than twice as many real ones.
+    # Real and imaginary parts apart, because XLA:CPU reduces complex numbers three times slower
+    # than both parts.
     if jnp.iscomplexobj(x):
         return lax.complex(jnp.sum(x.real, axis=(0, 1)), jnp.sum(x.imag, axis=(0, 1)))
     return jnp.sum(x, axis=(0, 1))
@@ -87,10 +91,11 @@ def _sum_over_batch_and_time(x: Inexact[Array, "B L N"]) -> Inexact[Array, " N"]
 def states_by_steps(
     lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool = False
 ) -> Inexact[Array, "B L N"]:
-    """`linear_recurrence` one step after the other, for a CPU: one read and one write of the states."""
+    """`linear_recurrence` step by step, for a CPU: one read and one write of the states."""
     length = bu.shape[1]
 
-    # Not `lax.scan`, which wants time in front: turning complex states around takes XLA:CPU longer than the recurrence.
+    # Not `lax.scan`, which needs time in front: transposing complex states takes XLA:CPU longer
+    # than the recurrence.
     def step(count, carry):
         state, states = carry
         t = length - 1 - count if reverse else count
@@ -103,14 +108,17 @@ def states_by_steps(
 def states_by_blocks(
     lam: Inexact[Array, " N"], bu: Inexact[Array, "B L N"], reverse: bool = False
 ) -> Inexact[Array, "B L N"]:
-    """`linear_recurrence` in O(log L) dependent steps, for an accelerator: blocks of 8 steps run side by side from a zero
-    state, their last states by the same recurrence over blocks, and what a block starts from is added at the end.
+    """`linear_recurrence` in O(log L) dependent steps, for an accelerator.
 
-    Powers of lam come by repeated multiplication, so that at L = 16,384 and |lam| = 0.9999 complex64 states are off by 1e-4 of
-    the largest, as with `lax.associative_scan`, where the steps in order are off by 3e-6.
+    Blocks of 8 steps run in parallel from a zero state. The same recurrence over blocks gives the
+    true initial states of the blocks, whose decayed contributions are added.
 
-    XLA makes one kernel of a block's steps, which touches the states about 5 times where `lax.associative_scan` does 16 times
-    (bytes accessed, by XLA's own count, at L = 2048).
+    Powers of lam are repeated products: at L = 16,384 and |lam| = 0.9999 the relative error of
+        complex64 states is 1e-4, as
+    with `lax.associative_scan`; the steps in order have 3e-6.
+
+    XLA fuses the steps of a block into one kernel, which accesses the states about 5 times;
+    `lax.associative_scan` accesses them 16 times (bytes accessed, as counted by XLA, at L = 2048).
     """
     batch, length, states = bu.shape
     blocks = -(-length // _BLOCK)

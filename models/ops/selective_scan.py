@@ -1,11 +1,12 @@
-"""What does a state-space model read out whose step size, input and output matrices change with the input?
+"""The selective scan: a state-space model whose step sizes, B and C depend on the input.
 
-Paper: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, algorithm 2 and
-section 3.3. Reference code read: state-spaces/mamba, `mamba_simple.py`.
+Paper: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
+2312.00752, algorithm 2 and section 3.3. Reference code read: state-spaces/mamba, `mamba_simple.py`.
 
-The states of the whole sequence would be B L E N numbers, N times the input. As in the paper they are never held: the
-sequence is cut into chunks, a chunk keeps only the state it starts from, and the backward pass computes the chunk's
-states again. What is held at once is one chunk's states and L / chunk boundary states.
+The states of the whole sequence would be B L E N numbers, N times the input. As in the paper they
+are not stored: the sequence is split into chunks, each chunk saves only its initial state, and the
+backward pass recomputes its states. Memory holds the states of one chunk and L / chunk initial
+states.
 """
 
 from functools import partial
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from models.ops.blocks import cut, joined
+from models.ops.blocks import merge_blocks, split_blocks
 
-# Numbers in the states of one chunk. On a CPU 4 MB in float32 take half the time of 16 MB, which leave its caches; an accelerator
-# wants few chunks, since they follow one another, and has room for 64 MB.
+# Numbers in the states of one chunk. On a CPU, 4 MB in float32 take half the time of 16 MB, which
+# exceed its caches. On an accelerator few chunks are faster, because chunks run in sequence, and 64
+# MB fit.
 _CPU_STATES, _ACCELERATOR_STATES = 2**20, 2**24
 
 
@@ -29,21 +31,26 @@ def selective_scan(
     b: Float[Array, "B L N"],
     c: Float[Array, "B L N"],
 ) -> Float[Array, "B L E"]:
-    """y_t = C_t h_t of h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t with h_{-1} = 0, for each of E channels.
+    """y_t = C_t h_t with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t and h_{-1} = 0.
 
-    A is discretised by zero-order hold and B by Euler's rule, as in the paper's code (its equation 4 has zero-order
-    hold for both). Gradients are exact; forward mode (`jax.jvp`) does not work.
+    Each of the E channels has its own states. A is discretized by zero-order hold and B by Euler's
+    rule, as in the paper's code (equation 4 of the paper has zero-order hold for both). Gradients
+    are exact; forward mode (`jax.jvp`) does not work.
 
     Args:
-        u: input. delta: step sizes, positive. a: diagonals of A, negative or the states grow without bound.
-        b, c: input and output matrices of each step, shared by the channels.
+        u: inputs.
+        delta: step sizes, positive.
+        a: diagonals of A; negative or the states grow without bound.
+        b, c: input and output matrices of each step, for all channels.
     Source: Gu & Dao 2023, equation (2a), (2b) and algorithm 2.
     """
     batch, length, channels = u.shape
     size = chunk_length(length, batch * channels * a.shape[1])
 
-    def chunks(x):  # (B, L, .) -> (chunks, size, B, .); zeros at the end leave the state as it is
-        return jnp.transpose(cut(x, size), (1, 2, 0, 3))
+    def chunks(
+        x,
+    ):  # (B, L, .) -> (chunks, size, B, .); the zeros at the end do not change the state
+        return jnp.transpose(split_blocks(x, size), (1, 2, 0, 3))
 
     @jax.checkpoint
     def one_chunk(state, inputs):
@@ -56,7 +63,7 @@ def selective_scan(
 
     start = jnp.zeros((batch, channels, a.shape[1]), u.dtype)
     _, y = lax.scan(one_chunk, start, (chunks(u), chunks(delta), chunks(b), chunks(c)))
-    return joined(jnp.transpose(y, (2, 0, 1, 3)), length)
+    return merge_blocks(jnp.transpose(y, (2, 0, 1, 3)), length)
 
 
 def selective_step(
@@ -67,13 +74,13 @@ def selective_step(
     b: Float[Array, "B N"],
     c: Float[Array, "B N"],
 ) -> tuple[Float[Array, "B E N"], Float[Array, "B E"]]:
-    """One step of `selective_scan`: the next state and its output."""
+    """One step of `selective_scan`: the next state and the output."""
     state = jnp.exp(delta[..., None] * a[None]) * state + (delta * u)[..., None] * b[:, None, :]
     return state, jnp.einsum("ben,bn->be", state, c)
 
 
 def chunk_length(length: int, states: int) -> int:
-    """Steps in a chunk, a power of two from 16 to 256 (no more than the sequence needs), of `states` numbers each."""
+    """Steps in a chunk of `states` numbers per step: a power of two from 16 to 256, at most L."""
     wanted = _CPU_STATES if jax.default_backend() == "cpu" else _ACCELERATOR_STATES
     room = min(max(wanted // states, 16), 256, max(length, 1))
     return 2 ** (room.bit_length() - 1)
@@ -83,9 +90,10 @@ def chunk_length(length: int, states: int) -> int:
 def varying_recurrence(
     decay: Float[Array, "L *S"], drive: Float[Array, "L *S"], reverse: bool
 ) -> Float[Array, "L *S"]:
-    """All states of h_t = decay_t h_{t-1} + drive_t, time in front; with `reverse`, of h_t = decay_t h_{t+1} + drive_t.
+    """All states of h_t = decay_t h_{t-1} + drive_t, time in front.
 
-    The backward pass is the same recurrence in the other direction; autodiff would keep each level of the scan.
+    With `reverse`, of h_t = decay_t h_{t+1} + drive_t. The backward pass is the reversed
+    recurrence; autodiff would save each level of the scan.
     """
     steps, levels = partial(_by_steps, reverse=reverse), partial(_by_levels, reverse=reverse)
     return lax.platform_dependent(decay, drive, cpu=steps, default=levels)
@@ -99,7 +107,7 @@ def _forward(decay, drive, reverse):
 def _backward(reverse, saved, cotangent):
     decay, states = saved
     none = jnp.zeros_like(decay[:1])
-    # the step after t is what carries t's cotangent back; the step before t is what decay_t multiplied
+    # the decay of step t + 1 multiplies the cotangent of t; decay_t multiplied the state of t - 1
     if reverse:
         carried, before = jnp.concatenate([none, decay[:-1]]), jnp.concatenate([states[1:], none])
     else:

@@ -1,11 +1,11 @@
-"""How does a diagonal state space model start, become discrete, and turn into a convolution?
+"""Initialization, discretization and convolution kernels of diagonal state space models.
 
-Papers: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (S4D, arXiv 2206.11893);
-Smith et al. 2023, "Simplified State Space Layers for Sequence Modeling" (S5, arXiv 2208.04933). Reference code read:
-lindermanlab/S5 and state-spaces/s4.
+Papers: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"
+(S4D, arXiv 2206.11893); Smith et al. 2023, "Simplified State Space Layers for Sequence Modeling"
+(S5, arXiv 2208.04933). Reference code read: lindermanlab/S5 and state-spaces/s4.
 
-Discrete systems are carried as the logarithm of lam_bar: its powers are then products, and the decay of a slow state, which
-1 - |lam_bar| would round away, keeps its relative accuracy.
+Discrete systems are represented by the logarithm of lam_bar: powers are then products, and the
+decay of a slow state keeps its relative accuracy, which rounding of 1 - |lam_bar| would lose.
 """
 
 import math
@@ -21,10 +21,12 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 def hippo_normal(size: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarray, "N N"]]:
-    """Eigenvalues and unit eigenvectors (columns) of HiPPO-N, the normal part of HiPPO-LegS, in complex128.
+    """Eigenvalues and unit eigenvectors (columns) of HiPPO-N, in complex128.
 
-    HiPPO-LegS is -sqrt(2i+1) sqrt(2j+1) below the diagonal and -(i+1) on it; adding p p^T with p_i = sqrt(i + 1/2) leaves -1/2
-    plus a skew-symmetric matrix. Imaginary parts ascend, so the first half holds one of each conjugate pair.
+    HiPPO-N is the normal part of HiPPO-LegS.     HiPPO-LegS is -sqrt(2i+1) sqrt(2j+1) below the
+    diagonal and -(i+1) on it; adding p p^T with p_i = sqrt(i + 1/2) gives -1/2 plus a
+    skew-symmetric matrix. Imaginary parts ascend, so that the first half holds one of each
+    conjugate pair.
 
     Source: S5, section 2.3 and appendix B.1; S4D, section 3.
     """
@@ -37,20 +39,21 @@ def hippo_normal(size: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarr
 def discretize(
     lam: Complex[Array, "*N"], step: Float[Array, "*N"], rule: str
 ) -> tuple[Complex[Array, "*N"], Complex[Array, "*N"]]:
-    """log(lam_bar) and the factor of b_bar = factor * b of the sampled system x_k = lam_bar x_{k-1} + b_bar u_k.
+    """log(lam_bar) and factor of the sampled system x_k = lam_bar x_{k-1} + factor b u_k.
 
     Args:
         lam: eigenvalues of the continuous system x' = lam x + b u; not 0.
         step: Delta, above 0.
-        rule: zoh, lam_bar = exp(lam Delta) and b_bar = (lam_bar - 1) / lam b; or bilinear, lam_bar = (1 + lam Delta / 2) /
-            (1 - lam Delta / 2) and b_bar = Delta / (1 - lam Delta / 2) b.
+        rule: zoh, lam_bar = exp(lam Delta) and factor = (lam_bar - 1) / lam; or
+            bilinear, lam_bar = (1 + lam Delta / 2) / (1 - lam Delta / 2) and
+            factor = Delta / (1 - lam Delta / 2).
     Raises:
         ValueError: `rule` is neither.
     """
     check_option("model.discretization", rule, DISCRETIZATIONS)
     z = lam * step
     if rule == "zoh":
-        return z, jnp.expm1(z) / lam  # expm1, since slow states have exp(z) within 1e-3 of 1
+        return z, jnp.expm1(z) / lam  # expm1, because exp(z) of slow states is within 1e-3 of 1
     half = 0.5 * z
     re, im = half.real, half.imag
     distance = (1 - re) ** 2 + im**2  # |1 - z/2|^2
@@ -78,8 +81,8 @@ def vandermonde_kernel(
 ) -> Float[Array, "K D L"]:
     """2 Re sum_n weights[., d, n] lam_bar[d, n]^l for l = 0..L-1.
 
-    The powers are lam_bar^(q T + r) with T about sqrt(L): a product of a (Q, N) and an (N, T) matrix for each channel, which
-    holds (D, N, 2 sqrt(L)) numbers in place of (D, N, L) and takes as many exponentials.
+    The powers are lam_bar^(q T + r) with T about sqrt(L): one product of a (Q, N) and an (N, T)
+    matrix per channel, with D N 2 sqrt(L) exponentials instead of D N L.
 
     Source: S4D, section 3.2 (the Vandermonde product).
     """
@@ -93,16 +96,15 @@ def vandermonde_kernel(
     )
 
     def product(left, right):
-        return jnp.einsum(
-            "kdnq,dnt->kdqt", left, right, precision="highest"
-        )  # the sum cancels, tf32 would show
+        # highest precision, because the terms of the sum cancel
+        return jnp.einsum("kdnq,dnt->kdqt", left, right, precision="highest")
 
     kernel = 2 * (product(left_re, inner_re) - product(left_im, inner_im))
     return kernel.reshape(*weights.shape[:2], -1)[..., :length]
 
 
 def split_powers(length: int) -> tuple[int, int]:
-    """T and Q, about sqrt(L), such that q T + r with r < T and q < Q reaches every l < L."""
+    """T and Q, about sqrt(L), such that every l < L is q T + r with r < T and q < Q."""
     size = math.isqrt(length - 1) + 1
     return size, -(-length // size)
 

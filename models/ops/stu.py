@@ -1,20 +1,21 @@
-"""What is the output of one spectral transform unit (STU), and how is it computed without the K filtered copies of its
-input?
+"""Computes the output of a spectral transform unit (STU) without K filtered copies of its input.
 
-Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: equation (4) is `m_y="lag2"`,
-equations (5) and (6) are an array `m_y`. Reference code read: google-deepmind/spectral_ssm, whose values the tests hold
-ours to.
+Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: equation (4) is
+`m_y="lag2"`, equations (5) and (6) are an array `m_y`. Reference code read:
+google-deepmind/spectral_ssm, to whose values the tests compare.
 
-Everything but the feedback from y is one causal convolution with matrix-valued taps, sum_j basis_j(i) m_j: the basis
-holds the filters, their sign-alternated twins and one unit impulse for each m_u. Convolving with every basis element
-before multiplying by its matrix, as published, holds (B, L, K, D). Here the order is swapped: at each frequency first G
-= sum_j basis_j m_j, then Y = U G. Only a batch of one or two wide sequences is cheaper in the published order, which is
-taken there, one basis element at a time. Complex products are written as real ones, which matrix units take and which
-XLA:CPU multiplies several times faster.
+All terms except the feedback from y are one causal convolution with matrix-valued taps, sum_j
+basis_j(i) m_j; the basis consists of the filters, the sign-alternated filters and one unit impulse
+per m_u. The published order convolves with each basis element before multiplying by its matrix, and
+holds (B, L, K, D). Here the order is swapped: at each frequency first G = sum_j basis_j m_j, then Y
+= U G. The published order is cheaper only for a batch of one or two wide sequences; it is used
+there, one basis element at a time. Complex products are written as real ones, which run on matrix
+units and are several times faster on XLA:CPU.
 
-Where the paper's text is open: its feature sum runs over i = 0..t-1 with u_1 the first input and phi_k a vector of
-length L whose first entry is not named. We read phi_k(i) as entry i counted from 0, so that U_t sees u_t, and y_t sees
-nothing later than u_{t-2} through the filters. So does the published code. Deviations: none in the values.
+Interpretation: the paper's feature sum runs over i = 0..t-1, u_1 is the first input, and the index
+of the first entry of phi_k is not stated. Here, as in the published code, phi_k(i) is entry i
+counted from 0, so that U_t depends on u_t, and y_t depends through the filters on inputs up to
+u_{t-2}. Deviations: none in the values.
 """
 
 import math
@@ -28,15 +29,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from models.ops.by_example import by_example
+from models.ops.batch_sharding import shard_over_batch
 from models.ops.fft_convolution import smooth_size
 
-EXACT = (
-    lax.Precision.HIGHEST
-)  # of products that go from step to step: tf32's 10 bits would add up over L of them
-_FEWEST_FREQUENCIES = (
-    32  # in a block: each reads all of m, which outweighs the products where they are fewer
-)
+# for products that feed the next step: the rounding errors of tf32 would accumulate over L steps
+HIGHEST = lax.Precision.HIGHEST
+# in a block: each block reads all of m, which takes longer than the products if there are fewer
+_FEWEST_FREQUENCIES = 32
 
 
 def stu(
@@ -48,36 +47,42 @@ def stu(
     m_minus: Float[Array, "K D_in D_out"] | None = None,
     m_y: Float[Array, "k_y D_out D_out"] | str | None = None,
 ) -> Float[Array, "B L D_out"]:
-    """y_t = feedback + sum_i u_{t-i} m_u[i] + sum_k sigma_k^(1/4) (U+_{t-2,k} m_plus[k] + U-_{t-2,k} m_minus[k]).
+    """The output of an STU, equations (4) to (6).
 
-    Vectors are rows and multiply matrices from the left. With times counted from 0, U+_{t,k} = sum_{i=0..t} u_{t-i}
-    phi[i, k]; U- has the extra factor (-1)^i. Whatever lies before time 0 is zero. Gradients of everything are exact;
-    forward mode (`jax.jvp`) is not supported. Rounding errors of y_t are relative to the whole input, not to the inputs
-    before t, since the transforms mix all times: about 1e-6 of the largest output in float32, 2e-4 where products are
-    rounded to tf32, 1e-2 where to bfloat16. So inputs after the end of a sequence should be zero.
+    y_t = feedback + sum_i u_{t-i} m_u[i]
+          + sum_k sigma_k^(1/4) (U+_{t-2,k} m_plus[k] + U-_{t-2,k} m_minus[k])
+
+    Vectors are rows and multiply matrices from the left. With times counted from 0, U+_{t,k} =
+    sum_{i=0..t} u_{t-i} phi[i, k]; U- has the extra factor (-1)^i. Inputs, features and outputs
+    before time 0 are zero. All gradients are exact; forward mode (`jax.jvp`) is not supported.
+    Rounding errors of y_t are relative to the whole input, not to the inputs before t, because the
+    transforms mix all times: about 1e-6 of the largest output in float32, 2e-4 with products in
+    tf32, 1e-2 in bfloat16. Inputs after the end of a sequence should therefore be zero.
 
     Args:
         phi: filters as columns, in any order and of any sign; rows beyond L are not used.
-        sigma: their eigenvalues, positive.
-        m_minus: None leaves the sign-alternated filters out, as the published CIFAR code does.
-        m_y: None is no feedback; "lag2" adds y_{t-2}, equation (4); an array adds sum_j y_{t-1-j} m_y[j], equations (5)
-            and (6).
+        sigma: eigenvalues of the filters, positive.
+        m_minus: None omits the sign-alternated filters, as the published CIFAR code does.
+        m_y: None for no feedback; "lag2" adds y_{t-2}, equation (4); an array adds sum_j y_{t-1-j}
+            m_y[j], equations (5) and (6).
     Returns:
-        y in the dtype of u. From bfloat16 inputs the products take bfloat16 and sum in float32; all else is float32.
+        y in the dtype of u. With bfloat16 inputs the products have bfloat16 factors and float32
+        sums; all else is float32.
     Raises:
-        ValueError: if `phi` is shorter than u, or `m_y` is an unknown word.
+        ValueError: `phi` is shorter than u, or `m_y` is an unknown word.
     Source: Agarwal et al. 2023, equations (4) to (6).
     """
     length = u.shape[1]
     if phi.shape[0] < length:
         raise ValueError(
-            f"the filters have length {phi.shape[0]} and the input {length}; set task.seq_len to {length} or more"
+            f"the filters have length {phi.shape[0]} and the input {length}; "
+            f"set task.seq_len to {length} or more"
         )
     if isinstance(m_y, str) and m_y != "lag2":
         raise ValueError(
             f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)"
         )
-    # By hand, here and below: NumPy filters are float64, and under strict promotion even `promote_types` refuses.
+    # Explicit dtypes: NumPy filters are float64, and strict promotion refuses even `promote_types`.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
     basis = _basis(
         jnp.asarray(phi, dtype),
@@ -89,7 +94,7 @@ def stu(
     matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
-    y = by_example(
+    y = shard_over_batch(
         convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices])
     )
     if isinstance(m_y, str):
@@ -102,12 +107,13 @@ def stu(
 def _basis(
     phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
 ) -> Float[Array, "L J"]:
-    """The scalar filters in the order m_plus, m_minus, m_u."""
+    """The scalar filters, in the order m_plus, m_minus, m_u."""
     filters = phi[:length] * (sigma**0.25)[None]
     if alternate:
         signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), phi.dtype)
         filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
-    # The delay belongs to the filter; as a phase it would wrap the last inputs onto the first outputs.
+    # The lag of 2 is applied to the filter; as a phase it would wrap the last inputs onto the first
+    # outputs.
     delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
     return jnp.concatenate([delayed, jnp.eye(length, num_taps, dtype=phi.dtype)], axis=1)
 
@@ -119,11 +125,13 @@ def causal_convolution(
     m: Float[Array, "J D_in D_out"],
     products: Any = None,
 ) -> Float[Array, "B L D_out"]:
-    """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j], exactly: the transforms are long enough that nothing wraps
-    around.
+    """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j].
 
-    The backward pass remembers u, basis and m alone and makes their transforms and G again. All arguments share one
-    dtype, float32 or float64; `products` is the dtype that factors of matrix products are rounded to, None for theirs.
+    The transforms are long enough that nothing wraps around. The backward pass saves only u, basis
+    and m and recomputes their transforms and G. All arguments share one dtype, float32 or float64.
+
+    Args:
+        products: dtype to which the factors of matrix products are rounded; None for their own.
     """
     order = _each_basis_element if basis_first(*u.shape[:2], *m.shape[::2]) else _each_frequency
     return order(u, basis, m, products)
@@ -151,17 +159,17 @@ causal_convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 def basis_first(batch: int, length: int, num: int, d_out: int) -> bool:
-    """Whether convolving with each basis element before its matrix is cheaper than one matrix for each frequency.
+    """Whether the published order is cheaper than one matrix per frequency.
 
-    Operations per input channel and time step; one of a transform takes as long as five of a product, on a CPU (measured
-    at B = 1 and 2, D = 128 to 512).
+    Compares operations per input channel and time step; one operation of a transform takes as long
+    as five of a product on a CPU (measured at B = 1 and 2, D = 128 to 512).
     """
     transform = 5 * 5 * math.log2(2 * length)
     return batch * num * (2 * d_out + transform) < (8 * batch + 4 * num) * d_out
 
 
 def _multiply(spec: str, left: Array, right: Array, products: Any) -> Array:
-    """An einsum whose factors are rounded to `products` and whose sums are not."""
+    """An einsum with factors rounded to `products` and sums in the dtype of `left`."""
     if products is None or products == left.dtype:
         return jnp.einsum(spec, left, right)
     return jnp.einsum(
@@ -170,7 +178,7 @@ def _multiply(spec: str, left: Array, right: Array, products: Any) -> Array:
 
 
 def _each_basis_element(u: Array, basis: Array, m: Array, products: Any) -> Array:
-    """The published order, with the features of one basis element at a time."""
+    """The published order, one basis element at a time."""
     length = u.shape[1]
     size = smooth_size(2 * length - 1)
     u_hat = _spectrum(u, size)
@@ -206,7 +214,7 @@ def _each_basis_element_backward(
 
 
 def _each_frequency(u: Array, basis: Array, m: Array, products: Any) -> Array:
-    """One matrix G for each frequency, so many of them at a time as fit into the cache."""
+    """One matrix G per frequency, a block of frequencies at a time."""
     length = u.shape[1]
     size = smooth_size(2 * length - 1)
 
@@ -235,7 +243,7 @@ def _each_frequency_backward(
         )  # dY G^H: a correlation
         dg = _outer_product(u_part, dy_part, products)  # (f, 2, D_in, D_out)
         dbasis_part = _multiply("frdo,jdo->frj", dg, m, products)[:, :, None]
-        # All frequencies but the first and the last stand for their conjugates too.
+        # All frequencies except the first and the last also represent their conjugates.
         index = at + jnp.arange(width)
         weight = jnp.where((index == 0) | (index == size // 2), 1, 2).astype(m.dtype) / size
         dm = dm + _multiply(
@@ -252,7 +260,7 @@ def _each_frequency_backward(
 def _over_blocks(
     block: Callable[..., list[Array]], spectra: list[Array], outputs: list[Array], m: Array
 ) -> list[Array]:
-    """Runs `block` over all frequencies, so many at a time that their matrices G fit into `_block_bytes` where they can."""
+    """Runs `block` over all frequencies, as many at a time as `_block_bytes` of G allow (>= 32)."""
     fitting = _block_bytes() // (2 * m.shape[1] * m.shape[2] * m.dtype.itemsize)
     width = max(fitting, _FEWEST_FREQUENCIES)
     whole, rest = divmod(spectra[0].shape[2], width)
@@ -264,12 +272,12 @@ def _over_blocks(
 
 
 def _block_bytes() -> int:
-    """On a CPU what stays in its cache, elsewhere what is little beside the memory and much beside a kernel launch."""
+    """Size of a block: fits the cache of a CPU; outweighs a kernel launch elsewhere."""
     return 2**21 if jax.default_backend() == "cpu" else 2**28
 
 
 def _product(u: Array, basis: Array, m: Array, products: Any) -> Array:
-    """Y = U G of some frequencies: (f, 2, B, D_in) and (f, 2, 1, J) to (f, 2, B, D_out)."""
+    """Y = U G of a block of frequencies: (f, 2, B, D_in) and (f, 2, 1, J) to (f, 2, B, D_out)."""
     width, _, batch, d_in = u.shape
     rows, matrix = u.reshape(width, 2 * batch, d_in), m.reshape(m.shape[0], -1)
     by_real, by_imag = (
@@ -285,7 +293,10 @@ def _product(u: Array, basis: Array, m: Array, products: Any) -> Array:
 
 
 def _outer_product(u: Array, dy: Array, products: Any) -> Array:
-    """U^H dY of some frequencies, the gradient of G: (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out)."""
+    """U^H dY, the gradient of G, of a block of frequencies.
+
+    (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out).
+    """
     width, _, batch, d_in = u.shape
     rows = u.reshape(width, 2 * batch, d_in)
     turned = jnp.stack([dy[:, 1], -dy[:, 0]], axis=1)
@@ -306,8 +317,9 @@ def _signal(spectrum: Array, size: int, length: int) -> Array:
 
 
 def _read(spectrum: Array, at: Any, width: int) -> Array:
-    """Some frequencies as (f, 2, B, D), real and imaginary parts on axis 1."""
-    # Spectra are turned around a block at a time, in the cache; whole ones take XLA:CPU longer than their transforms.
+    """A block of frequencies as (f, 2, B, D), real and imaginary parts on axis 1."""
+    # Transposed block by block, in the cache: transposing whole spectra takes XLA:CPU longer than
+    # the transforms.
     part = lax.dynamic_slice_in_dim(spectrum, at, width, axis=2)
     return jnp.transpose(jnp.stack([part.real, part.imag]), (3, 0, 1, 2))
 
@@ -326,11 +338,14 @@ def lag_two_sum(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
 
 @jax.custom_vjp
 def feedback(x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]) -> Float[Array, "B L D"]:
-    """y_t = x_t + sum_j y_{t-1-j} m_y[j]: step by step on a CPU, in about sqrt(L) dependent steps elsewhere."""
-    reached = m_y[: x.shape[1] - 1]  # what lies further back than the first input is zero
-    if reached.shape[0] == 0:
+    """y_t = x_t + sum_j y_{t-1-j} m_y[j].
+
+    Computed step by step on a CPU, in about sqrt(L) dependent steps elsewhere.
+    """
+    m_y = m_y[: x.shape[1] - 1]  # outputs before time 0 are zero
+    if m_y.shape[0] == 0:
         return x
-    return lax.platform_dependent(x, reached, cpu=feedback_by_steps, default=feedback_by_chunks)
+    return lax.platform_dependent(x, m_y, cpu=feedback_by_steps, default=feedback_by_chunks)
 
 
 def _feedback_forward(x: Array, m_y: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -345,8 +360,8 @@ def _feedback_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Ar
     past = jnp.pad(y, ((0, 0), (taps, 0), (0, 0)))
 
     def gradient(tap: Array) -> Array:
-        seen = lax.dynamic_slice_in_dim(past, taps - 1 - tap, length, axis=1)  # y_{t-1-tap}
-        return jnp.einsum("bld,ble->de", seen, dx)
+        delayed = lax.dynamic_slice_in_dim(past, taps - 1 - tap, length, axis=1)  # y_{t-1-tap}
+        return jnp.einsum("bld,ble->de", delayed, dx)
 
     return dx, lax.map(gradient, jnp.arange(taps))
 
@@ -357,16 +372,16 @@ feedback.defvjp(_feedback_forward, _feedback_backward)
 def feedback_by_steps(
     x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
 ) -> Float[Array, "B L D"]:
-    """`feedback` one step after the other."""
+    """`feedback`, step by step."""
     batch, length, width = x.shape
     taps = m_y.shape[0]
     stacked = m_y.reshape(taps * width, width)
 
-    # Not `lax.scan`, which would turn x and y around to have time in front.
+    # Not `lax.scan`, which would transpose x and y to have time in front.
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         past, y = carry  # past: (B, k_y D), the latest output first
         y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + jnp.matmul(
-            past, stacked, precision=EXACT
+            past, stacked, precision=HIGHEST
         )
         past = jnp.concatenate([y_t, past[:, : (taps - 1) * width]], axis=1)
         return past, lax.dynamic_update_index_in_dim(y, y_t, t, axis=1)
@@ -379,11 +394,14 @@ def feedback_by_steps(
 def feedback_by_chunks(
     x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
 ) -> Float[Array, "B L D"]:
-    """`feedback` in chunks whose pasts are zero at first: pairs of chunks become chunks twice as long, side by side, until
-    there are about sqrt(L) of them; what their true pasts add then follows from one chunk to the next.
+    """`feedback` in chunks of about sqrt(L) steps that run in parallel.
 
-    A chunk answers to its past through the impulse response h, which runs along as one more chunk for each of the D outputs.
-    This takes 2.5 to 4.5 times the operations of the steps, as matrix products, and k_y T D^2 numbers for the answers.
+    Chunks start from a zero past. Pairs of chunks are merged into chunks of twice the length until
+    about sqrt(L) chunks are left; a scan over these adds the contributions of their true pasts.
+
+    A past contributes through the impulse response h, which is computed as one more chunk per
+    output. This takes 2.5 to 4.5 times the operations of the step-by-step form, as matrix products,
+    and k_y T D^2 numbers for the responses W.
     """
     batch, length, width = x.shape
     taps = m_y.shape[0]
@@ -400,7 +418,7 @@ def feedback_by_chunks(
         w = _responses(m_y, rows[batch * chunks :, :size])[:reach]
         pairs = rows.reshape(len(rows), -1, 2, size, width)
         ends = pairs[:, :, 0, size - 1 - np.arange(reach)]  # the latest first, here and below
-        late = pairs[:, :, 1] + jnp.einsum("rckd,kdte->rcte", ends, w, precision=EXACT)
+        late = pairs[:, :, 1] + jnp.einsum("rckd,kdte->rcte", ends, w, precision=HIGHEST)
         rows = jnp.stack([pairs[:, :, 0], late], axis=2).reshape(rows.shape)
         size *= 2
     alone, w = (
@@ -413,21 +431,21 @@ def feedback_by_chunks(
     onward = w[:, :, latest_first].reshape(taps * width, taps * width)
 
     def pass_on(past: Array, end: Array) -> tuple[Array, Array]:
-        return end + jnp.matmul(past, onward, precision=EXACT), past
+        return end + jnp.matmul(past, onward, precision=HIGHEST), past
 
     _, pasts = lax.scan(pass_on, jnp.zeros_like(ends[0]), ends)
     pasts = pasts.reshape(chunks, batch, taps, width)
-    added = jnp.einsum("cbkd,kdte->bcte", pasts, w, precision=EXACT)
+    added = jnp.einsum("cbkd,kdte->bcte", pasts, w, precision=HIGHEST)
     return (alone + added).reshape(batch, chunks * chunk, width)[:, :length]
 
 
 def _responses(m_y: Float[Array, "k_y D D"], h: Float[Array, "D T D"]) -> Float[Array, "k_y D T D"]:
-    """W[j, :, t], what an output j + 1 steps before a chunk adds to its output t.
+    """W[j, :, t], the contribution of an output j + 1 steps before a chunk to its output t.
 
-    It enters through tap j at time 0, tap j + 1 at time 1, ...: W[j, t] = sum_i m_y[j + i] h_{t-i}, the sum of the diagonal
-    of products that ends at (j, t), gathered by doubling.
+    It enters through tap j at time 0, tap j + 1 at time 1, ...: W[j, t] = sum_i m_y[j + i] h_{t-i}.
+    This is the sum of a diagonal of products that ends at (j, t), computed by doubling.
     """
-    w = jnp.einsum("kde,etf->kdtf", m_y, h, precision=EXACT)
+    w = jnp.einsum("kde,etf->kdtf", m_y, h, precision=HIGHEST)
     step = 1
     while step < min(w.shape[0], w.shape[2]):
         w = w.at[:-step, :, step:].add(w[step:, :, :-step])
@@ -436,6 +454,9 @@ def _responses(m_y: Float[Array, "k_y D D"], h: Float[Array, "D T D"]) -> Float[
 
 
 def _chunk_length(length: int, taps: int, width: int) -> int:
-    """A power of two near sqrt(L); but a chunk holds all taps, and W beyond that at most 2^27 numbers (half a GB)."""
+    """A power of two near sqrt(L), at least k_y.
+
+    W has at most 2^27 numbers (half a GB), unless k_y needs more.
+    """
     wanted = max(taps, min(math.isqrt(length - 1) + 1, 2**27 // (taps * width * width)))
     return 1 << (wanted - 1).bit_length()

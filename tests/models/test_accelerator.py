@@ -1,4 +1,4 @@
-"""On an accelerator: the orders chosen there give what a CPU gives, and memory is as promised. Speed is `lra bench ops`."""
+"""Values, gradients and memory of the implementations that accelerators use."""
 
 import jax
 import jax.numpy as jnp

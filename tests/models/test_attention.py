@@ -1,4 +1,4 @@
-"""What every kind of attention shares, and softmax attention's slopes; its values stand in test_mixers.py."""
+"""Softmax attention against loops, and what all kinds of attention share."""
 
 import re
 import shlex
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from attention_checks import (
     attention_by_loop,
-    check_16_bits,
-    check_against_loop,
+    check_attention_against_loop,
+    check_bfloat16,
     inputs,
     mask_of,
-    turned,
+    rotated,
 )
 from flax import nnx
 
@@ -23,7 +23,6 @@ import lra
 from lra.config.build import build_task, model_builder
 from models.attention import Attention, MultiHead
 from models.backbone import Backbone
-from models.ops.positions import rotate
 
 
 def attention(**options):
@@ -44,15 +43,15 @@ def test_attention_equals_a_loop(positions, causal):
     def weigh(q, k, t, s):
         if causal and s > t:
             return 0.0, 0.0
-        q, k = (turned(q, t), turned(k, s)) if positions == "rotary" else (q, k)
+        q, k = (rotated(q, t), rotated(k, s)) if positions == "rotary" else (q, k)
         weight = np.exp(q @ k / 2)
         return weight, weight
 
-    check_against_loop(attention(positions=positions, causal=causal), weigh)
+    check_attention_against_loop(attention(positions=positions, causal=causal), weigh)
 
 
 def test_transformer_has_the_published_number_of_parameters():
-    """797K: the attention baseline of the MLRA report on ListOps, 4 layers of 128, 8 heads, MLP of 512."""
+    """797K in the MLRA report on ListOps: 4 layers of 128, 8 heads, MLP of 512."""
 
     def build():
         mixer = partial(
@@ -92,7 +91,7 @@ def test_queries_keys_and_values_may_have_a_width_of_their_own(qkv_width):
         (8, 3 * qkv_width),
         (qkv_width, 8),
     )
-    check_against_loop(mixer, weigh)
+    check_attention_against_loop(mixer, weigh)
 
 
 def test_dropout_of_weights_acts_in_training_alone():
@@ -122,7 +121,7 @@ def affine(x, layer):
 
 
 def transformer_by_loop(model, ids, lra_paper):
-    """A document without padding through the LRA paper's Transformer, or the modern one, as their pages describe them."""
+    """A document without padding, through both configurations as docs/models describes them."""
     table = np.asarray(model.encoder.table[...], np.float64)
     x = table[np.asarray(ids)]
     if lra_paper:
@@ -135,7 +134,7 @@ def transformer_by_loop(model, ids, lra_paper):
         weight = (
             np.exp(q @ k / np.sqrt(len(q)))
             if lra_paper
-            else np.exp(turned(q, t) @ turned(k, s) / np.sqrt(len(q)))
+            else np.exp(rotated(q, t) @ rotated(k, s) / np.sqrt(len(q)))
         )
         return weight, weight
 
@@ -223,13 +222,7 @@ def test_commands_of_the_page_build_the_papers_sizes(words):
 
 
 def test_attention_returns_16_bits_for_16_bits():
-    check_16_bits(attention(positions="rotary"))
-
-
-def test_positions_may_start_anywhere():
-    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
-    np.testing.assert_allclose(rotate(x[:, 3:], first=3), rotate(x)[:, 3:], atol=1e-6)
-    np.testing.assert_allclose(rotate(x[:, 3:4], first=jnp.int32(3)), rotate(x)[:, 3:4], atol=1e-6)
+    check_bfloat16(attention(positions="rotary"))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +230,12 @@ def test_positions_may_start_anywhere():
     [
         ({"qkv_width": 5}, r"model\.num_heads=2 must be at least 1 and divide model\.qkv_width=5"),
         ({"qkv_width": 0}, r"model\.qkv_width=0"),
+        ({"num_heads": 3}, r"model\.num_heads=3 must be at least 1 and divide backbone\.width=8"),
+        (
+            {"num_heads": 8, "positions": "rotary"},
+            r"model\.positions=rotary needs an even head width",
+        ),
+        ({"max_len": 10}, r"task\.seq_len=11 is longer than model\.max_len=10"),
         ({"qkv_width": 6, "positions": "rotary"}, r"model\.qkv_width/model\.num_heads = 3"),
         ({"attention_dropout": 1}, r"model\.attention_dropout=1 must be"),
         ({"attention_dropout": -0.1}, r"model\.attention_dropout=-0\.1 must be"),

@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from models.backbone import Backbone, Block, Norm, pool, sinusoids
+from models.layers import Linear
+from models.mixer import Mixer, MixerModule, StreamingMixer
 
 
-class Shift(nnx.Module):
+class Shift(MixerModule):
     """A mixer without parameters: each position gets the one before it."""
 
     causal = True
@@ -247,3 +249,54 @@ def test_wrong_length_and_unknown_options_name_their_key():
     for key in ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position", "head"):
         with pytest.raises(ValueError, match=rf"backbone\.{key}=wrong is unknown; choose one of"):
             backbone(**{key: "wrong"})
+
+
+class NoMixer(nnx.Module):
+    """Lacks the attributes of `Mixer`."""
+
+    causal = True
+
+    def __init__(self, width, seq_len, rngs):
+        pass
+
+
+def test_mixers_have_the_attributes_of_the_protocol():
+    mixer = Shift(4, 9, None)
+    assert isinstance(mixer, Mixer)
+    assert not isinstance(mixer, StreamingMixer)
+    assert (mixer.rotary, mixer.gates_residual, mixer.grows_with_length) == (False, False, False)
+    with pytest.raises(ValueError, match="NoMixer has no attribute rotary, .*MixerModule"):
+        backbone(NoMixer)
+
+
+class Dense(MixerModule):
+    """A mixer of one linear layer."""
+
+    causal = True
+
+    def __init__(self, width, seq_len, rngs):
+        self.linear = Linear(width, width, rngs=rngs)
+
+    def __call__(self, x, mask, *, train, rngs):
+        self.dtypes = (x.dtype, self.linear(x).dtype)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", jnp.float32), ("bf16", jnp.bfloat16)])
+def test_precision_sets_the_dtype_of_the_blocks(precision, dtype):
+    model = backbone(Dense, precision=precision, mlp="gelu")
+    assert model(IDS, LENGTHS).dtype == jnp.float32
+    assert all(block.mixer.dtypes == (dtype, dtype) for block in model.blocks)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
+
+
+def test_linear_adds_its_bias_in_float32():
+    """The gradient of the bias is a sum over positions, which bfloat16 would round."""
+    layer = Linear(3, 2, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    x = jnp.ones((1, 1000, 3), jnp.bfloat16)
+    grads = jax.grad(lambda p: nnx.merge(graph, p)(x).astype(jnp.float32).sum())(params)
+    assert grads["bias"][...].dtype == jnp.float32
+    np.testing.assert_array_equal(grads["bias"][...], [1000.0, 1000.0])
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    np.testing.assert_array_equal(layer(x), x @ layer.kernel[...] + layer.bias[...][None])

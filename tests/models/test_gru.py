@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from float64_checks import check_in_float64
+from float64_checks import check_mixer_against_loop
 
 from models.gru import GRU
 
@@ -40,18 +40,18 @@ def inputs(batch=2, length=9, width=4):
 
 
 def by_loop(p, u, lengths):
-    """r and z from equations (5) and (6), the candidate with the reset gate after the product, h from equation (7)."""
+    """Equations (5) to (7), with the reset gate after the product in the candidate."""
     size = p["candidate_bias"].shape[1]
 
     def run(k, u, times):
         w_r, w_z, w = (p["input_kernel"][k][:, i * size : (i + 1) * size] for i in range(3))
         b_r, b_z, b = (p["input_bias"][k][i * size : (i + 1) * size] for i in range(3))
         u_r, u_z, u_n = (p["recurrent_kernel"][k][:, i * size : (i + 1) * size] for i in range(3))
-        h, found = jnp.zeros(size), {}
+        h, found = np.zeros(size), {}
         for t in times:
-            r = 1 / (1 + jnp.exp(-(u[t] @ w_r + b_r + h @ u_r)))
-            z = 1 / (1 + jnp.exp(-(u[t] @ w_z + b_z + h @ u_z)))
-            candidate = jnp.tanh(u[t] @ w + b + r * (h @ u_n + p["candidate_bias"][k]))
+            r = 1 / (1 + np.exp(-(u[t] @ w_r + b_r + h @ u_r)))
+            z = 1 / (1 + np.exp(-(u[t] @ w_z + b_z + h @ u_z)))
+            candidate = np.tanh(u[t] @ w + b + r * (h @ u_n + p["candidate_bias"][k]))
             h = z * h + (1 - z) * candidate
             found[t] = h
         return found
@@ -61,17 +61,17 @@ def by_loop(p, u, lengths):
         h = run(0, example, range(length))
         if len(p["input_kernel"]) == 2:
             back = run(1, example, reversed(range(length)))
-            h = {t: jnp.concatenate([h[t], back[t]]) for t in h}
+            h = {t: np.concatenate([h[t], back[t]]) for t in h}
         y = [h[t] @ p["output_kernel"] + p["output_bias"] for t in range(length)]
-        rows.append(jnp.stack(y + [jnp.zeros(u.shape[2])] * (u.shape[1] - length)))
-    return jnp.stack(rows)
+        rows.append(np.stack(y + [np.zeros(u.shape[2])] * (u.shape[1] - length)))
+    return np.stack(rows)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_values_and_gradients_equal_a_loop(bidirectional):
     lengths = (9, 6)
     real = np.arange(9)[None] < np.array(lengths)[:, None]
-    check_in_float64(
+    check_mixer_against_loop(
         gru(bidirectional=bidirectional), inputs(), real, lambda p, u: by_loop(p, u, lengths)
     )
 
@@ -132,7 +132,7 @@ def test_streamed_state_is_float32_for_bfloat16_input():
 
 @pytest.mark.parametrize("directions", [1, 2])
 def test_parameter_count(directions):
-    """3 (D H + H^2 + H) of a unit and its one bias beside the candidate's product, and the output's."""
+    """3 (D H + H^2 + H) + H for each unit, and the output projection."""
     width, size = 5, 7
     mixer = gru(width, size, bidirectional=directions == 2)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_checks import (
-    check_16_bits,
-    check_against_loop,
+    check_attention_against_loop,
+    check_bfloat16,
     check_padding_and_future,
     check_streaming,
     inputs,
-    turned,
+    rotated,
 )
 from flax import nnx
 
@@ -38,15 +38,15 @@ def _three_chunks(monkeypatch):
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_linear_attention_equals_a_loop(positions, causal):
-    """Equations (4) and (8); with rotary positions, equation (19) of RoFormer: turned in the numerator alone."""
+    """Equations (4) and (8); rotary positions as in equation (19) of RoFormer."""
 
     def weigh(q, k, t, s):
         if causal and s > t:
             return 0.0, 0.0
         total = phi(q) @ phi(k)
-        return (turned(phi(q), t) @ turned(phi(k), s) if positions == "rotary" else total), total
+        return (rotated(phi(q), t) @ rotated(phi(k), s) if positions == "rotary" else total), total
 
-    check_against_loop(linear(positions=positions, causal=causal), weigh, tolerance=1e-8)
+    check_attention_against_loop(linear(positions=positions, causal=causal), weigh, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -66,7 +66,7 @@ def test_streaming_is_refused_where_the_model_looks_ahead():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_16_bits(causal):
-    check_16_bits(linear(causal=causal, positions="rotary"))
+    check_bfloat16(linear(causal=causal, positions="rotary"))
     heads = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
     assert {x.dtype for x in linear().features(heads, heads)} == {jnp.dtype("float32")}
     state, _ = linear(causal=True).step(

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_checks import (
-    check_16_bits,
-    check_against_loop,
+    check_attention_against_loop,
+    check_bfloat16,
     check_padding_and_future,
     inputs,
     mask_of,
-    turned,
+    rotated,
 )
 from flax import nnx
 
@@ -43,16 +43,16 @@ def local(seq_len=11, **options):
     ],
 )
 def test_local_attention_equals_a_loop(block_size, neighbours, positions, causal):
-    """The last block is short for C = 3 and 4, and the second sequence has no real position in it."""
+    """With C = 3 and 4 the last block is short; it is all padding in the second sequence."""
 
     def weigh(q, k, t, s):
         if abs(t // block_size - s // block_size) > neighbours or (causal and s > t):
             return 0.0, 0.0
-        q, k = (turned(q, t), turned(k, s)) if positions == "rotary" else (q, k)
+        q, k = (rotated(q, t), rotated(k, s)) if positions == "rotary" else (q, k)
         weight = np.exp(q @ k / 2)
         return weight, weight
 
-    check_against_loop(
+    check_attention_against_loop(
         local(block_size=block_size, neighbours=neighbours, causal=causal, positions=positions),
         weigh,
     )
@@ -91,7 +91,7 @@ def test_a_block_that_is_all_padding_gives_finite_gradients():
 
 
 def test_16_bits():
-    check_16_bits(local(neighbours=1))
+    check_bfloat16(local(neighbours=1))
 
 
 def test_memory_grows_with_the_block_and_not_with_the_length():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from float64_checks import check_in_float64
+from float64_checks import check_mixer_against_loop
 
 from models.longconv import LongConv
 
@@ -30,7 +30,7 @@ def inputs(batch=2, length=17, width=4):
 
 
 def kernel_by_loop(w, options):
-    """Entry by entry, (K, D, T): sub-kernel i takes w_i at the point that its entry j falls on, between two of w_i's d."""
+    """(K, D, T), entry by entry: sub-kernel i interpolates between the d values of w_i."""
     scales, _, width, d = w.shape
     rates = np.linspace(options["decay_min"], options["decay_max"], width)
     entries = []
@@ -46,7 +46,7 @@ def kernel_by_loop(w, options):
                 value = w[i, :, :, low] * (low + 1 - point) + w[i, :, :, high] * (point - low)
             fade = rates**-i if options["decay"] == "geometric" else (len(entries) + 1.0) ** -rates
             entries.append(value * fade)
-    return jnp.stack(entries, axis=-1)
+    return np.stack(entries, axis=-1)
 
 
 def by_loop(p, u, real, z, options):
@@ -61,7 +61,7 @@ def by_loop(p, u, real, z, options):
             elif len(k) == 2:
                 y_t = y_t + k[1, :, s - t - 1] * u[:, s] * real[:, s, None]
         y.append(y_t)
-    return jnp.stack(y, axis=1)
+    return np.stack(y, axis=1)
 
 
 VARIANTS = [
@@ -84,7 +84,9 @@ def test_values_and_gradients_equal_a_loop(options):
         jax.random.key(1), mixer.w.shape
     )  # Z stays the start's
     real = np.arange(13)[None] < np.array([[13], [9]])
-    check_in_float64(mixer, inputs(length=13), real, lambda p, u: by_loop(p, u, real, z, options))
+    check_mixer_against_loop(
+        mixer, inputs(length=13), real, lambda p, u: by_loop(p, u, real, z, options)
+    )
 
 
 @pytest.mark.parametrize(

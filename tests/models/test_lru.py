@@ -1,4 +1,4 @@
-"""The LRU and every rung of its paper's ladder against float64 loops; what is older stands in test_mixers.py."""
+"""The LRU and every step of its paper's ablation against float64 loops."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from float64_checks import check_in_float64
+from float64_checks import check_mixer_against_loop
 
 import lra
 from lra.config.build import build_task, model_builder
@@ -53,8 +53,8 @@ def inputs(length=17):
 
 
 def by_loop(p, u, real, variant, both):
-    """Equations (1) and (7), one step at a time, forwards and backwards over the real positions; complex128."""
-    f = {"tanh": jnp.tanh, "relu": lambda x: jnp.where(x > 0, x, 0.0)}.get(variant, lambda x: x)
+    """Equations (1) and (7) in complex128, one step at a time, in one or two directions."""
+    f = {"tanh": np.tanh, "relu": lambda x: np.where(x > 0, x, 0.0)}.get(variant, lambda x: x)
     if "a" in p:
         b, c = p["b"], p["c"]
         n = len(p["a"])
@@ -63,20 +63,20 @@ def by_loop(p, u, real, variant, both):
         n = b.shape[1]
         lam = {
             "real_imag": lambda: p["lam_re"] + 1j * p["lam_im"],
-            "exp": lambda: jnp.exp(-p["nu"] + 1j * p["theta"]),
-            "stable_exp": lambda: jnp.exp(-jnp.exp(p["nu_log"]) + 1j * p["theta"]),
-            "lru": lambda: jnp.exp(-jnp.exp(p["nu_log"]) + 1j * jnp.exp(p["theta_log"])),
+            "exp": lambda: np.exp(-p["nu"] + 1j * p["theta"]),
+            "stable_exp": lambda: np.exp(-np.exp(p["nu_log"]) + 1j * p["theta"]),
+            "lru": lambda: np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"])),
         }[variant]()
 
     def run(order, c):
-        h, y = jnp.zeros((len(u), n), b.dtype), [None] * u.shape[1]
+        h, y = np.zeros((len(u), n), b.dtype), [None] * u.shape[1]
         for t in order:
             bu = (u[:, t] * (1.0 if c is first else real[:, t, None])) @ b
             if "gamma_log" in p:
-                bu = jnp.exp(p["gamma_log"]) * bu
+                bu = np.exp(p["gamma_log"]) * bu
             h = f(h @ p["a"] + bu) if "a" in p else lam * h + bu
             y[t] = (h @ c).real
-        return jnp.stack(y, axis=1)
+        return np.stack(y, axis=1)
 
     first, second = c[:n], c[n:]
     y = run(range(u.shape[1]), first) + p["d"] * u
@@ -88,7 +88,9 @@ def by_loop(p, u, real, variant, both):
 def test_values_and_gradients_equal_a_loop_in_float64(variant, both):
     mixer = lru(**VARIANTS[variant], bidirectional=both)
     real = np.arange(11)[None] < np.array([[11], [6]])
-    check_in_float64(mixer, inputs(11), real, lambda p, u: by_loop(p, u, real, variant, both))
+    check_mixer_against_loop(
+        mixer, inputs(11), real, lambda p, u: by_loop(p, u, real, variant, both)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,8 +145,18 @@ def test_all_parametrizations_start_at_the_same_eigenvalues():
         np.testing.assert_allclose(lam, lams[3], rtol=2e-6)
 
 
+def test_eigenvalues_are_uniform_in_the_area_of_the_ring():
+    mixer = lru(state_size=4000, r_min=0.6, r_max=0.8, max_phase=0.3)
+    radius, phase = np.abs(mixer.eigenvalues()), np.angle(mixer.eigenvalues())
+    assert 0.6 <= radius.min() < 0.603
+    assert 0.797 < radius.max() <= 0.8
+    assert 0.297 < phase.max() <= 0.3
+    assert np.mean(radius**2) == pytest.approx((0.6**2 + 0.8**2) / 2, abs=0.005)
+    np.testing.assert_allclose(np.exp(mixer.gamma_log[...]), np.sqrt(1 - radius**2), rtol=1e-4)
+
+
 def test_without_a_ring_eigenvalues_fill_the_disk_as_a_glorot_matrix_does():
-    """Both laws have the mean of |lam|^2 at 1/2 and a quarter of all states within half the radius."""
+    """The mean of |lam|^2 is 1/2, and a quarter of all states are within half the radius."""
     drawn = np.concatenate(
         [lru(s, state_size=300, r_min=0, r_max=1).eigenvalues() for s in range(5)]
     )
@@ -231,11 +243,13 @@ def test_a_rung_composes_and_trains_every_parameter(rung):
         ),
         ({"phase": "square"}, r"model\.phase=square is unknown"),
         (DENSE | {"activation": "gelu"}, r"model\.activation=gelu is unknown"),
-        ({"activation": "tanh"}, r"model\.activation=tanh is for model\.parametrization=dense"),
+        ({"activation": "tanh"}, r"model\.activation=tanh requires model\.parametrization=dense"),
         (DENSE | {"gamma_norm": True}, r"model\.gamma_norm=true needs eigenvalues"),
         ({"state_size": 0}, r"model\.state_size=0"),
         ({"max_phase": 0}, r"model\.max_phase=0"),
         ({"r_min": 0.95}, r"model\.r_min=0\.95"),
+        ({"r_min": -0.1}, r"model\.r_min=-0\.1"),
+        ({"r_max": 1.1}, r"model\.r_max=1\.1"),
     ],
 )
 def test_bad_options_name_their_key(options, message):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from float64_checks import check_mixer_against_loop
 
 from models.backbone import Backbone
 from models.mamba import Mamba
@@ -42,53 +43,42 @@ def mamba_by_loop(p, u):
     """Algorithm 2 and figure 3 of the paper, one step at a time; h is (B, E, N)."""
     inner, n = p["a_log"].shape
     rank, taps = len(p["dt_proj"]), len(p["conv_kernel"])
-    a = -jnp.exp(p["a_log"])
+    a = -np.exp(p["a_log"])
 
     def step(carry, row):
         h, past = carry  # past inputs of the convolution, the latest first
         both = row @ p["in_proj"]
         z, past = both[:, inner:], [both[:, :inner], *past]
         conv = p["conv_bias"] + sum(p["conv_kernel"][taps - 1 - i] * past[i] for i in range(taps))
-        x = conv / (1 + jnp.exp(-conv))
+        x = conv / (1 + np.exp(-conv))
         s = x @ p["x_proj"]
-        delta = jnp.log1p(jnp.exp(s[:, :rank] @ p["dt_proj"] + p["dt_bias"]))
+        delta = np.log1p(np.exp(s[:, :rank] @ p["dt_proj"] + p["dt_bias"]))
         b, c = s[:, rank : rank + n], s[:, rank + n :]
-        h = jnp.exp(delta[:, :, None] * a) * h + (delta * x)[:, :, None] * b[:, None, :]
+        h = np.exp(delta[:, :, None] * a) * h + (delta * x)[:, :, None] * b[:, None, :]
         y = (h * c[:, None, :]).sum(-1) + p["d"] * x
-        return (h, past[:-1]), (y * z / (1 + jnp.exp(-z))) @ p["out_proj"]
+        return (h, past[:-1]), (y * z / (1 + np.exp(-z))) @ p["out_proj"]
 
-    start = jnp.zeros((len(u), inner, n)), [jnp.zeros((len(u), inner))] * (taps - 1)
-    return jnp.moveaxis(jax.lax.scan(step, start, jnp.moveaxis(u, 1, 0))[1], 0, 1)
+    carry, outputs = (np.zeros((len(u), inner, n)), [np.zeros((len(u), inner))] * (taps - 1)), []
+    for t in range(u.shape[1]):
+        carry, y = step(carry, u[:, t])
+        outputs.append(y)
+    return np.stack(outputs, axis=1)
 
 
 @pytest.mark.parametrize(
-    ("length", "options"), [(1, {}), (37, {}), (20, {"conv_size": 1, "dt_rank": 2, "expand": 1})]
+    ("length", "options"), [(2, {}), (37, {}), (20, {"conv_size": 1, "dt_rank": 2, "expand": 1})]
 )
 def test_block_equals_a_loop_in_values_and_gradients(length, options):
     with jax.enable_x64(True):
         graph, params = split(mamba(**options), "float64")
-        u = inputs(length)
-        weights = jnp.asarray(np.random.default_rng(1).normal(size=u.shape))
-        mask = jnp.ones(u.shape[:2], bool)
-
-        def fast(params, u):
-            y = nnx.merge(graph, params)(u, mask)
-            return (y * weights).sum(), y
-
-        def slow(params, u):
-            y = mamba_by_loop(nnx.to_pure_dict(params), u)
-            return (y * weights).sum(), y
-
-        (grads, y), (expected_grads, expected) = (
-            jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, u) for f in (fast, slow)
-        )
-        np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
-        for path, expected in jax.tree_util.tree_leaves_with_path(expected_grads):
-            found = dict(jax.tree_util.tree_leaves_with_path(grads))[path]
-            assert np.abs(expected).max() > 0 or length == 1, jax.tree_util.keystr(path)
-            np.testing.assert_allclose(
-                found, expected, rtol=1e-9, atol=1e-11, err_msg=jax.tree_util.keystr(path)
-            )
+        mixer = nnx.merge(graph, params)
+        u = np.asarray(inputs(length))
+    real = np.ones(u.shape[:2], bool)
+    check_mixer_against_loop(mixer, u, real, mamba_by_loop)
+    with jax.enable_x64(True):  # a single step, whose output does not depend on A
+        first = mixer(jnp.asarray(u[:, :1]), jnp.asarray(real[:, :1]))
+    expected = mamba_by_loop(jax.device_get(nnx.to_pure_dict(params)), u[:, :1])
+    np.testing.assert_allclose(first, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_scan_over_chunks_takes_the_state_along():
@@ -211,7 +201,7 @@ def test_starts_as_the_paper_says():
 
 
 def test_mamba_130m_has_its_published_size():
-    """The released mamba-130m (24 layers of 768, the paper's smallest) has 129,135,360 parameters; its head is the embedding."""
+    """mamba-130m, 24 layers of 768 with a tied head, has 129,135,360 parameters."""
     around = {
         "norm": "rms",
         "norm_position": "pre",

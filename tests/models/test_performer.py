@@ -1,17 +1,17 @@
-"""Performer against the paper's features, one query and key at a time, and against the softmax they estimate."""
+"""Performer against loops over its features and against softmax attention."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_checks import (
-    check_16_bits,
-    check_against_loop,
+    check_attention_against_loop,
+    check_bfloat16,
     check_padding_and_future,
     check_streaming,
     inputs,
     mask_of,
-    turned,
+    rotated,
 )
 from flax import nnx
 
@@ -52,18 +52,18 @@ def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
     def weigh(q, k, t, s):
         if causal and s > t:
             return 0.0, 0.0
-        q, k = (turned(q, t), turned(k, s)) if positions == "rotary" else (q, k)
+        q, k = (rotated(q, t), rotated(k, s)) if positions == "rotary" else (q, k)
         weight = phi(q) @ phi(k)
         return weight, weight
 
     # 1e-6 is added to the key's exponential features
-    check_against_loop(mixer, weigh, tolerance=1e-8 if kind else 2e-5)
+    check_attention_against_loop(mixer, weigh, tolerance=1e-8 if kind else 2e-5)
 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_many_features_are_softmax_attention(causal, positions):
-    """With the same projections; the error falls as 1 / sqrt(M), by 8 here, once M tells the kernel's tails."""
+    """With the same projections the error falls as 1 / sqrt(M), by 8 here, for large M."""
     options = {"positions": positions, "causal": causal}
     softmax = Attention(
         8,
@@ -124,7 +124,7 @@ def test_streaming_equals_parallel(kind, positions):
 
 
 def test_memory_over_all_positions_does_not_grow_with_the_features():
-    """Forward and backward of 256 features a head; once, all queries' features alone would be 67 MB."""
+    """Forward and backward with 256 features per head; those of all queries take 67 MB."""
     graph, params, rest = nnx.split(
         Performer(
             64,
@@ -156,7 +156,7 @@ def test_streaming_is_refused_where_the_model_looks_ahead():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_values_and_gradients_stay_finite_far_from_the_origin(causal):
-    """exp(q . k) would overflow, and every feature of a query or a key underflow, many times over."""
+    """Here exp(q . k) would overflow, and all features of a query or key would underflow."""
     mixer = performer(causal=causal)
     mask = mask_of((11, 6), 11)
     for scale in (30.0, 1e3):
@@ -169,7 +169,7 @@ def test_values_and_gradients_stay_finite_far_from_the_origin(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_16_bits(causal):
-    check_16_bits(performer(causal=causal))
+    check_bfloat16(performer(causal=causal))
 
 
 @pytest.mark.parametrize(

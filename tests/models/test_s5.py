@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from float64_checks import check_in_float64
+from float64_checks import check_mixer_against_loop
 from scipy.linalg import block_diag, expm
 
 from models.backbone import Backbone
@@ -81,11 +81,11 @@ def test_the_module_with_published_parameters_gives_published_values(name):
 
 
 def by_loop(p, u, real, *, rule, conj_sym, both, clip):
-    """Equations of the paper one step after the other: sampling, x_k = lam_bar x_{k-1} + B_bar u_k, y_k = 2 Re(C x_k) + D u_k."""
-    lam = (jnp.minimum(p["lam_re"], -1e-4) if clip else p["lam_re"]) + 1j * p["lam_im"]
-    step = jnp.exp(p["log_step"])
+    """Sampling and the recurrence of the paper, step by step."""
+    lam = (np.minimum(p["lam_re"], -1e-4) if clip else p["lam_re"]) + 1j * p["lam_im"]
+    step = np.exp(p["log_step"])
     if rule == "zoh":
-        lam_bar = jnp.exp(lam * step)
+        lam_bar = np.exp(lam * step)
         scale = (lam_bar - 1) / lam
     else:
         lam_bar = (1 + step / 2 * lam) / (1 - step / 2 * lam)
@@ -95,15 +95,15 @@ def by_loop(p, u, real, *, rule, conj_sym, both, clip):
     n, length = len(lam), u.shape[1]
     times = 2 if conj_sym else 1
     y = [p["d"] * u[:, t] for t in range(length)]
-    x = jnp.zeros((len(u), n), complex)
+    x = np.zeros((len(u), n), complex)
     for t in range(length):
         x = lam_bar * x + u[:, t] @ b.T
         y[t] = y[t] + times * (x @ c[:, :n].T).real
-    x = jnp.zeros((len(u), n), complex)
+    x = np.zeros((len(u), n), complex)
     for t in reversed(range(length if both else 0)):
         x = lam_bar * x + (u[:, t] * real[:, t, None]) @ b.T
         y[t] = y[t] + times * (x @ c[:, n:].T).real
-    return jnp.stack(y, axis=1)
+    return np.stack(y, axis=1)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,13 @@ def test_values_and_gradients_equal_a_loop(options):
     real = np.arange(9)[None] < np.array([[9], [6]])
     settings = {"rule": mixer.discretization, "conj_sym": mixer.conj_sym}
     settings |= {"both": mixer.bidirectional, "clip": mixer.clip_eigs}
-    check_in_float64(mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings))
+    check_mixer_against_loop(
+        mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings)
+    )
 
 
 def test_start_is_the_real_system_with_hippo_blocks():
-    """x' = A x + B u with A = blockdiag(HiPPO-N), sampled with dense exponentials; C reads V^H x."""
+    """x' = A x + B u, A = blockdiag(HiPPO-N), with dense matrix exponentials; C reads V^H x."""
     mixer = s5(state_size=12, num_blocks=2, dt_min=0.01, dt_max=0.01)
     lam, vectors = hippo_normal(6)
     a = block_diag(*2 * [((vectors * lam) @ vectors.conj().T).real])
@@ -144,7 +146,7 @@ def test_start_is_the_real_system_with_hippo_blocks():
 
 
 def test_parameters_start_with_the_published_variances():
-    """V^H and V keep lengths: B has variance 1/N; C has 2/N or 2/(N D), its real and imaginary parts together, or 1."""
+    """V is unitary: B has variance 1/N; C, both parts together, has 2/N, 2/(N D) or 1."""
     for c_init, variance in (
         ("trunc_standard_normal", 2 / 64),
         ("lecun_normal", 2 / (64 * 200)),
@@ -203,7 +205,7 @@ def test_bfloat16_input_keeps_float32_states():
 
 
 def test_size_of_the_published_speech_model():
-    """280K parameters: 6 layers of width 96, N 128, on 35 classes (bin/run_experiments/run_speech35.sh)."""
+    """280K: 6 layers of 96, N 128, 35 classes (bin/run_experiments/run_speech35.sh)."""
     count = num_parameters(
         lambda **shape: S5(
             **OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}, **shape

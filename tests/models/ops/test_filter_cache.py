@@ -1,4 +1,4 @@
-"""Filters on disk: found again, made again when the file is not what was written, and never in the way."""
+"""The cache of filters on disk: reused, replaced if damaged, and never fatal."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.ops import filter_cache
-from models.ops.filter_cache import folder, kept
+from models.ops.filter_cache import cache_folder, load_or_compute
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,10 @@ def counted(make=arrays):
 
 
 def test_second_process_finds_what_the_first_made(cache):
-    code = "from models.ops.filters import spectral_filters as f; import hashlib; print(hashlib.md5(f(1024, 5)[1]).hexdigest())"
+    code = (
+        "from models.ops.filters import spectral_filters as f; import hashlib; "
+        "print(hashlib.md5(f(1024, 5)[1]).hexdigest())"
+    )
 
     def run():
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -50,19 +53,19 @@ def test_second_process_finds_what_the_first_made(cache):
 
 
 def test_kept_arrays_come_back_bit_by_bit_without_being_made():
-    first = kept("hankel", 1024, 3, arrays)
+    first = load_or_compute("hankel", 1024, 3, arrays)
     make, calls = counted()
-    again = kept("hankel", 1024, 3, make)
+    again = load_or_compute("hankel", 1024, 3, make)
     assert not calls
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_kinds_and_sizes_do_not_meet(cache):
-    kept("hankel", 1024, 3, arrays)
+    load_or_compute("hankel", 1024, 3, arrays)
     for kind, length, num in (("alternative", 1024, 3), ("hankel", 1025, 3), ("hankel", 1024, 2)):
         make, calls = counted(lambda length=length, num=num: arrays(length, num))
-        kept(kind, length, num, make)
+        load_or_compute(kind, length, num, make)
         assert calls
     assert len(list(cache.iterdir())) == 4
 
@@ -129,21 +132,21 @@ DAMAGES = (
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_a_damaged_file_is_made_again_and_replaced(damage, cache):
-    kept("hankel", 1024, 3, arrays)
+    load_or_compute("hankel", 1024, 3, arrays)
     (file,) = cache.iterdir()
     damage(file)
     make, calls = counted()
-    _, phi = kept("hankel", 1024, 3, make)
+    _, phi = load_or_compute("hankel", 1024, 3, make)
     assert calls
     np.testing.assert_array_equal(phi, arrays()[1])
-    kept("hankel", 1024, 3, make)
+    load_or_compute("hankel", 1024, 3, make)
     assert len(calls) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_done_without(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    _, phi = kept("hankel", 1024, 3, arrays)
+    _, phi = load_or_compute("hankel", 1024, 3, arrays)
     np.testing.assert_array_equal(phi, arrays()[1])
 
 
@@ -152,7 +155,7 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, cache):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    _, phi = kept("hankel", 1024, 3, arrays)
+    _, phi = load_or_compute("hankel", 1024, 3, arrays)
     np.testing.assert_array_equal(phi, arrays()[1])
     assert list(cache.iterdir()) == []
 
@@ -160,7 +163,7 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, cache):
 def test_short_filters_are_not_kept(cache):
     make, calls = counted(lambda: arrays(1023))
     for _ in range(2):
-        kept("hankel", 1023, 3, make)
+        load_or_compute("hankel", 1023, 3, make)
     assert len(calls) == 2
     assert not cache.exists()
 
@@ -170,6 +173,6 @@ def test_relative_and_missing_caches_mean_the_one_at_home(monkeypatch, tmp_path)
     home = tmp_path / ".cache" / "lra" / "filters"
     for value in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert folder() == home
+        assert cache_folder() == home
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert folder() == home
+    assert cache_folder() == home

@@ -73,7 +73,8 @@ def test_alternative_filters_have_a_parity_and_its_first_entry_is_positive():
 
 
 def test_alternative_eigenvalues_have_high_relative_precision():
-    # The Rayleigh quotient of an accurate vector is accurate in relative terms where `eigvalsh` is not.
+    # The Rayleigh quotient of an accurate vector is accurate in relative terms where `eigvalsh` is
+    # not.
     sigma, phi = alternative_filters(40, 24)
     z = [
         [
@@ -130,7 +131,7 @@ FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
 
 
 def recurrence_error(kind, seq_len, num_filters, extra_states, dtype=np.float64):
-    """The largest error of a filter, as the root of its summed squares times sigma^(1/4), as models weigh it."""
+    """The largest error of a filter: the root of its summed squares times sigma^(1/4)."""
     sigma, phi = FILTERS[kind](seq_len, num_filters)
     a, h = (x.astype(dtype) for x in filter_recurrence(kind, seq_len, num_filters, extra_states))
     found = np.zeros((seq_len, num_filters))

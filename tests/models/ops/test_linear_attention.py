@@ -1,4 +1,4 @@
-"""Causal sums over products of features: against the L x L matrix, their gradients, and their memory."""
+"""Causal sums of linear attention: values, gradients and memory."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_totals_are_sums_with_values_of_one():
 
 
 def test_memory_has_no_state_for_each_position_nor_a_square_of_the_length():
-    """Forward and backward; a state a position would be 67 MB, the L x L matrix too; a quarter is granted."""
+    """States of all positions, or the L x L matrix, would take 67 MB."""
     length, width = 4096, 64
     q = jax.ShapeDtypeStruct((1, length, 1, width), jnp.float32)
     step = jax.jit(jax.grad(lambda q, k, v: (causal_sums(q, k, v) ** 2).sum(), argnums=(0, 1, 2)))

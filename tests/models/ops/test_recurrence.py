@@ -1,4 +1,4 @@
-"""Diagonal recurrences against a float64 loop, autodiff through that loop, and the published LRU's values."""
+"""Diagonal recurrences against a float64 loop, its autodiff and the published LRU."""
 
 from pathlib import Path
 

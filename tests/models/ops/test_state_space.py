@@ -1,4 +1,4 @@
-"""Diagonal state space models: HiPPO, sampling and kernels against golden values, dense matrices and loops."""
+"""HiPPO, discretization and kernels against golden values, dense matrices and loops."""
 
 from pathlib import Path
 

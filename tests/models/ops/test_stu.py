@@ -1,4 +1,4 @@
-"""The STU against the published code's values, a float64 loop, and itself in every order of computation."""
+"""The STU against the published code, a float64 loop and its other implementations."""
 
 from functools import partial
 from pathlib import Path
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stu_loop import stu_by_loop
 
 import models.ops.stu as module
 from models.ops.filters import spectral_filters
@@ -20,29 +21,6 @@ from models.ops.stu import (
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-def stu_by_loop(u, phi, sigma, m_u, m_plus, m_minus=None, m_y=None):
-    """Equations (4) to (6), feature by feature and step by step."""
-    batch, length, _ = u.shape
-    if isinstance(m_y, str):
-        m_y = np.stack([np.zeros((m_u.shape[2],) * 2), np.eye(m_u.shape[2])])
-    features = np.zeros((2, batch, length, len(sigma), u.shape[2]))
-    for t in range(length):
-        for i in range(t + 1):
-            features[0, :, t] += u[:, t - i, None, :] * phi[i, None, :, None]
-            features[1, :, t] += (-1) ** i * u[:, t - i, None, :] * phi[i, None, :, None]
-    y = np.zeros((batch, length, m_u.shape[2]))
-    for t in range(length):
-        for i in range(min(len(m_u), t + 1)):
-            y[:, t] += u[:, t - i] @ m_u[i]
-        for j in range(0 if m_y is None else min(len(m_y), t)):
-            y[:, t] += y[:, t - 1 - j] @ m_y[j]
-        for k in range(len(sigma) if t >= 2 else 0):
-            y[:, t] += sigma[k] ** 0.25 * features[0, :, t - 2, k] @ m_plus[k]
-            if m_minus is not None:
-                y[:, t] += sigma[k] ** 0.25 * features[1, :, t - 2, k] @ m_minus[k]
-    return y
 
 
 def random_arguments(length, *, batch=2, d_in=3, d_out=4, k_u=3, minus=True, k_y=None):
@@ -63,7 +41,7 @@ def random_arguments(length, *, batch=2, d_in=3, d_out=4, k_u=3, minus=True, k_y
 
 
 def published(name):
-    """Golden arguments, gradients and the rest, the first two under our names and in our conventions."""
+    """Golden arguments and gradients in our conventions, and the file."""
     data = np.load(GOLDEN / f"stu_official_{name}.npz")
     num, d_in = len(data["sigma"]), data["u"].shape[2]
 
@@ -145,7 +123,7 @@ def test_lag2_is_the_feedback_with_an_identity_two_back():
 
 @pytest.mark.parametrize("num_matrices", [0, 3, 4, 64, None])
 def test_orders_and_frequency_blocks_change_nothing(num_matrices, monkeypatch):
-    """Values and gradients, to the filters too, in either order and in blocks of any size equal autodiff of the definition."""
+    """Values and all gradients equal autodiff of the definition, in blocks of any size."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         u, basis, m = (jnp.asarray(rng.normal(size=s)) for s in [(2, 11, 3), (11, 5), (5, 3, 4)])

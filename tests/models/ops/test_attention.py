@@ -1,4 +1,4 @@
-"""Attention by blocks of queries against the whole matrix of weights, and the choice between them and flash attention."""
+"""The implementations of softmax attention against the whole matrix of weights."""
 
 from types import SimpleNamespace
 
@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from models.ops import attention as module
-from models.ops.attention import attention, block_rows, by_blocks, has_flash
-from models.ops.blocks import cut, joined
-from models.ops.by_example import own_examples
+from models.ops.attention import attention, attention_by_blocks, block_rows, has_flash
+from models.ops.batch_sharding import local_batch_size
+from models.ops.blocks import merge_blocks, split_blocks
 
 
 def inputs(batch=2, length=37, heads=3, width=4, dtype=jnp.float32):
@@ -43,7 +43,7 @@ def test_blocks_equal_the_whole_matrix(rows, causal):
         fast, slow = (
             jax.jit(lambda *x, f=f: (f(*x), jax.vjp(f, *x)[1](cotangent)))(q, k, v)
             for f in (
-                lambda *x: by_blocks(*x, mask, causal, rows),
+                lambda *x: attention_by_blocks(*x, mask, causal, rows),
                 lambda *x: whole(*x, mask, causal),
             )
         )
@@ -69,7 +69,7 @@ def test_the_chosen_order_equals_the_whole_matrix(few, causal, monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
-    """Forward and backward of one head's width of 16, four heads: B H L L is 268 MB, and autodiff keeps three of them."""
+    """B H L L is 268 MB, and autodiff would save three such arrays."""
     shape = jax.ShapeDtypeStruct((1, 4096, 4, 16), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, 4096), bool)
     step = jax.jit(
@@ -87,16 +87,15 @@ def test_memory_at_4096_is_far_below_a_matrix_of_weights(causal):
 def test_a_sequence_that_is_all_padding_gives_finite_gradients():
     q, k, v, _ = inputs()
     mask = mask_of((37, 0), 37)
-    for grad in jax.grad(lambda *x: (by_blocks(*x, mask, True, 8) ** 2).sum(), argnums=(0, 1, 2))(
-        q, k, v
-    ):
+    loss = lambda *x: (attention_by_blocks(*x, mask, True, 8) ** 2).sum()  # noqa: E731
+    for grad in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v):
         assert np.isfinite(grad).all()
 
 
 def test_16_bits_are_weighed_in_float32():
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs())
     mask = mask_of((37, 20), 37)
-    y = by_blocks(q, k, v, mask, False, 8)
+    y = attention_by_blocks(q, k, v, mask, False, 8)
     assert y.dtype == jnp.bfloat16
     exact = whole(*(x.astype(jnp.float32) for x in (q, k, v)), mask, False)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2**-7)
@@ -104,31 +103,29 @@ def test_16_bits_are_weighed_in_float32():
 
 @pytest.mark.parametrize("rows", [8, 64])
 def test_dropout_leaves_out_single_weights_and_keeps_their_mean(rows):
-    """Values of one make each output the sum of what is left of the weights; equal keys make it a mean of kept / (1 - rate)."""
+    """With values of one, outputs are sums of the kept weights; with equal keys their mean is 1."""
     q, k, v, _ = inputs(length=64)
     mask = mask_of((64, 20), 64)
 
+    @jax.jit
+    def means(seed, q, k, v):
+        return attention_by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(seed))
+
     def sums(seed, q, k):
-        return by_blocks(q, k, jnp.ones_like(v), mask, False, rows, 0.25, jax.random.key(seed))
+        return means(seed, q, k, jnp.ones_like(v))
 
     y = sums(0, q, jnp.zeros_like(k))[..., 0]
     np.testing.assert_allclose(np.mean(y), 1.0, atol=0.02)
     np.testing.assert_allclose(
         y[0] * 64 * 0.75, np.round(y[0] * 64 * 0.75), atol=1e-3
-    )  # a whole number of keys each
+    )  # whole numbers of keys
     assert len(np.unique(np.round(y[0] * 48))) > 5  # another draw for each query
     np.testing.assert_allclose(np.var(y[0]), 0.25 / 0.75 / 64, rtol=0.3)
     np.testing.assert_array_equal(sums(0, q, k), sums(0, q, k))
     assert np.abs(sums(0, q, k) - sums(1, q, k)).max() > 0.1
-    # the backward pass leaves out the same weights: the slope of a sum of the values is linear in them
-    slope = jax.grad(
-        lambda v: by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum()
-    )(v)
-    np.testing.assert_allclose(
-        (slope * v).sum(),
-        by_blocks(q, k, v, mask, False, rows, 0.25, jax.random.key(0)).sum(),
-        rtol=1e-4,
-    )
+    # the backward pass drops the same weights: the sum is linear in the values
+    slope = jax.jit(jax.grad(lambda v: means(0, q, k, v).sum()))(v)
+    np.testing.assert_allclose((slope * v).sum(), means(0, q, k, v).sum(), rtol=1e-4)
 
 
 def test_dropout_needs_random_numbers():
@@ -188,7 +185,7 @@ def test_flash_attention_gets_padding_as_lengths(causal, monkeypatch):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attention_is_near_the_whole_matrix(causal):
-    """An odd length, and sequences of all, some and one of its positions; values and gradients for a random cotangent."""
+    """Odd length, with all, some and one real position; values and gradients."""
     q, k, v, cotangent = (x.astype(jnp.bfloat16) for x in inputs(batch=3, length=301, width=64))
     mask = mask_of((301, 170, 1), 301)
     assert has_flash(q.dtype, 64)
@@ -211,15 +208,15 @@ def test_flash_attention_is_near_the_whole_matrix(causal):
 @pytest.mark.parametrize("size", [1, 4, 9, 20])
 def test_blocks_are_joined_again(size):
     x = jnp.arange(2 * 9 * 3).reshape(2, 9, 3)
-    assert cut(x, size).shape == (2, -(-9 // size), size, 3)
-    np.testing.assert_array_equal(joined(cut(x, size), 9), x)
+    assert split_blocks(x, size).shape == (2, -(-9 // size), size, 3)
+    np.testing.assert_array_equal(merge_blocks(split_blocks(x, size), 9), x)
 
 
 def test_blocks_are_those_of_the_examples_of_one_device():
-    assert own_examples(8) == 8
+    assert local_batch_size(8) == 8
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):
-        assert own_examples(8) == 2
-        assert own_examples(9) == 3
+        assert local_batch_size(8) == 2
+        assert local_batch_size(9) == 3
 
 
 @pytest.mark.parametrize("model", ["attention", "linear"])
@@ -251,7 +248,11 @@ def test_more_blocks_lose_no_digits_of_16_bit_gradients(causal):
     mask = mask_of((256, 256), 256)
 
     def gradient(rows):
-        return jax.vjp(lambda k, v: by_blocks(q, k, v, mask, causal, rows), k, v)[1](cotangent)
+        def pull(k, v, cotangent):
+            by_rows = lambda k, v: attention_by_blocks(q, k, v, mask, causal, rows)  # noqa: E731
+            return jax.vjp(by_rows, k, v)[1](cotangent)
+
+        return jax.jit(pull)(k, v, cotangent)
 
     for one, many in zip(gradient(256), gradient(1), strict=True):
         one, many = np.asarray(one, np.float32), np.asarray(many, np.float32)
