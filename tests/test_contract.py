@@ -24,7 +24,7 @@ from lra.tasks.base import SPLITS
 from lra.training.optimizer import assign_groups
 from lra.training.setup import Setup
 from lra.training.state import Examples, initial_state
-from lra.training.step import compile_program
+from lra.training.step import make_step_functions
 from models.mixer import MixerFactory, StreamingMixer
 
 MODELS, TASKS, EXPERIMENTS, PROTOCOLS = (
@@ -202,7 +202,7 @@ def test_training_step_returns_what_it_takes(built):
     inputs, lengths = built.batch(batch=8)
     data = Examples(inputs.astype(jnp.uint8), lengths, jnp.zeros(8, jnp.int32))
     after = jax.eval_shape(
-        compile_program(setup, 4).run, state, setup.constants, data, jnp.int32(2)
+        make_step_functions(setup, 4).train_steps, state, setup.constants, data, jnp.int32(2)
     )
     found, expected = (jax.tree.map(jax.typeof, tree) for tree in (after, state))
     assert found == expected
@@ -444,11 +444,11 @@ def trace_two_steps(cfg):
     data = Examples(
         *(jnp.asarray(np.asarray(x)) for x in (split.inputs, split.lengths, split.labels))
     )
-    program, state = compile_program(setup, 2), initial_state(setup)[0]
-    after = jax.eval_shape(program.run, state, setup.constants, data, jnp.int32(2))
+    step_fns, state = make_step_functions(setup, 2), initial_state(setup)[0]
+    after = jax.eval_shape(step_fns.train_steps, state, setup.constants, data, jnp.int32(2))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     logits = jax.eval_shape(
-        program.apply,
+        step_fns.predict,
         state.params,
         state.batch_stats,
         setup.constants,
