@@ -73,7 +73,7 @@ class RunFolder:
         write_atomically(self.path / RECORD, text.encode() + b"\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`, which has a `step`, to metrics.jsonl; a failed write leaves no partial line."""
+        """Appends `row`, with its `step`, to metrics.jsonl; a failed write leaves no part of it."""
         row = to_json({**row, "step": int(row["step"])})
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         path = self.path / METRICS

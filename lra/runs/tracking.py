@@ -5,7 +5,7 @@ so a slow, failing or hanging W&B costs nothing until `finish`, which waits at m
 then ends W&B's service process. Any error of W&B becomes one warning.
 
 Mode: `tracker.wandb=off` is final, then WANDB_MODE, then `tracker.wandb`. `auto` is online with a
-login and a server that accepts the run, otherwise offline. A failed online start falls back to offline.
+login and a server that accepts the run, otherwise offline; a failed online start falls back to it.
 Offline runs are in <folder>/wandb; `sync_hint` is the command that uploads them.
 """
 
