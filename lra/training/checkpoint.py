@@ -24,9 +24,10 @@ from jax.experimental import multihost_utils
 
 from lra.errors import LraError, RunFolderError
 from lra.files import disk_errors, write_atomically
-from lra.runs.records import warn
 from lra.training.distributed import is_lost
 from lra.training.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 SPARE_BYTES = 2**20  # for metadata, the record and the metrics
 SUMS = "SHA256SUMS"
@@ -152,7 +153,7 @@ class Checkpoints:
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
         """Say which checkpoints were passed over for that of `step`, and make their names free to be saved again."""
         for bad, problem in damaged.items():
-            warn(
+            log.warning(
                 f"the checkpoint of step {bad} in {self.folder} is damaged ({problem}); step {step} is taken instead"
             )
         if not damaged or self.read_only:

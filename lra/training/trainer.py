@@ -5,6 +5,7 @@ evaluate, save, and answer signals. Neither the length of a call nor an interrup
 """
 
 import hashlib
+import logging
 import os
 import time
 from functools import partial
@@ -23,7 +24,7 @@ from lra.errors import ConfigError, DivergedError, LraError, PreemptedError, Run
 from lra.runs import machine, records, run_folder, sanity
 from lra.runs.machine import peak_bytes
 from lra.runs.progress import Reporter, preparing
-from lra.runs.tracking import Trackers, make_trackers
+from lra.runs.tracking import Tracker, make_tracker
 from lra.tasks.base import SPLITS
 from lra.training import distributed
 from lra.training.checkpoint import (
@@ -59,6 +60,8 @@ from lra.training.state import (
     selected_weights,
 )
 from lra.training.step import Program, compile_program
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
 
@@ -100,7 +103,7 @@ def train_here(cfg: DictConfig, started: float, ending: distributed.Ending) -> d
             try:
                 run.end(status_of(error), error)
             except LraError as second:  # a full disk, say: the first error is the one to report
-                records.warn(str(second))
+                log.warning(str(second))
             if is_out_of_memory(error):
                 raise LraError(out_of_memory_advice(cfg, run.record["micro_batch"])) from error
             if error is not caught:
@@ -194,7 +197,7 @@ class Run:
         self.layout = layout
         self.before = distributed.agree(folder.read_record) or {}
         self.eval_batch = layout.whole(cfg.trainer.eval_batch_size)
-        self.trackers = Trackers([])
+        self.trackers = Tracker()
         self.checkpoints = Checkpoints(folder.path / CHECKPOINTS)
         self.reporter = Reporter(
             cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress
@@ -228,7 +231,7 @@ class Run:
         self.folder.truncate_metrics(int(state.step))
         self.save_record(step=int(state.step))
         if distributed.is_first():
-            self.trackers = make_trackers(
+            self.trackers = make_tracker(
                 cfg.tracker,
                 self.folder.path,
                 config=self.record["config"],
@@ -496,7 +499,7 @@ class Run:
 
     def warn(self, message: str) -> None:
         if distributed.is_first():
-            records.warn(message)
+            log.warning(message)
 
     def finish(self, state: State, best: Best, data: dict[str, Examples]) -> dict[str, Any]:
         """Score the whole test split once with the weights that the protocol chooses; write predictions and record."""
