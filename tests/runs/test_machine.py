@@ -28,7 +28,7 @@ def test_peak_memory_and_cores_are_plausible():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository with a copy of the module, a git command, and the commit that the copy reports."""
+    """A repository with a copy of the module, a git command, and the commit the copy reports."""
     home, package = tmp_path / "repo", tmp_path / "repo" / "lra" / "runs"
     package.mkdir(parents=True)
     shutil.copy(ROOT / "lra" / "runs" / "machine.py", package)
