@@ -72,8 +72,8 @@ def test_the_identity_of_a_run_ignores_where_it_runs():
     assert config_hash(config, without=["lr", "data.lr", "opt"]) == config_hash(config)
 
 
-def test_the_hash_of_a_config_is_for_ever():
-    """Folders of recorded runs are named after it: if this fails, resuming and the table lose them."""
+def test_the_hash_of_a_config_does_not_change():
+    """Folders of recorded runs are named after the hash; another hash loses them."""
     config = {
         "seed": 3,
         "optim": {"lr": 1e-3, "clip": 1.0},

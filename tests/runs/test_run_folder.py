@@ -217,7 +217,8 @@ for index in range(10):
         names = dict(task="t", model="m", protocol="p", seed=index, config={"worker": worker})
         for step in range(10):
             folder.append_metrics({"step": step})
-            folder.write_record({"status": "finished" if step == 9 else "running", "step": step, **names})
+            status = "finished" if step == 9 else "running"
+            folder.write_record({"status": status, "step": step, **names})
 """
 
 
