@@ -1,6 +1,6 @@
 """Long Range Arena in JAX: every task, every baseline, one trainer, honest tables.
 
-splits = lra.load("listops", "strict")          # packed arrays: splits["train"].inputs (n, L), .lengths, .labels
+splits = lra.load("listops", "strict")  # splits["train"].inputs (n, L), .lengths (n,), .labels (n,)
 record = lra.train(["task=listops_short", "model=lru", "seed=1"])
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compose(overrides: Sequence[str] = ()) -> "DictConfig":
-    """The resolved config that `lra train OVERRIDES` would run."""
+    """The resolved config of `lra train OVERRIDES`."""
     from lra.config.compose import compose
 
     return compose(overrides)
@@ -23,10 +23,11 @@ def compose(overrides: Sequence[str] = ()) -> "DictConfig":
 def load(
     task: str, protocol: str = "strict", overrides: Sequence[str] = ()
 ) -> "Mapping[str, Split]":
-    """The splits of a task as memory-mapped arrays, prepared first where they are not.
+    """The splits of a task as memory-mapped arrays; prepares the data if missing.
 
     Args:
-        task: a name that `lra tasks` lists; protocol: strict | s4 | lra2020.
+        task: a name that `lra tasks` lists.
+        protocol: strict, s4 or lra2020.
         overrides: as on the command line, such as `data.root=DIR` or `task.source=release`.
     Raises:
         LraError: unknown name, or missing or malformed data.
@@ -40,10 +41,10 @@ def load(
 
 
 def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:
-    """Run a config (from `compose`, or a list of overrides) to its end and return its record.
+    """Trains a config, from `compose` or a list of overrides, and returns its record.
 
     Raises:
-        LraError: what `lra train` would print in one line.
+        LraError: `lra train` prints it in one line.
     """
     from omegaconf import DictConfig
 

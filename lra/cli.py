@@ -1,85 +1,80 @@
-"""The `lra` command. Each command imports what it needs when it runs, so that `lra --help` answers at once."""
+"""The `lra` command. A subcommand imports its modules when it runs: `lra --help` is fast."""
 
 import argparse
 import errno
+import logging
 import os
 import re
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 from lra.config.options import CONF
-from lra.errors import ConfigError, LraError, PreemptedError
+from lra.errors import ConfigError, LraError
+from lra.runs.console import configure_logging, discard_stdout
+from lra.train_command import train_command
 from lra.training.preemption import Signals
 
-SENTENCE_END = r"(?<=\.) (?!\d)"  # not that of "Tay et al. 2020"
+log = logging.getLogger("lra.cli")
 
-DIAGNOSE_HELP = """What a trained run relies on. Prints small tables and adds them to RUN_FOLDER/diagnostics.json.
+SENTENCE_END = r"(?<=\.) (?!\d)"  # not after the abbreviation in "Tay et al. 2020"
+FORMATS = ("terminal", "markdown", "latex", "csv")
+SPLITS = ("test", "val", "train")
 
-  factors       accuracy by label, length and what else the task knows (ListOps: depth, root operator); the default
-  length        the weights at another length: length task.min_length=129,257 task.max_length=256,512
-  permutation   accuracy when blocks of 1, 4, 16, ... positions stand in random order
-  locality      accuracy of the mean over windows of 16, 64, ... positions, each read by itself
+DIAGNOSE_HELP = """Measures what a trained run relies on; tables also go to diagnostics.json.
 
-What exactly is measured: docs/diagnose.md."""
+  factors       accuracy by label, length and the task's own factors (the default)
+  length        accuracy at other lengths: length task.min_length=129,257 task.max_length=256,512
+  permutation   accuracy with blocks of 1, 4, 16, ... positions in random order
+  locality      accuracy of the mean prediction over windows of 16, 64, ... positions
 
-TRAIN_HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
-
-Train one model on one task and print the comparison table. `lra keys` describes all keys,
---help KEY one of them, --cfg job prints their values.
-
-  lra train experiment=listops/quick                       minutes on a CPU
-  lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
-  lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2
-  lra train -m ... hydra/launcher=joblib                   several at a time (extra: sweep); submitit_slurm on a cluster
-
-  resume=auto            continue this run if its folder holds a checkpoint; skip it if it is finished
-  output.root=DIR        where runs are kept (runs)
-  data.root=DIR          publishers' files and prepared data ($LRA_DATA, else data)
-"""
+Definitions: docs/diagnose.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code.
+    """Runs the command line and returns its exit code.
 
-    0 done, 1 something else, 2 bad config, 3 bad data, 4 folder in use, 5 diverged, 6 not reproduced, 75 stopped and saved,
-    130 interrupted.
+    0 success, 1 other errors, 2 config, 3 data, 4 run folder in use, 5 diverged, 6 not reproduced,
+    75 stopped after saving, 130 interrupted, 141 stdout closed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    configure_logging()
     try:
-        if argv[:1] == ["train"]:
-            return train_command(argv[1:])
-        if hasattr(signal, "SIGPIPE"):  # `lra table | head` ends quietly; a run outlives its reader
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        args = parsed(argv or ["--help"])
-        with Signals():  # SIGTERM cleans up as Ctrl-C does
-            return args.run(args)
+        code = run(argv)
+        sys.stdout.flush()
+        return code
     except LraError as error:
-        return fail(str(error), error.exit_code)
+        log.error("%s", error)
+        return error.exit_code
     except KeyboardInterrupt as error:
-        go_on = "the same command goes on with what is finished"
+        hint = "the same command continues after its finished parts"
         if argv[:1] == ["train"]:
-            go_on = "the same command with resume=auto goes on from the last checkpoint, if there is one"
-        return fail(str(error) or f"interrupted; {go_on}", 130)
+            hint = "the same command with resume=auto continues from the last checkpoint, if any"
+        log.error("%s", str(error) or f"interrupted; {hint}")
+        return 130
+    except BrokenPipeError:  # lra table | head
+        discard_stdout()
+        return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return fail(
-            f"{error.filename or 'output'}: the disk is full; free some space or set output.root and data.root",
-            1,
-        )
+        place = error.filename or "output"
+        log.error("%s: the disk is full; free some space or set output.root and data.root", place)
+        return 1
 
 
-def fail(message: str, code: int) -> int:
-    print(f"lra: error: {message}", file=sys.stderr)
-    return code
+def run(argv: list[str]) -> int:
+    if argv[:1] == ["train"]:
+        return train_command(argv[1:])
+    args = parse(argv or ["--help"])
+    with Signals():  # SIGTERM cleans up as Ctrl-C does
+        return args.run(args)
 
 
-def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """What was typed; KEY=VALUE may also stand behind options, where argparse would not look for it."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parsed arguments. KEY=VALUE may also follow options, which argparse alone rejects."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     words = [
@@ -97,64 +92,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     commands.add_parser("train", help="train a model on a task: lra train task=listops model=stu")
-
-    data = commands.add_parser("data", help="prepare and inspect the tasks' data")
-    actions = data.add_subparsers(metavar="ACTION", required=True)
-    prepare = actions.add_parser(
-        "prepare", help="generate or read the data of tasks into the packed store"
-    )
-    verify = actions.add_parser(
-        "verify", help="recompute hashes, counts, balance; report defects and overlaps"
-    )
-    info = actions.add_parser(
-        "info", help="what a task is, where its files and its packed store are; prepares nothing"
-    )
-    show = actions.add_parser("show", help="print some examples; pictures also as a PNG")
-    for action, run in (
-        (prepare, data_prepare),
-        (verify, data_verify),
-        (info, data_info),
-        (show, data_show),
-    ):
-        action.add_argument(
-            "tasks",
-            nargs="+",
-            metavar="TASK",
-            help="a name that `lra tasks` lists; KEY=VALUE as for `lra train`",
-        )
-        action.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            help="config overrides, as for `lra train`",
-        )
-        if action is not info:
-            action.add_argument(
-                "--download", action="store_true", help="fetch the publisher's files where missing"
-            )
-            action.add_argument(
-                "--allow-partial",
-                action="store_true",
-                help="take fewer examples than there should be",
-            )
-        action.set_defaults(run=run)
-    prepare.add_argument(
-        "--tfds",
-        action="store_true",
-        help="also as a TFDS dataset (array_record) under data.root/tfds",
-    )
-    prepare.add_argument(
-        "--export", metavar="DIR", type=Path, help="also in the release's own file format"
-    )
-    show.add_argument("-n", type=int, default=5, help="how many examples (5)")
-    show.add_argument(
-        "--split", choices=("train", "val", "test"), default="train", help="of which split (train)"
-    )
-    show.add_argument(
-        "--png", metavar="FILE", type=Path, help="where the pictures go (data.root/shown/TASK.png)"
-    )
+    add_data_commands(commands.add_parser("data", help="prepare and inspect the tasks' data"))
 
     keys = commands.add_parser("keys", help="list the config keys: default, valid values, help")
     keys.add_argument(
@@ -164,79 +102,48 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
     models = commands.add_parser(
-        "models", help="list the models; with task=NAME their parameters, operations and state"
+        "models", help="list the models; with task=NAME their parameters, FLOPs and state"
     )
     models.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="a task, and what else `lra train` takes; model=A,B shows these alone",
+        help="task=NAME and other keys of `lra train`; model=A,B selects models",
     )
-    models.add_argument(
-        "--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal"
-    )
+    models.add_argument("--format", choices=FORMATS, default="terminal")
     models.set_defaults(run=models_command, group="model")
 
     evaluate = commands.add_parser(
-        "eval", help="score a run's saved weights again and compare with what it recorded"
+        "eval", help="score a run's saved weights again and compare with its record"
     )
-    evaluate.add_argument(
-        "folder",
-        metavar="RUN_FOLDER",
-        type=Path,
-        help="the folder of one run, as `lra train` printed it",
-    )
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="data.root, data.download, trainer.eval_batch_size, ...",
-    )
-    evaluate.add_argument(
-        "--split", choices=("test", "val", "train"), default="test", help="which split (test)"
-    )
-    evaluate.add_argument(
-        "--weights", choices=("best", "last"), help="which weights (those that the protocol scores)"
-    )
+    add_saved_run(evaluate, "KEY=VALUE", "data.root, data.download, trainer.eval_batch_size, ...")
     evaluate.set_defaults(run=eval_command)
 
     diagnose = commands.add_parser(
         "diagnose",
-        help="accuracy of a run by length, depth, ...; at other lengths; without order; without distance",
+        help="a run's accuracy by length, depth, ...; at other lengths; on permuted or local input",
         description=DIAGNOSE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    diagnose.add_argument(
-        "folder", metavar="RUN_FOLDER", type=Path, help="the folder of one run with its checkpoint"
+    add_saved_run(
+        diagnose,
+        "WHAT | KEY=VALUE",
+        "diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; keys of `lra eval`",
     )
     diagnose.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="WHAT | KEY=VALUE",
-        help="diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; data.root and what else lra eval takes",
-    )
-    diagnose.add_argument(
-        "--split", choices=("test", "val", "train"), default="test", help="which split (test)"
-    )
-    diagnose.add_argument(
-        "--examples", type=int, metavar="N", help="its first N examples (those that the run scored)"
-    )
-    diagnose.add_argument(
-        "--weights", choices=("best", "last"), help="which weights (those that the protocol scores)"
+        "--examples", type=int, metavar="N", help="the first N examples (those the run scored)"
     )
     diagnose.add_argument(
         "--sizes",
         metavar="A,B,...",
-        help="of blocks and windows (1 or 16, times 4, up to the length)",
+        help="sizes of blocks and windows (1 or 16, times 4, up to the length)",
     )
     diagnose.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also draw the tables: png, pdf or svg"
+        "--plot", metavar="FILE", type=Path, help="also plot the tables: png, pdf or svg"
     )
     diagnose.set_defaults(run=diagnose_command, takes_words=True)
 
-    table = commands.add_parser(
-        "table", help="compare runs with each other and with published numbers"
-    )
+    table = commands.add_parser("table", help="compare runs with each other and published numbers")
     table.add_argument(
         "paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)"
     )
@@ -247,21 +154,19 @@ def parser() -> argparse.ArgumentParser:
         "--published",
         choices=("featured", "all", "none"),
         default="featured",
-        help="published rows",
+        help="published rows (featured)",
     )
     table.add_argument(
         "--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable"
     )
+    table.add_argument("--format", choices=FORMATS, default="terminal")
+    table.add_argument("--output", metavar="FILE", help="also write the table to FILE")
     table.add_argument(
-        "--format", choices=("terminal", "markdown", "latex", "csv"), default="terminal"
-    )
-    table.add_argument("--output", metavar="FILE", help="also write the table here")
-    table.add_argument(
-        "--metric", choices=("test", "val"), default="test", help="which split's accuracy (test)"
+        "--metric", choices=("test", "val"), default="test", help="accuracy of this split (test)"
     )
     table.set_defaults(run=comparison_table)
 
-    plot = commands.add_parser("plot", help="draw the learning curves of finished runs")
+    plot = commands.add_parser("plot", help="plot the learning curves of finished runs")
     plot.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs (runs)")
     plot.add_argument("--task", action="append", help="only this task; repeatable")
     plot.add_argument(
@@ -269,139 +174,97 @@ def parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(run=plot_command)
 
-    bench = commands.add_parser("bench", help="measure how fast it is here")
+    bench = commands.add_parser("bench", help="measure speed and memory on this machine")
     bench.add_argument(
         "suite",
         choices=("data", "ops", "trainer", "efficiency"),
-        help="data: preparation and batches; ops: the models' operations beside the published order of the same work; trainer: "
-        "training beside bare steps, and a start; efficiency: speed and memory of models over lengths",
+        help="data: preparation and batches; ops: the models' operations beside published "
+        "implementations; trainer: training beside bare steps, and a start; "
+        "efficiency: speed and memory of models over lengths",
     )
     bench.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="of efficiency: model=A,B seq_len=N,M batch_size=N or preset=NAME, and as for `lra train`; of trainer: as for it",
+        help="efficiency: model=A,B seq_len=N,M batch_size=N or preset=NAME, and keys of "
+        "`lra train`; trainer: keys of `lra train`",
     )
     bench.add_argument(
-        "--data-root", metavar="DIR", help="where the publishers' files are ($LRA_DATA, else data)"
+        "--data-root", metavar="DIR", help="publishers' files ($LRA_DATA, else data)"
     )
     bench.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
-        help="also keep the result as JSON; of efficiency where it is kept (bench_efficiency.json), with .md, .tex, .png beside",
+        help="also write the result as JSON; efficiency always does (bench_efficiency.json), "
+        "with .md, .tex and .png beside it",
     )
     bench.add_argument(
         "--fresh",
         action="store_true",
-        help="of efficiency: measure again what the file holds already",
+        help="efficiency: repeat the measurements that the file already holds",
     )
     bench.set_defaults(run=bench_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
-    doctor.add_argument(
-        "--data-root",
-        default=None,
-        metavar="DIR",
-        help="where to look for data ($LRA_DATA, else data)",
-    )
+    doctor.add_argument("--data-root", metavar="DIR", help="data folder ($LRA_DATA, else data)")
     doctor.set_defaults(run=doctor_command)
     return top
 
 
-def train_command(argv: list[str]) -> int:
-    if argv[:1] in (["-h"], ["--help"]) and argv[1:]:
-        print_keys(argv[1:])
-        return 0
-    if not argv or argv[0] in ("-h", "--help"):
-        print(TRAIN_HELP)
-        for group in ("experiment", "task", "model", "protocol"):
-            names = sorted(
-                str(f.relative_to(CONF / group).with_suffix(""))
-                for f in (CONF / group).rglob("*.yaml")
-            )
-            print(f"  {group + '=':<12} {', '.join(names)}")
-        return 0 if argv else 2
-    import hydra
-
-    from lra.config.compose import normalize_overrides
-    from lra.config.messages import translated_errors
-
-    for word in argv:
-        if match := re.match(r"--(task|model|protocol|experiment|debug|seed|resume)\b", word):
-            raise ConfigError(f"{word}: config keys have no dashes; write {match[1]}=VALUE")
-    argv = normalize_overrides(argv)
-    sys.argv = ["lra train", *argv]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
-    start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
-    if not {"-m", "--multirun"} & set(argv):
-        with translated_errors(argv):
-            start(job)()
-        return 0
-    try:
-        with translated_errors(argv):
-            start(sweep_job)()
-    except LraError as error:
-        return fail(str(error), error.exit_code)
-    finally:
-        root = [
-            "runs",
-            *(word.partition("=")[2] for word in argv if word.startswith("output.root=")),
-        ][-1]
-        if Path(root).exists():  # else no run began
-            print_table([root], None)
-    return 0
+def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str) -> None:
+    """Arguments of commands that load the weights of a run."""
+    command.add_argument(
+        "folder", metavar="RUN_FOLDER", type=Path, help="a run folder, as `lra train` printed it"
+    )
+    command.add_argument("overrides", nargs="*", metavar=metavar, help=overrides)
+    command.add_argument("--split", choices=SPLITS, default="test", help="split to score (test)")
+    command.add_argument(
+        "--weights", choices=("best", "last"), help="weights to score (as the protocol selects)"
+    )
 
 
-def job(cfg) -> None:
-    """One run, from Hydra: train, then print the table of its task. Exits, since Hydra prints what is raised."""
-    try:
-        record = run_job(cfg)
-    except LraError as error:
-        sys.exit(fail(str(error), error.exit_code))
-    from lra.training.distributed import is_first
+def add_data_commands(data: argparse.ArgumentParser) -> None:
+    actions = data.add_subparsers(metavar="ACTION", required=True)
 
-    if is_first():
-        print_table([cfg.output.root], [record["task"]])
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=help)
+        action.add_argument(
+            "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
+        )
+        action.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="config overrides, as for `lra train`",
+        )
+        action.set_defaults(run=run)
+        return action
 
-
-def sweep_job(cfg) -> None:
-    """One run of a sweep. An error is shown at once; the sweep goes on with the other runs, unless it was a signal."""
-    try:
-        run_job(cfg)
-    except LraError as error:
-        code = fail(str(error), error.exit_code)
-        if isinstance(error, PreemptedError):
-            sys.exit(code)
-        raise type(error)(
-            "a run of the sweep failed, see above; the table counts those that finished"
-        ) from None
-
-
-def run_job(cfg) -> dict:
-    from hydra.core.hydra_config import HydraConfig
-
-    from lra.config.compose import finalize
-    from lra.training.trainer import train
-
-    hydra_cfg = HydraConfig.get()
-    folders = [
-        Path(source.path)
-        for source in hydra_cfg.runtime.config_sources
-        if source.provider == "command-line"
-    ]
-    shown = [
-        folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        for folder in folders
-    ]
-    flags = [word for folder in shown for word in ("--config-dir", str(folder))]
-    return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
-
-
-def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
-    from lra.report.tables import comparison_table
-
-    print(comparison_table(paths, tasks=tasks, color=sys.stdout.isatty()), end="")
+    prepare = add("prepare", data_prepare, "generate or read data into the packed store")
+    verify = add("verify", data_verify, "recompute hashes, counts, balance; report defects")
+    add("info", data_info, "describe a task, its files and its packed store; prepares nothing")
+    show = add("show", data_show, "print some examples; images also as a PNG")
+    for action in (prepare, verify, show):
+        action.add_argument(
+            "--download", action="store_true", help="download missing files of the publisher"
+        )
+        action.add_argument(
+            "--allow-partial", action="store_true", help="accept fewer examples than published"
+        )
+    prepare.add_argument(
+        "--tfds", action="store_true", help="also write a TFDS dataset under data.root/tfds"
+    )
+    prepare.add_argument(
+        "--export", metavar="DIR", type=Path, help="also write the release's own file format"
+    )
+    show.add_argument("-n", type=int, default=5, help="number of examples (5)")
+    show.add_argument("--split", choices=SPLITS, default="train", help="split to show (train)")
+    show.add_argument(
+        "--png", metavar="FILE", type=Path, help="image file (data.root/shown/TASK.png)"
+    )
 
 
 def comparison_table(args: argparse.Namespace) -> int:
@@ -409,9 +272,7 @@ def comparison_table(args: argparse.Namespace) -> int:
 
     missing = [path for path in args.paths if path != "runs" and not Path(path).exists()]
     if missing:
-        raise ConfigError(
-            f"{missing[0]}: no such folder; name one that holds runs (runs is the default)"
-        )
+        raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
     text = comparison_table(
         args.paths,
         tasks=args.task,
@@ -471,7 +332,7 @@ def diagnose_command(args: argparse.Namespace) -> int:
 
 
 def list_options(args: argparse.Namespace) -> int:
-    """Names with the first sentence of the comment on top of their YAML."""
+    """Prints each name with the first sentence of the comment at the top of its YAML file."""
     for file in sorted((CONF / args.group).glob("*.yaml")):
         head = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
         about = " ".join(line.removeprefix("#").strip() for line in head)
@@ -481,14 +342,10 @@ def list_options(args: argparse.Namespace) -> int:
 
 
 def keys_command(args: argparse.Namespace) -> int:
-    print_keys(args.prefixes)
-    return 0
-
-
-def print_keys(prefixes: Sequence[str]) -> None:
     from lra.config.keys import describe_keys
 
-    print(describe_keys(prefixes), end="")
+    print(describe_keys(args.prefixes), end="")
+    return 0
 
 
 def models_command(args: argparse.Namespace) -> int:
@@ -500,34 +357,31 @@ def models_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def composed(args: argparse.Namespace):
-    """(config, task) of each named task."""
+def composed(args: argparse.Namespace) -> Iterator[tuple]:
+    """Yields (config, task) of each named task."""
     from lra.config.build import build_task
     from lra.config.compose import compose
 
     flags = ("download", "allow_partial")
     switches = [f"data.{flag}=true" for flag in flags if getattr(args, flag, False)]
     names = [word for word in args.tasks if "=" not in word]
-    overrides = [word for word in args.tasks if "=" in word]  # as `lra train` takes them
+    overrides = [word for word in args.tasks if "=" in word]
     if not names:
-        raise ConfigError(f"no task named; write lra data ACTION TASK {' '.join(overrides)}")
+        raise ConfigError(f"no task given; write lra data ACTION TASK {' '.join(overrides)}")
     for name in names:
         cfg = compose([f"task={name}", *switches, *overrides, *args.set])
         yield cfg, build_task(cfg)
 
 
-def prepared(args: argparse.Namespace):
-    """(task, store, data root) of each named task, prepared where it is not yet."""
+def prepared(args: argparse.Namespace) -> Iterator[tuple]:
+    """Yields (task, store, data root) of each named task; prepares its data if missing."""
     from lra.config.build import data_arguments
     from lra.data.store import prepare
     from lra.runs.progress import preparing
 
     for cfg, task in composed(args):
-        yield (
-            task,
-            preparing(task, partial(prepare, task, **data_arguments(cfg))),
-            Path(cfg.data.root),
-        )
+        store = preparing(task, partial(prepare, task, **data_arguments(cfg)))
+        yield task, store, Path(cfg.data.root)
 
 
 def data_prepare(args: argparse.Namespace) -> int:
@@ -558,12 +412,12 @@ def data_prepare(args: argparse.Namespace) -> int:
 
 
 def check_export(args: argparse.Namespace) -> None:
-    """Refuse before hours of preparation what could not be exported after them."""
+    """Raises LraError before the preparation if a task has no file format to export to."""
     from lra.tasks.base import Task
 
     for _, task in composed(args):
         if type(task).export is Task.export:
-            task.export({}, args.export)  # says so
+            task.export({}, args.export)  # raises
 
 
 def data_verify(args: argparse.Namespace) -> int:

@@ -1,14 +1,14 @@
-"""Errors a user can act on: one line that says what was found, what was expected and what to change."""
+"""Errors with one line for the user: what was found, what is valid, what to change."""
 
 
 class LraError(Exception):
-    """Ends a command with its message on one line and a non-zero exit code; no stack trace."""
+    """Ends a command with its message on one line and `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(LraError):
-    """A value on the command line or in a YAML file cannot be used."""
+    """A value on the command line or in a YAML file is invalid."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class DataError(LraError):
 
 
 class RunFolderError(LraError):
-    """The run's folder is in use or holds something that must not be overwritten."""
+    """The run folder is in use or contains a run that must not be overwritten."""
 
     exit_code = 4
 
@@ -32,12 +32,12 @@ class DivergedError(LraError):
 
 
 class MismatchError(LraError):
-    """A stored result could not be reproduced."""
+    """A stored result was not reproduced."""
 
     exit_code = 6
 
 
 class PreemptedError(LraError):
-    """Stopped by a signal after saving a checkpoint; the same command with `resume=auto` continues."""
+    """A signal or time limit ended the run; the same command with `resume=auto` continues it."""
 
-    exit_code = 75  # EX_TEMPFAIL: a scheduler may try again
+    exit_code = 75  # EX_TEMPFAIL, which schedulers may retry

@@ -1,4 +1,4 @@
-"""How does a file reach the disk whole, and what does a user hear when it cannot?"""
+"""Atomic file writes, and one-line errors for disks that refuse them."""
 
 import errno
 import os
@@ -15,25 +15,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError) -> Iterator[None]:
-    """An OSError inside the block becomes a `kind` of one line: the place, its room left, the `key` that moves it."""
+    """Turns an OSError into one line of `kind`: file, free space and the `key` that moves it."""
     try:
         yield
     except OSError as error:
-        room = (
-            f" ({_free_space(path)} free); make room there or"
-            if error.errno in FULL
-            else "; mend that or"
-        )
+        full = error.errno in FULL
+        advice = f" ({_free_space(path)} free); make room there" if full else "; correct the path"
         raise kind(
-            f"{error.filename or path}: {error.strerror or error}{room} set another {key}, what was written before is intact"
+            f"{error.filename or path}: {error.strerror or error}{advice} or set another {key}, "
+            "what was written before is intact"
         ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that every reader, and the disk after a crash, has the old content or the new, whole.
+    """Replaces a file atomically; readers and a crash see the complete old or new content.
 
     Raises:
-        LraError: the disk is full or refuses; the old content stays.
+        LraError: the disk is full or refuses; the file keeps its old content.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
@@ -52,15 +50,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """`os.write`, which may stop halfway, until nothing is left."""
+    """Writes all of `content`; one `os.write` may write only a part."""
     left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left) :]
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, on systems and file systems that know how."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    """Syncs a rename in `folder` to disk, if the system and the file system support it."""
+    if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

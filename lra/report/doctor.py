@@ -1,4 +1,4 @@
-"""What is installed, which devices compute, which data is there, whether W&B is reachable: one screen for bug reports."""
+"""`lra doctor`: versions, devices, prepared data and W&B state, for bug reports."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from lra.runs.machine import git_commit, versions
 
 
 def report(data_root: Path) -> str:
-    """Lines of `name: finding`."""
+    """One line `name: finding` for each subject."""
     import jax
 
     from lra.runs.tracking import doctor_line
@@ -18,18 +18,18 @@ def report(data_root: Path) -> str:
         "commit": git_commit() or "not in a checkout",
         "devices": devices,
         "data": "; ".join(stores(data_root))
-        or f"nothing prepared under {data_root}; `lra data prepare TASK` does it",
+        or f"nothing prepared under {data_root}; run `lra data prepare TASK`",
         "W&B": doctor_line(),
     }
     return "\n".join(f"{name + ':':<10}{finding}" for name, finding in lines.items())
 
 
 def stores(data_root: Path) -> list[str]:
-    """One finding a packed store: its folder and counts, or what is wrong with it."""
+    """For each packed store its folder and counts, or its error."""
     from lra.data.store import open_store
     from lra.errors import DataError
 
-    found = []
+    found: list[str] = []
     for manifest in sorted(data_root.glob("packed/*/manifest.json")):
         try:
             splits = open_store(manifest.parent).splits

@@ -1,4 +1,4 @@
-"""Facts about the machine and the software that computed a result."""
+"""Software versions, commit, CPU and memory of the process that computes a result."""
 
 import importlib.metadata
 import os
@@ -9,23 +9,20 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what computes the result; null for a package that is not installed. Imports none of them."""
+    """Installed versions, None for a missing package. Imports none of the packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distribution in [
-        *((n, n) for n in ("jax", "jaxlib", "flax", "optax", "numpy")),
-        ("lra", "lra-jax"),
-    ]:
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "lra"):
         try:
-            found[name] = importlib.metadata.version(distribution)
+            found[name] = importlib.metadata.version("lra-jax" if name == "lra" else name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
 
 
 def git_commit() -> str | None:
-    """Short hash of the checkout this package is in, `+dirty` if code or configs differ from it; None elsewhere.
+    """Short commit hash of this checkout, with `+dirty` if code or configs differ from it.
 
-    A virtual environment inside somebody's repository is not a checkout of ours: git must track this very file.
+    None unless git tracks this file; a virtual environment may lie inside another repository.
     """
     root = Path(__file__).resolve().parents[2]
     if _git(root, "ls-files", "--error-unmatch", "lra/runs/machine.py") is None:
@@ -39,13 +36,8 @@ def git_commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(folder),
-        *arguments,
-    ]  # hundreds of runs may ask at once
+    # without optional locks, because hundreds of runs may start at once
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=10, env=environment, check=False
@@ -56,7 +48,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def peak_bytes() -> int | None:
-    """Largest memory in use so far: the device's own count, or this process's resident memory on a CPU."""
+    """Peak memory of the first device in bytes; on a CPU, peak resident memory of this process."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
@@ -64,12 +56,12 @@ def peak_bytes() -> int | None:
         return stats["peak_bytes_in_use"]
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def cpu_name() -> str:
+    """Model name of the CPU, or its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -79,4 +71,5 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
+    """Number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,42 +1,44 @@
-"""What is true about a run? Its folder: one record, its metrics over time, its test predictions, and the lock it holds.
+"""The files of a run folder and their contents. Tables, plots and W&B are derived from them.
 
-The folder is the source of truth; tables, plots and Weights & Biases are views of it.
+    record.json       the run as one JSON object, replaced atomically
+    metrics.jsonl     one JSON object with a `step` per line; a truncated last line is ignored
+    predictions.npz   test logits (n, C) float32, labels (n,), rows (n,): row in the split
+    run.lock          locked while the process lives; the kernel releases the lock when it dies
 
-    record.json       the run in one object, replaced atomically: a reader sees the old version or the new one, whole
-    metrics.jsonl     one JSON object a line, each with its `step`; a last line cut short by a crash is dropped
-    predictions.npz   test logits (n, C) float32, labels (n,), rows (n,): logits[i] belongs to row rows[i] of the split
-    run.lock          held while the process lives (the kernel lets go when it dies, however it dies)
-
-record.json, schema 1. JSON is strict: NaN and infinities are written as null. Accuracies are fractions in 0..1, here
-and in metrics.jsonl; only tables speak percent. A value that does not exist yet or does not apply is null.
+record.json, schema 1. JSON is strict: NaN and infinities become null. Accuracies are fractions in
+0..1, also in metrics.jsonl. A value that is not known yet or does not apply is null.
 
     schema          1
-    status          running | finished | preempted | diverged | failed  (`load_records` adds: dead)
+    status          running | finished | preempted | diverged | failed; `load_records` adds dead
     error           the message that ended the run
     task model protocol experiment seed     names as on the command line; experiment may be null
     config          the resolved Hydra config
-    command         what to type to get this run again
-    step            optimiser steps done
+    command         the command that reproduces the run
+    step            optimizer steps done
     metrics         {train, val, test: {accuracy, loss, count}}; test is scored once, at the end
-    selection       {rule: best | last, step, val_accuracy, last_step, last_val_accuracy}: the weights scored on test
-    reference       {majority, root_operator, ...}: accuracies of shortcuts on the test split, those that are known
-    data            {source: generated | release, key, partial: not all of it, splits: {train, val, test: {count, sha256}}}
+    selection       {rule: best | last, step, val_accuracy, last_step, last_val_accuracy} of the
+                    weights that are scored on test
+    reference       {majority, root_operator, ...}: test accuracies of trivial predictors
+    data            {source: generated | release, key, partial: not all examples,
+                    splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
-    segments        [{step, platform, kind, count, processes, micro_batch}]: what trained from which step on, of the steps
-                    that are kept
-    resumed_from    steps at which the run was taken up again
-    damaged_checkpoints     steps whose checkpoint was damaged, so that an older one was taken
-    tuning_runs     how many runs the choice of this configuration rests on
-    commit          of the code, `+dirty` when it had uncommitted changes; null outside a checkout
+    segments        [{step, platform, kind, count, processes, micro_batch}]: the hardware from each
+                    `step` on
+    resumed_from    steps at which the run was resumed
+    damaged_checkpoints     steps whose checkpoint was damaged and skipped
+    tuning_runs     number of runs behind the choice of this configuration
+    commit          of the code, with `+dirty` for uncommitted changes; null outside a checkout
     versions        {python, jax, jaxlib, flax, optax, numpy, lra}
-    device          {platform, kind, count: that share a batch, processes}, of the last segment
-    micro_batch     of the last segment: examples whose activations were held at once, over all devices
-    eval_batch      examples that were evaluated at once
-    first_loss      mean training loss of the first step, near log(classes) in a model that knows nothing yet
-    at_chance       whether validation accuracy was within noise of chance when last looked at; null before trainer.chance_after
-    stopped_early   {step, reason} where trainer.early_stopping ended the run
-    learned         whether the test accuracy is above chance by more than noise; false is FAIL in a table
-    time            {wall_s: of all starts; train_s, steps_per_s, examples_per_s: of the last, waits for data included}
+    device          {platform, kind, count: devices per batch, processes} of the last segment
+    micro_batch     examples per forward and backward pass, over all devices, in the last segment
+    eval_batch      examples per evaluation batch
+    first_loss      mean training loss of the first step
+    at_chance       validation accuracy is within noise of chance; null before trainer.chance_after
+    stopped_early   {step, reason} if trainer.early_stopping ended the run
+    learned         test accuracy is above chance by more than noise; false is FAIL in a table
+    time            {wall_s: of all starts; train_s, steps_per_s, examples_per_s: of the last start,
+                    including waits for data; first_step_s: from the start of the command to the end
+                    of the first step; compile_s: JAX's tracing, lowering and compilation before it}
     memory          {peak_bytes}
 """
 
@@ -44,7 +46,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ _REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a run, without its lock; None before the first was written.
+    """The record of a run, or None without one. Needs no lock.
 
     Raises:
-        RunFolderError: it is not a record of this version.
+        RunFolderError: the file is not a record of this schema.
     """
     path = Path(folder) / RECORD
     try:
@@ -74,29 +75,27 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise RunFolderError(f"{path} is not JSON ({error}); move it away and run again") from error
-    if problem := _problem(record):
-        raise RunFolderError(f"{path} {problem}")
+    if found := problem(record):
+        raise RunFolderError(f"{path} {found}")
     return record
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first, without its lock; a last line cut short is left out.
+    """The lines of metrics.jsonl, oldest first, without a truncated last line. Needs no lock.
 
     Raises:
-        RunFolderError: a line that is not the last is not a JSON object with a `step`.
+        RunFolderError: another line is not a JSON object with a `step`.
     """
     path = Path(folder) / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")[
-            :-1
-        ]  # what follows the last newline is empty or torn
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last part is empty or truncated
     except FileNotFoundError:
         return []
     return [_metrics_row(path, number, line) for number, line in enumerate(lines, 1)]
 
 
 def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
-    """{logits, labels, rows} of a run; None where it wrote none."""
+    """{logits, labels, rows} of a run, or None without predictions."""
     path = Path(folder) / PREDICTIONS
     if not path.exists():
         return None
@@ -105,10 +104,10 @@ def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
 
 
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
-    """Identity of a run: SHA-256 (hex) of its resolved config, the same before and after a trip through record.json.
+    """SHA-256 (hex) of a resolved config, which identifies a run; JSON keeps it unchanged.
 
-    Leaves out the keys that affect a single start of a run (`lra.config.schema`), so that a resumed run may change them,
-    and the dotted keys in `without`.
+    Leaves out the keys that affect only one start or one process of a run (`lra.config.schema`),
+    so that a resumed run may change them, and the dotted keys in `without`.
     """
     kept = _without(to_json(config), {*keys_affecting("start", "process"), *without})
     return hashlib.sha256(
@@ -117,21 +116,21 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
 
 
 def run_path(root: str | Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> Path:
-    """Where a run lives: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of the hash>.
+    """The folder of a run: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of its hash>.
 
     Args:
-        config: resolved, with its `seed`.
-        names: task, model and protocol; a slash in one (an experiment's group) becomes a hyphen.
+        config: resolved, with a `seed`.
+        names: task, model and protocol; a slash becomes a hyphen.
     """
     task, model, protocol = (names[key].replace("/", "-") for key in ("task", "model", "protocol"))
     return Path(root) / task / model / f"{protocol}-s{config['seed']}-{config_hash(config)[:8]}"
 
 
 def to_json(value: Any) -> Any:
-    """`value` in strict JSON types: NaN and infinities become None, arrays lists, paths and keys strings.
+    """Converts to JSON types: NaN, infinities to None, arrays to lists, paths, keys to strings.
 
     Raises:
-        TypeError: there is no such form.
+        TypeError: a value has no JSON form.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -148,15 +147,8 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no JSON form: {value!r}")
 
 
-def warn(message: str) -> None:
-    """One line on stderr that interrupts nothing."""
-    print(f"lra: warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-# ---- the parts
-
-
-def _problem(record: Any) -> str | None:
+def problem(record: Any) -> str | None:
+    """What makes `record` invalid under schema 1; None for a valid record."""
     if not isinstance(record, dict):
         return f"holds a {type(record).__name__}, expected an object"
     if record.get("schema") != SCHEMA:
@@ -185,7 +177,7 @@ def _metrics_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> dict[str, Any]:
-    """`config` less the dotted keys in `left_out`."""
+    """`config` without the dotted keys in `left_out`."""
     kept = {key: value for key, value in config.items() if prefix + key not in left_out}
     return {
         key: _without(value, left_out, f"{prefix}{key}.") if isinstance(value, dict) else value
@@ -194,7 +186,7 @@ def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> di
 
 
 def _plain_numbers(value: Any) -> Any:
-    """1.0 and 1 are one setting, however it was typed."""
+    """Replaces whole floats by integers, so that 1.0 and 1 have one hash."""
     if isinstance(value, dict):
         return {key: _plain_numbers(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,8 @@
-"""A run's folder: its record, metrics, predictions and lock."""
+"""Writes a run folder under its lock, and loads the records of many runs."""
 
 import io
 import json
+import logging
 import os
 import socket
 import time
@@ -20,22 +21,23 @@ from lra.runs.records import (
     PREDICTIONS,
     RECORD,
     SCHEMA,
-    _problem,
+    problem,
     read_metrics,
     read_record,
     to_json,
-    warn,
 )
 
-_GRACE_S = 0.5  # `load_records` touches the lock of a running run for microseconds; a starting run must outlive that
+log = logging.getLogger(__name__)
+
+LOCK_S = 0.5  # limit for taking a lock, which `is_locked` of another process holds for microseconds
 
 
 class RunFolder:
-    """A run's folder, locked for this process until `close` (or the end of a `with` block).
+    """A run folder, locked for this process until `close` or the end of a `with` block.
 
     Raises:
-        RunFolderError: another process holds it.
-        LraError: it cannot be created or written.
+        RunFolderError: another process has locked it.
+        LraError: the folder cannot be created or written.
     """
 
     def __init__(self, path: str | Path):
@@ -43,11 +45,9 @@ class RunFolder:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
-            for leftover in self.path.glob(
-                ".*.tmp"
-            ):  # a writer was killed between write and rename
+            for leftover in self.path.glob(".*.tmp"):  # of a writer killed before its rename
                 leftover.unlink()
-            _drop_torn_tail(self.path / METRICS)
+            _drop_truncated_line(self.path / METRICS)
 
     def close(self) -> None:
         self._lock.release()
@@ -59,26 +59,23 @@ class RunFolder:
         self.close()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replace record.json by `record`; `schema` is filled in. On any error the previous version stays whole.
+        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact.
 
         Raises:
-            ValueError: a required key is missing or `status` is none of `STATUSES`.
+            ValueError: a required key is missing or invalid.
             TypeError: a value has no JSON form.
-            LraError: the disk is full or refuses.
+            LraError: the file cannot be written.
         """
         record = {"schema": SCHEMA, **record}
-        if problem := _problem(record):
-            raise ValueError(f"record {problem}")
-        write_atomically(
-            self.path / RECORD,
-            json.dumps(to_json(record), indent=1, allow_nan=False).encode() + b"\n",
-        )
+        if found := problem(record):
+            raise ValueError(f"record {found}")
+        text = json.dumps(to_json(record), indent=1, allow_nan=False)
+        write_atomically(self.path / RECORD, text.encode() + b"\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; `row` names its `step`. A line the disk refuses leaves no trace."""
-        line = (
-            json.dumps(to_json({**row, "step": int(row["step"])}), allow_nan=False).encode() + b"\n"
-        )
+        """Appends `row`, with its `step`, to metrics.jsonl; a failed write leaves no part of it."""
+        row = to_json({**row, "step": int(row["step"])})
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         path = self.path / METRICS
         with disk_errors(path), open(path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
@@ -89,17 +86,21 @@ class RunFolder:
                 raise
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines past `step`, atomically: a run resumed from `step` writes them again."""
+        """Atomically removes the lines after `step`, which a run resumed at `step` writes again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         if (self.path / METRICS).exists():
-            write_atomically(
-                self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode()
-            )
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.path / METRICS, text.encode())
 
     def write_predictions(self, logits: Any, labels: Any, rows: Any) -> None:
-        """Replace predictions.npz: logits (n, C), labels (n,) and the row of the split each belongs to (n,).
+        """Replaces predictions.npz.
 
-        Where an example has T labels: logits (n, T, C), labels (n, T).
+        Args:
+            logits: (n, C), or (n, T, C) for T labels per example.
+            labels: (n,) or (n, T).
+            rows: (n,), the row of the split of each example.
+        Raises:
+            ValueError: the shapes do not match.
         """
         logits, labels, rows = np.asarray(logits, np.float32), np.asarray(labels), np.asarray(rows)
         if (
@@ -108,7 +109,8 @@ class RunFolder:
             or rows.shape != logits.shape[:1]
         ):
             raise ValueError(
-                f"expected logits (n[, T], C), labels (n[, T]), rows (n,); got {logits.shape}, {labels.shape}, {rows.shape}"
+                f"expected logits (n[, T], C), labels (n[, T]), rows (n,); "
+                f"got {logits.shape}, {labels.shape}, {rows.shape}"
             )
         buffer = io.BytesIO()
         np.savez(buffer, logits=logits, labels=labels, rows=rows)
@@ -122,17 +124,16 @@ class RunFolder:
 
 
 def is_locked(folder: str | Path) -> bool:
-    """Whether a live process holds this run. Where the file system cannot tell, a lock file that exists counts."""
+    """Whether a process has locked the run. Without `flock`, True if the lock file exists."""
     try:
         descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
     except OSError:
         return False
     try:
-        import fcntl  # absent on Windows, where the answer is the doubtful one
+        import fcntl  # missing on Windows
 
-        fcntl.flock(
-            descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
-        )  # shared: probes never disturb each other
+        # a shared lock, because other processes may check at the same time
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (OSError, ImportError):
         return True
     finally:
@@ -142,22 +143,17 @@ def is_locked(folder: str | Path) -> bool:
 
 def _locked(folder: Path) -> filelock.FileLock:
     path = folder / LOCK
-    holder = _holder(
-        path
-    )  # before we try: older versions of filelock empty the file when they fail to get it
-    lock = filelock.FileLock(
-        path, thread_local=False
-    )  # a tracker's or a signal's thread may be the one to let go
+    holder = _holder(path)  # first, because old versions of filelock truncate the file
+    lock = filelock.FileLock(path, thread_local=False)  # another thread may release it
     try:
-        lock.acquire(timeout=_GRACE_S, poll_interval=0.05)
+        lock.acquire(timeout=LOCK_S, poll_interval=0.05)
     except filelock.Timeout:
         holder = _holder(path) or holder or "another process"
         raise RunFolderError(
-            f"{folder} is in use by {holder}; wait for it, stop it, or set another output"
+            f"{folder} is in use by {holder}; wait for it, stop it, or set another output.root"
         ) from None
-    path.write_text(
-        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    )
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
     return lock
 
 
@@ -165,44 +161,40 @@ def _holder(path: Path) -> str:
     return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
-def _drop_torn_tail(path: Path) -> None:
-    """A crash in the middle of an append leaves half a line, to which the next append would be glued."""
+def _drop_truncated_line(path: Path) -> None:
+    """Removes a last line without a newline, which a crash during an append leaves."""
     if not path.exists() or not (content := path.read_bytes()) or content.endswith(b"\n"):
         return
     os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def load_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Every run's record at or below the given folders (or record.json files), each with its folder as `path`.
+    """The records at or below the given folders or record.json files, with their folders as `path`.
 
-    A status of running whose lock nobody holds is shown as dead; nothing is changed on disk. A record that cannot be
-    read costs one warning line on stderr. Runs do not nest: below a folder with a record nothing is searched.
+    The status of a running run without a lock becomes dead; the disk is not changed. An unreadable
+    record is skipped with one warning. Folders below a run folder are not searched.
     """
     files = {os.path.realpath(file): file for path in paths for file in _record_files(Path(path))}
     records = []
     for file in sorted(files.values()):
         try:
-            record = _living_or_dead(file.parent)
+            record = _with_dead_status(file.parent)
         except (RunFolderError, OSError) as error:
-            warn(f"skipped: {error}")
+            log.warning("skipped: %s", error)
             continue
         if record is not None:
             records.append({**record, "path": str(file.parent)})
     return records
 
 
-def _living_or_dead(folder: Path) -> dict[str, Any] | None:
+def _with_dead_status(folder: Path) -> dict[str, Any] | None:
     record = read_record(folder)
     if record is None or record["status"] != "running" or is_locked(folder):
         return record
-    record = read_record(
-        folder
-    )  # again: it may have finished, and let go, between the first look and the probe
-    return (
-        {**record, "status": "dead"}
-        if record is not None and record["status"] == "running"
-        else record
-    )
+    record = read_record(folder)  # again, because it may have finished before `is_locked`
+    if record is not None and record["status"] == "running":
+        record["status"] = "dead"
+    return record
 
 
 def _record_files(path: Path) -> Iterator[Path]:
@@ -210,7 +202,7 @@ def _record_files(path: Path) -> Iterator[Path]:
         yield path
         return
     if not path.is_dir():
-        warn(f"{path}: no such folder")
+        log.warning("%s: no such folder", path)
     for folder, folders, files in os.walk(path):
         if RECORD in files:
             folders.clear()

@@ -1,72 +1,78 @@
-"""Did a run begin as it should, has it stopped getting better, did it learn? Numbers in, a verdict out."""
+"""Sanity checks of a run: initial loss, early stopping, accuracy at chance."""
 
 import math
 from typing import Any
 
 import numpy as np
 
-STANDARD_ERRORS = 3.0  # above chance; one run in 700 at chance gets there
+STANDARD_ERRORS = 3.0  # above chance; one in 700 runs at chance exceeds it
 
 
 def first_loss_problem(loss: float, num_classes: int, tolerance: float | None) -> str | None:
-    """What is wrong with the loss of the first step, in nats; None where nothing is or where `tolerance` is None.
+    """Describes what is wrong with the loss of the first step, in nats; None if it is plausible.
 
-    An untrained model should know nothing: equal logits have a loss of log(C) against every label, smoothed or not.
+    An untrained model with equal logits has loss log(C) for every label, smoothed or not.
 
     Args:
-        tolerance: factor by which the loss may be off, up or down. Logits of standard deviation s cost about s^2 / 2 above
-            log(C); the models here begin within a factor of 1.1 on the tasks of the arena, of 1.9 on those without pooling.
+        tolerance: accepted factor between the loss and log(C), up or down; None accepts every loss.
+            Logits of standard deviation s add about s^2 / 2 to log(C). The models here start within
+            a factor of 1.1 on the LRA tasks and 1.9 on tasks without pooling.
     """
     expected = math.log(num_classes)
     if tolerance is None or expected / tolerance <= loss <= expected * tolerance:
         return None
     cause = (
-        "it begins sure of wrong answers: look at the scale of its initial weights and of its head"
+        "check the initialization scale of the weights and the head"
         if loss > expected
-        else "it knows labels before it has learned any: look at what its inputs hold"
+        else "check whether the inputs contain the labels"
     )
     return (
-        f"the loss of the first step is {loss:.3f}, that of a model that knows nothing log({num_classes}) = {expected:.3f}; "
-        f"{cause} (trainer.first_loss_tolerance={tolerance:g})"
+        f"initial loss {loss:.3f} is far from log({num_classes}) = {expected:.3f}; {cause} "
+        f"(trainer.first_loss_tolerance={tolerance:g})"
     )
 
 
 def evaluations_without_gain(step: int, best_step: int, every: int) -> int:
-    """How many evaluations, one each `every` steps, there were after `best_step` up to `step`."""
+    """Number of evaluations, one each `every` steps, after `best_step` up to `step`."""
     return step // every - best_step // every
 
 
 def stopped_early(
     step: int, best_step: int, every: int, patience: int | None
 ) -> dict[str, Any] | None:
-    """{step, reason} where `patience` evaluations in a row brought no better accuracy.
+    """{step, reason} after `patience` evaluations in a row without a better accuracy; else None.
 
-    A function of what a checkpoint holds, so that a resumed run stops where one that never stopped did.
+    Depends only on values that a checkpoint holds, so that a resumed run stops at the same step.
     """
     if patience is None or evaluations_without_gain(step, best_step, every) < patience:
         return None
     return {
         "step": step,
-        "reason": f"trainer.early_stopping={patience}: no better validation accuracy than that of step {best_step}",
+        "reason": f"trainer.early_stopping={patience}: "
+        f"no better validation accuracy than that of step {best_step}",
     }
 
 
 def chance(labels: np.ndarray, num_classes: int) -> float:
-    """Accuracy without looking at the input: that of the most frequent label of each place, or of guessing."""
-    places = np.reshape(labels, (len(labels), -1)).T  # one, or as many as the task asks labels for
-    return max(
-        1 / num_classes, float(np.mean([np.bincount(place).max() / place.size for place in places]))
-    )
+    """Best accuracy of a constant prediction, at least 1 / num_classes.
+
+    Args:
+        labels: (n,), or (n, T) for T labels per example, each with its own constant.
+    """
+    positions = np.reshape(labels, (len(labels), -1)).T  # (T, n)
+    frequencies = [np.bincount(position).max() / position.size for position in positions]
+    return max(1 / num_classes, float(np.mean(frequencies)))
 
 
 def is_at_chance(accuracy: float, level: float, count: int) -> bool:
-    """Whether an accuracy over `count` labels is within `STANDARD_ERRORS` binomial standard errors of chance, or below."""
+    """Whether the accuracy over `count` labels is within `STANDARD_ERRORS` of chance or below."""
     return accuracy <= level + STANDARD_ERRORS * math.sqrt(level * (1 - level) / count)
 
 
 def chance_warning(accuracy: float, level: float, step: int, steps: int) -> str:
     return (
-        f"at step {step} of {steps} validation accuracy {100 * accuracy:.1f} % is within noise of chance, "
-        f"{100 * level:.1f} %: nothing is learned yet; try optim.lr at a third and at three times its value, a longer "
-        f"optim.warmup, or more trainer.steps, and see whether the training loss falls (trainer.chance_after says when to look)"
+        f"at step {step} of {steps} validation accuracy {100 * accuracy:.1f} % is within noise of "
+        f"chance, {100 * level:.1f} %; try optim.lr at a third and at three times its value, "
+        f"a longer optim.warmup or more trainer.steps, and check that the training loss falls "
+        f"(trainer.chance_after sets the step of this check)"
     )

@@ -20,7 +20,7 @@ from lra.runs import records, sanity
 from lra.runs.machine import git_commit, peak_bytes, versions
 from lra.runs.progress import Reporter
 from lra.runs.run_folder import RunFolder
-from lra.runs.tracking import Trackers, make_trackers
+from lra.runs.tracking import Tracker, make_tracker
 from lra.tasks.base import SPLITS
 from lra.training import distributed
 from lra.training.checkpoint import has_checkpoint
@@ -61,7 +61,7 @@ class Recorder:
         self.num_classes, self.groups = num_classes, groups
         self.previous = distributed.broadcast(folder.read_record) or {}
         self.record = initial_record(cfg, self.previous, groups, num_devices)
-        self.trackers = Trackers([])
+        self.tracker = Tracker()
         self.console = Reporter(
             cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress
         )
@@ -79,7 +79,7 @@ class Recorder:
         self.folder.truncate_metrics(step)
         self.save(step=step)
         if distributed.is_first():
-            self.trackers = make_trackers(
+            self.tracker = make_tracker(
                 self.cfg.tracker,
                 self.folder.path,
                 config=self.record["config"],
@@ -116,7 +116,7 @@ class Recorder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl and sends it to the trackers."""
         self.folder.append_metrics({"step": step, **values})
-        self.trackers.log(step, values)
+        self.tracker.log(step, values)
 
     def evaluation(
         self, step: int, scores: dict[str, Any], best: tuple[int, float], labels: np.ndarray
@@ -178,7 +178,7 @@ class Recorder:
             scores["test"]["accuracy"], chance, labels.size
         )
         self._end("finished", None)
-        self.console.finished(self.record, self.trackers.sync_hint)
+        self.console.finished(self.record, self.tracker.sync_hint)
 
     def fail(self, error: BaseException) -> None:
         """Writes the error that ends the run; a full disk must not hide it."""
@@ -196,8 +196,8 @@ class Recorder:
             for split, part in (self.record["metrics"] or {}).items()
             for key, value in part.items()
         }
-        self.trackers.summary({"status": status, **scores})
-        self.trackers.finish(status)
+        self.tracker.summary({"status": status, **scores})
+        self.tracker.finish(status)
 
 
 def _status_of(error: BaseException) -> str:

@@ -393,7 +393,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, place):
 def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "packed").write_text("a file in the way")
     with pytest.raises(
-        DataError, match=r"packed: File exists; mend that or set another data\.root"
+        DataError, match=r"packed: File exists; correct the path or set another data\.root"
     ):
         prepare(listops(), tmp_path)
 

@@ -1,15 +1,18 @@
-"""Long preparations are heard of without a terminal too."""
+"""Progress messages without a terminal, and a reader that closes the pipe."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 from lra.runs import progress
 from lra.runs.progress import preparing
 
 
-def test_long_preparation_says_so_now_and_then(monkeypatch, capsys):
+def test_a_long_preparation_logs_a_message_every_ten_seconds(monkeypatch, caplog):
     clock = iter([0.0, 5.0, 11.0, 11.0, 20.0, 22.0, 22.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress, "Progress", lambda **_: Quiet())
+    monkeypatch.setattr(progress, "Progress", lambda **_: HiddenBar())
+    caplog.set_level("INFO", logger="lra")
 
     def work(on_progress):
         for done in (1, 2000, 3000, 4000):
@@ -17,14 +20,14 @@ def test_long_preparation_says_so_now_and_then(monkeypatch, capsys):
         return "made"
 
     assert preparing(SimpleNamespace(name="pathx"), work) == "made"
-    assert capsys.readouterr().err.splitlines() == [
+    assert caplog.messages == [
         "preparing pathx train 2,000 of 5,000",
         "preparing pathx train 4,000 of 5,000",
     ]
 
 
-class Quiet:
-    """A bar that shows nothing, and asks no clock."""
+class HiddenBar:
+    """A progress bar that prints nothing and does not read the clock."""
 
     def __enter__(self):
         return self
@@ -37,3 +40,20 @@ class Quiet:
 
     def update(self, *_, **__):
         pass
+
+
+def test_output_into_a_closed_pipe_is_dropped():
+    code = (
+        "from lra.runs.progress import Reporter\n"
+        "reporter = Reporter(4, 2, live=False)\n"
+        "for step in range(2000):\n"
+        "    reporter.evaluation(step, {'loss': 1.0, 'accuracy': 0.5}, False)\n"
+        "print('the end')"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    stderr = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(60), stderr) == (0, b"")

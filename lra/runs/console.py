@@ -1,0 +1,38 @@
+"""Standard streams of the command line: the handler of the `lra` logger, and a closed stdout."""
+
+import logging
+import os
+import sys
+from contextlib import suppress
+
+
+class StderrHandler(logging.Handler):
+    """Prints `lra: LEVEL: message` on one line of the current `sys.stderr`; info omits the level.
+
+    Drops a message that stderr refuses, so that a closed terminal or pipe ends no run.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        message = " ".join(line.strip() for line in self.format(record).splitlines())
+        with suppress(OSError, ValueError):  # closed
+            print(f"lra: {level}{message}", file=sys.stderr, flush=True)
+
+
+def configure_logging() -> None:
+    """Adds the handler to the `lra` logger unless it has one.
+
+    Every process that runs a command or a Hydra job calls this. The root logger keeps Hydra's
+    configuration.
+    """
+    logger = logging.getLogger("lra")
+    if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
+        logger.addHandler(StderrHandler())
+        logger.setLevel(logging.INFO)
+
+
+def discard_stdout() -> None:
+    """Sends what follows on stdout nowhere, after its reader closed the pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

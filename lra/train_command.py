@@ -1,0 +1,145 @@
+"""`lra train`: Hydra composes the config of each run, `lra.training` runs it, the table ends it."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lra.config.options import CONF
+from lra.errors import ConfigError, LraError, PreemptedError
+from lra.runs.console import configure_logging, discard_stdout
+
+log = logging.getLogger(__name__)
+
+HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
+
+Train one model on one task and print the comparison table. `lra keys` describes all keys,
+--help KEY one of them, --cfg job prints their values.
+
+  lra train experiment=listops/quick                       minutes on a CPU
+  lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
+  lra train -m task=listops_short model=stu,lru,transformer seed=0,1,2
+  lra train -m ... hydra/launcher=joblib                   several runs at a time (extra: sweep);
+                                                           submitit_slurm runs them on a cluster
+
+  resume=auto            continue the run from its last checkpoint; skip it if it is finished
+  output.root=DIR        folder of all runs (runs)
+  data.root=DIR          publishers' files and prepared data ($LRA_DATA, else data)
+"""
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Runs `lra train ARGV`; returns the exit code.
+
+    Raises:
+        LraError: of a single run. A sweep reports its errors and runs on.
+    """
+    if argv[:1] in (["-h"], ["--help"]) and argv[1:]:
+        from lra.config.keys import describe_keys
+
+        print(describe_keys(argv[1:]), end="")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print_help()
+        return 0 if argv else 2
+    import hydra
+
+    from lra.config.compose import normalize_overrides
+    from lra.config.messages import translated_errors
+
+    for word in argv:
+        if match := re.match(r"--(task|model|protocol|experiment|debug|seed|resume)\b", word):
+            raise ConfigError(f"{word}: config keys have no dashes; write {match[1]}=VALUE")
+    argv = normalize_overrides(argv)
+    sys.argv = ["lra train", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+    if {"-m", "--multirun"} & set(argv):
+        return sweep(start, argv)
+    errors: list[LraError] = []  # Hydra adds a line of its own to what a job raises
+
+    def job(cfg) -> None:
+        try:
+            record = run_job(cfg)
+        except LraError as error:
+            errors.append(error)
+            return
+        from lra.training.distributed import is_first
+
+        if is_first():
+            print_table([cfg.output.root], [record["task"]])
+
+    with translated_errors(argv):
+        start(job)()
+    if errors:
+        raise errors[0]
+    return 0
+
+
+def print_help() -> None:
+    print(HELP)
+    for group in ("experiment", "task", "model", "protocol"):
+        files = (CONF / group).rglob("*.yaml")
+        names = sorted(str(file.relative_to(CONF / group).with_suffix("")) for file in files)
+        print(f"  {group + '=':<12} {', '.join(names)}")
+
+
+def sweep(start, argv: Sequence[str]) -> int:
+    """Runs a Hydra sweep, then prints the table of output.root; returns the exit code."""
+    from lra.config.messages import translated_errors
+
+    try:
+        with translated_errors(argv):
+            start(sweep_job)()
+    except LraError as error:
+        log.error("%s", error)
+        return error.exit_code
+    finally:
+        roots = [word.partition("=")[2] for word in argv if word.startswith("output.root=")]
+        root = ["runs", *roots][-1]
+        if Path(root).exists():  # otherwise no run began
+            print_table([root], None)
+    return 0
+
+
+def sweep_job(cfg) -> None:
+    """One run of a sweep. Reports an error at once; after a signal, the sweep ends."""
+    configure_logging()  # a launcher may call this in a new process
+    try:
+        run_job(cfg)
+    except LraError as error:
+        log.error("%s", error)
+        if isinstance(error, PreemptedError):
+            sys.exit(error.exit_code)
+        raise type(error)(
+            "a run of the sweep failed, see above; the table counts those that finished"
+        ) from None
+
+
+def run_job(cfg) -> dict:
+    """Runs the config that Hydra composed; returns the record."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lra.config.compose import finalize
+    from lra.training.trainer import train
+
+    hydra_cfg = HydraConfig.get()
+    flags = []  # of the command that reproduces the run
+    for source in hydra_cfg.runtime.config_sources:
+        if source.provider == "command-line":
+            folder = Path(source.path)
+            inside = folder.is_relative_to(Path.cwd())
+            flags += ["--config-dir", str(folder.relative_to(Path.cwd()) if inside else folder)]
+    return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
+
+
+def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
+    """Prints the comparison table; a closed stdout does not change the result of a run."""
+    from lra.report.tables import comparison_table
+
+    try:
+        print(comparison_table(paths, tasks=tasks, color=sys.stdout.isatty()), end="", flush=True)
+    except BrokenPipeError:
+        discard_stdout()
