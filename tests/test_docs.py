@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from doc_commands import ROOT, SMALL, blocks, commands, run, shortened
 
-from lra.bench import suites
+from lra.bench.measurement import to_markdown
 from lra.cli import data_prepare, parser
 from lra.config.options import options
 from lra.runs.run_folder import load_records
@@ -141,7 +141,7 @@ def test_python_example_of_the_data_page_works(data_root, tmp_path, monkeypatch)
 def test_benchmark_table_is_that_of_the_record(suite, page):
     """Rounded as `lra bench` prints it."""
     result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
-    assert suites.measurements_table(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
+    assert to_markdown(result).split("\n\n")[0] in (ROOT / "docs" / page).read_text()
 
 
 @pytest.mark.slow

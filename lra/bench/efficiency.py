@@ -123,11 +123,8 @@ def check_settings(settings: Settings) -> None:
                 raise ConfigError(f"a preset fixes {key}; drop {key}={getattr(settings, key)}")
     elif settings.batch_size is None or not settings.seq_lens:
         raise ConfigError("batch_size and seq_lens must not be null without a preset")
-    for key, values in (
-        ("seq_lens", settings.seq_lens or []),
-        ("batch_size", [settings.batch_size or 1]),
-    ):
-        if min(values, default=1) < 1:
+    for key, values in (("seq_lens", settings.seq_lens), ("batch_size", [settings.batch_size])):
+        if any(value is not None and value < 1 for value in values or []):
             raise ConfigError(f"{key}={getattr(settings, key)} must be at least 1")
     for key in ("seconds", "limit_s"):
         if not 0 < getattr(settings, key) < float("inf"):

@@ -84,7 +84,7 @@ def test_words_reach_the_settings_and_the_trained_config():
     (cfg,) = compose_cells([cell])
     assert (cfg.names.task, cfg.names.model, cfg.names.protocol) == ("listops", "lru", "lra2020")
     assert (cfg.backbone.width, cfg.backbone.depth, cfg.trainer.batch_size) == (8, 1, 32)
-    assert build_task(cfg).seq_len == 64
+    assert cfg.task.seq_len == 64
 
 
 @pytest.mark.parametrize(
