@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lra.bench.efficiency import Settings, compose_cells, compose_settings, make
 from lra.bench.efficiency_table import make_table
 from lra.cli import main
 from lra.config.build import build_task
+from lra.config.compose import compose
 from lra.config.options import CONF, options
 from lra.errors import LraError
 from lra.report.formats import render
@@ -25,6 +27,11 @@ OK = {
     **{"params": 1234, "flops": 10**9, "note": ""},
     "memory": {"train_bytes": 2 * 10**9, "infer_bytes": 10**9, "source": "compiled"},
 }
+
+
+@cache
+def compose_once(*overrides):
+    return compose(overrides)
 
 
 @pytest.fixture
@@ -42,6 +49,7 @@ def results(monkeypatch):
             raise found
         return found
 
+    monkeypatch.setattr(efficiency, "compose", lambda overrides: compose_once(*overrides))
     monkeypatch.setattr(efficiency, "run_cell", run_cell)
     monkeypatch.setattr(efficiency, "device_facts", lambda: dict(DEVICE))
     return given, calls
@@ -150,7 +158,8 @@ def test_table_has_multiples_of_the_baseline_and_out_of_memory(results, tmp_path
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_cells_are_not_measured_again(results, tmp_path):
+def test_finished_cells_are_not_measured_again(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(efficiency, "write_tables", lambda result, file: None)
     given, calls = results
     file = tmp_path / "e.json"
     given["transformer", "64"] = KeyboardInterrupt()
