@@ -161,7 +161,7 @@ def published_feedback(
     return jnp.swapaxes(lax.scan(step, start, jnp.swapaxes(x, 0, 1))[1], 0, 1)
 
 
-def recurrence_case(batch: int, length: int, states: int, *, speed_goal: str) -> Case:
+def recurrence_case(batch: int, length: int, states: int, *, speed_goal: str = "") -> Case:
     rng = np.random.default_rng(0)
     lam = rng.uniform(0.9, 0.999, states) * np.exp(1j * rng.uniform(0, 6, states))
     bu = rng.normal(size=(batch, length, states)) + 1j * rng.normal(size=(batch, length, states))

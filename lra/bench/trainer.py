@@ -136,7 +136,7 @@ def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> 
                 raise ConfigError(f"{key}: the bare step of lra bench trainer has none; drop it")
         setup = Setup(cfg)
         store = prepare(setup.task, **data_arguments(cfg))
-        train = jax.device_put(first_batches(store, setup, cfg.trainer.batch_size, steps))
+        train = first_batches(store, setup, cfg.trainer.batch_size, steps)
         bare = BareTraining(setup, train, store.splits["test"])
         seconds: dict[str, list[float]] = {name: [] for name in StepTimes._fields}
         for round_ in range((rounds or ROUNDS) + 1):
@@ -173,14 +173,15 @@ class BareTraining:
     def __init__(self, setup: Setup, train: Examples, test: Split):
         """
         Args:
-            train: batches on the device, (steps, B, ...).
+            train: batches, NumPy arrays (steps, B, ...).
             test: split whose logits are compared.
         """
-        self.setup, self.train, self.test = setup, train, test
-        self.num_steps = len(train.labels)
-        self.batches = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(self.num_steps)]
-        jax.block_until_ready(self.batches)
+        self.setup, self.num_steps = setup, len(train.labels)
+        batches = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(self.num_steps)]
+        self.batches, self.train = jax.block_until_ready(jax.device_put((batches, train)))
+        self.test = jax.device_put((np.asarray(test.inputs), np.asarray(test.lengths)))
         self.step, self.scan = jitted_steps(setup)
+        self.predict = jax.jit(self._predict)
         for call in (self.run_steps, self.run_scan):
             call()  # compiles
 
@@ -203,10 +204,14 @@ class BareTraining:
         start = time.perf_counter()
         _, params, stats, _, loss = jax.block_until_ready(function(state))
         seconds = time.perf_counter() - start
-        model = nnx.merge(setup.graph, params, stats, setup.constants)
-        inputs = setup.task.decode(jnp.asarray(self.test.inputs))
-        logits = np.asarray(model(inputs, jnp.asarray(self.test.lengths), train=False))
+        logits = np.asarray(self.predict(params, stats, setup.constants, *self.test))
         return seconds / self.num_steps, Outcome(float(loss) / self.num_steps, logits)
+
+    def _predict(
+        self, params: Any, stats: Any, constants: Any, inputs: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        model = nnx.merge(self.setup.graph, params, stats, constants)
+        return model(self.setup.task.decode(inputs), lengths, train=False)
 
 
 def jitted_steps(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:

@@ -22,6 +22,7 @@ TINY = (
 STARTS = StartTime(9.0, 3.0), StartTime(6.0, 1.0)
 
 
+@pytest.mark.slow
 def test_variants_train_alike(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(trainer, "time_starts", lambda overrides: STARTS)
     monkeypatch.setattr(trainer, "ROUNDS", 1)
