@@ -1,4 +1,4 @@
-"""The two sides of a benchmark do the same work."""
+"""Both sides of an operation's benchmark compute the same values and gradients."""
 
 import jax
 import jax.numpy as jnp
