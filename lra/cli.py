@@ -32,6 +32,18 @@ DIAGNOSE_HELP = """Measures what a trained run relies on; tables also go to diag
 
 Definitions: docs/diagnose.md."""
 
+BENCH_HELP = """Measures speed and memory on this machine.
+
+  data         preparation of the tasks' data, batches on the host
+  ops          operations of the models beside the published order of the same computation
+  trainer      training steps of `lra train` beside a bare jitted step, and the time of a start;
+               KEY=VALUE as for lra train choose the config
+  efficiency   speed and memory of models over lengths;
+               'models=[A,B]' 'seq_lens=[N,M]' batch_size=N, or preset=lru_paper;
+               train.KEY=VALUE sets a key of the config that is trained
+
+Docs: docs/speed.md."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
@@ -174,35 +186,33 @@ def parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(run=plot_command)
 
-    bench = commands.add_parser("bench", help="measure speed and memory on this machine")
-    bench.add_argument(
-        "suite",
-        choices=("data", "ops", "trainer", "efficiency"),
-        help="data: preparation and batches; ops: the models' operations beside published "
-        "implementations; trainer: training beside bare steps, and a start; "
-        "efficiency: speed and memory of models over lengths",
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory on this machine",
+        description=BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    bench.add_argument("suite", choices=("data", "ops", "trainer", "efficiency"))
     bench.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="efficiency: model=A,B seq_len=N,M batch_size=N or preset=NAME, and keys of "
-        "`lra train`; trainer: keys of `lra train`",
+        help="trainer: the config to train; efficiency: keys of conf/bench/efficiency.yaml",
     )
     bench.add_argument(
-        "--data-root", metavar="DIR", help="publishers' files ($LRA_DATA, else data)"
+        "--data-root",
+        metavar="DIR",
+        help="data: folder of the publishers' files ($LRA_DATA, else data)",
     )
     bench.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
-        help="also write the result as JSON; efficiency always does (bench_efficiency.json), "
+        help="write the result as JSON; efficiency writes bench_efficiency.json by default, "
         "with .md, .tex and .png beside it",
     )
     bench.add_argument(
-        "--fresh",
-        action="store_true",
-        help="efficiency: repeat the measurements that the file already holds",
+        "--fresh", action="store_true", help="efficiency: measure again what the file holds"
     )
     bench.set_defaults(run=bench_command)
 
@@ -456,21 +466,39 @@ def data_show(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    from lra.bench import suites
-
     if args.suite == "efficiency":
         return efficiency_command(args)
     if args.fresh:
         raise ConfigError("--fresh is for lra bench efficiency; the other suites keep nothing")
-    result = suites.run(args.suite, data_root_of(args), args.overrides)
-    print(suites.measurements_table(result), end="")
+    if args.overrides and args.suite != "trainer":
+        raise ConfigError(
+            f"lra bench {args.suite} takes no {args.overrides[0]}; "
+            f"trainer and efficiency take KEY=VALUE words"
+        )
+    from lra.bench import measurement
+
+    if args.suite == "data":
+        from lra.bench import data
+
+        measurements = data.measure(data_root_of(args))
+    elif args.suite == "ops":
+        from lra.bench import ops
+
+        measurements = ops.measure()
+    else:
+        from lra.bench import trainer
+
+        measurements = trainer.measure(args.overrides)
+    result = measurement.make_result(args.suite, measurements, device=args.suite != "data")
+    print(measurement.to_markdown(result), end="")
     if args.output:
-        suites.save(result, args.output)
+        measurement.save(result, args.output)
     return 0
 
 
 def efficiency_command(args: argparse.Namespace) -> int:
-    from lra.bench.efficiency import make_table, run
+    from lra.bench.efficiency import run
+    from lra.bench.efficiency_table import make_table
     from lra.report.formats import render
 
     file = args.output or Path("bench_efficiency.json")
@@ -478,9 +506,9 @@ def efficiency_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--output {file}: expected a name that ends in .json; .md, .tex and .png go beside it"
         )
-    result = run(args.overrides, file, fresh=args.fresh, say=partial(print, flush=True))
+    result = run(args.overrides, file, fresh=args.fresh, report=partial(print, flush=True))
     print(render(make_table(result)), end="")
-    print(f"kept in {file}, with .md, .tex and, over lengths, .png beside it")
+    print(f"saved in {file}, with .md, .tex and, over lengths, .png beside it")
     return 0
 
 

@@ -1,5 +1,7 @@
-"""What does a faster order of operations gain? The cases of `lra bench ops`: each op beside the same mathematics as its paper's
-code runs it. The published forms are written plainly here; the tests hold both to the same values.
+"""Cases of `lra bench ops` and `lra bench trainer`.
+
+A case of `lra bench ops` is an operation of `models/` and, for most, the same mathematics in the
+order of its paper's code. The tests compare the values and the gradients of both.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,19 +24,19 @@ from models.stu import STU
 
 
 class Case(NamedTuple):
-    """One layer, forward and backward: `ours(*learned, *fixed)` against `published` with the same arguments."""
+    """One layer, forward and backward: `ours(*learned, *constants)` against `published`."""
 
     what: str
     published: Callable[..., Array] | None  # None: only ours is measured
     ours: Callable[..., Array]
-    learned: tuple[Any, ...]  # gradients are taken to these
-    fixed: tuple[Any, ...] = ()
-    faster: str = ""  # the goals, as text
-    smaller: str = ""
+    learned: tuple[Any, ...]  # differentiated arguments
+    constants: tuple[Any, ...] = ()
+    speed_goal: str = ""
+    memory_goal: str = ""
 
 
 class HostCase(NamedTuple):
-    """A computation on the host, timed once."""
+    """A computation on the host. The benchmark times one call."""
 
     what: str
     call: Callable[[], Any]
@@ -42,26 +44,26 @@ class HostCase(NamedTuple):
 
 
 def cases(platform: str) -> Iterator[Case | HostCase]:
-    """The cases of a platform, cpu or another, at sizes that suit it."""
+    """Yields the cases for a JAX platform; an accelerator's are larger than the CPU's."""
     yield HostCase(
         "spectral filters, L=16,384 K=24, not cached",
         lambda: uncached_spectral_filters(16_384, 24),
         "< 3 s",
     )
     if platform == "cpu":
-        yield stu_case(16, 1024, 128, k_y=2, faster=">= 6 x", smaller="<= 0.25 x")
+        yield stu_case(16, 1024, 128, k_y=2, speed_goal=">= 6 x", memory_goal="<= 0.25 x")
         yield stu_case(16, 1024, 128, k_y=32)
         yield stu_case(1, 1024, 512, k_y=2)
-        yield recurrence_case(16, 2048, 256, faster=">= 1.5 x")
+        yield recurrence_case(16, 2048, 256, speed_goal=">= 1.5 x")
         yield feedback_case(16, 1024, 128, k_y=2)
         yield feedback_case(16, 1024, 128, k_y=32)
         yield attention_case(8, 1024, 8, 16)
         return
-    yield stu_case(48, 1024, 256, k_y=2, faster=">= 10 x")
+    yield stu_case(48, 1024, 256, k_y=2, speed_goal=">= 10 x")
     yield stu_case(48, 1024, 256, k_y=32)
     yield stu_case(1, 1024, 512, k_y=2)
-    yield recurrence_case(50, 1024, 384, faster=">= 3 x")
-    yield recurrence_case(32, 16_384, 256, faster=">= 3 x")
+    yield recurrence_case(50, 1024, 384, speed_goal=">= 3 x")
+    yield recurrence_case(32, 16_384, 256, speed_goal=">= 3 x")
     yield feedback_case(48, 1024, 256, k_y=2)
     yield feedback_case(48, 1024, 256, k_y=32)
     yield attention_case(8, 4096, 8, 64)
@@ -75,10 +77,10 @@ def stu_case(
     *,
     k_y: int,
     num_filters: int = 24,
-    faster: str = "",
-    smaller: str = "",
+    speed_goal: str = "",
+    memory_goal: str = "",
 ) -> Case:
-    """Equation (6) with U+ and U-."""
+    """Equation (6) of arXiv 2312.06837 with U+ and U-."""
     sigma, phi = spectral_filters(length, num_filters)
     draw = np.random.default_rng(0).normal
     learned = (
@@ -96,8 +98,8 @@ def stu_case(
         ),
         _float32(learned),
         _float32((phi, sigma)),
-        faster,
-        smaller,
+        speed_goal,
+        memory_goal,
     )
 
 
@@ -110,7 +112,11 @@ def published_stu(
     phi: Float[Array, "L K"],
     sigma: Float[Array, " K"],
 ) -> Float[Array, "B L D"]:
-    """As google-deepmind/spectral_ssm orders it: all K filtered copies of the input, one product, a scan over time."""
+    """The order of google-deepmind/spectral_ssm.
+
+    Computes all K filtered copies of the input, multiplies them by the K matrices in one product
+    and scans over time.
+    """
     length = u.shape[1]
     size = 1 << (2 * length - 1).bit_length()
     signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), u.dtype)
@@ -145,7 +151,7 @@ def feedback_case(batch: int, length: int, width: int, *, k_y: int) -> Case:
 def published_feedback(
     x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
 ) -> Float[Array, "B L D"]:
-    """y_t = x_t + sum_j y_{t-1-j} m_y[j], a scan over time."""
+    """y_t = x_t + sum_j y_{t-1-j} m_y[j], as a scan over time."""
 
     def step(past: Array, x_t: Array) -> tuple[Array, Array]:
         y_t = x_t + jnp.einsum("bkd,kde->be", past, m_y)
@@ -155,19 +161,19 @@ def published_feedback(
     return jnp.swapaxes(lax.scan(step, start, jnp.swapaxes(x, 0, 1))[1], 0, 1)
 
 
-def recurrence_case(batch: int, length: int, states: int, *, faster: str) -> Case:
+def recurrence_case(batch: int, length: int, states: int, *, speed_goal: str = "") -> Case:
     rng = np.random.default_rng(0)
     lam = rng.uniform(0.9, 0.999, states) * np.exp(1j * rng.uniform(0, 6, states))
     bu = rng.normal(size=(batch, length, states)) + 1j * rng.normal(size=(batch, length, states))
     learned = jnp.asarray(lam, jnp.complex64), jnp.asarray(bu, jnp.complex64)
     what = f"complex recurrence, B={batch} L={length:,} N={states}"
-    return Case(what, published_recurrence, linear_recurrence, learned, faster=faster)
+    return Case(what, published_recurrence, linear_recurrence, learned, speed_goal=speed_goal)
 
 
 def published_recurrence(
     lam: Complex[Array, " N"], bu: Complex[Array, "B L N"]
 ) -> Complex[Array, "B L N"]:
-    """As NicolasZucchet/minimal-LRU orders it: an associative scan over pairs, mapped over the batch."""
+    """The order of NicolasZucchet/minimal-LRU: associative_scan over pairs, vmap over B."""
     decays = jnp.broadcast_to(lam[None], bu.shape[1:])
 
     def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -181,21 +187,21 @@ def attention_case(batch: int, length: int, heads: int, head_width: int) -> Case
     learned = _float32(tuple(draw(size=(batch, length, heads, head_width)) for _ in "qkv"))
     mask = jnp.arange(length)[None] < np.linspace(length // 2, length, batch, dtype=int)[:, None]
     what = f"attention, B={batch} L={length:,} H={heads} W={head_width}"
-    return Case(what, whole_attention, partial(attention, causal=False), learned, (mask,))
+    return Case(what, materialized_attention, partial(attention, causal=False), learned, (mask,))
 
 
-def whole_attention(
+def materialized_attention(
     q: Float[Array, "B L H W"],
     k: Float[Array, "B L H W"],
     v: Float[Array, "B L H W"],
     mask: Bool[Array, "B L"],
 ) -> Float[Array, "B L H W"]:
-    """With the (B, H, L, L) weights held."""
+    """Attention that materializes the (B, H, L, L) weights."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
 
 
 def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: int = 6) -> Case:
-    """A whole STU classifier at the LRU paper's Path-X sizes, without rematerialisation."""
+    """An STU classifier at the LRU paper's Path-X sizes, without rematerialization."""
     mixer = partial(
         STU,
         num_filters=24,
@@ -235,7 +241,7 @@ def path_x_case(batch: int = 32, length: int = 16_384, width: int = 128, depth: 
         )
 
     what = f"STU classifier, B={batch} L={length:,} D={width} depth {depth}"
-    return Case(what, None, logits, (params,), (rest, inputs), smaller="<= 40 GB")
+    return Case(what, None, logits, (params,), (rest, inputs), memory_goal="<= 40 GB")
 
 
 def _float32(arrays: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
@@ -243,7 +249,7 @@ def _float32(arrays: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
 
 
 class TrainerCase(NamedTuple):
-    """A training that `lra bench trainer` holds against its bare steps: what `lra train` is given, and steps a round."""
+    """A training of `lra bench trainer`: `lra train` overrides and steps per round."""
 
     what: str
     overrides: tuple[str, ...]
@@ -251,7 +257,7 @@ class TrainerCase(NamedTuple):
 
 
 def trainer_cases(platform: str) -> list[TrainerCase]:
-    """Short steps, where every millisecond of the host would show, and the sizes of a run."""
+    """Returns a case of very short steps, where host overhead shows, and cases of usual size."""
     lru, stu = ("task=listops_short", "model=lru"), ("task=listops_short", "model=stu")
     if platform == "cpu":
         tiny = (
@@ -270,6 +276,3 @@ def trainer_cases(platform: str) -> list[TrainerCase]:
         TrainerCase("LRU, ListOps", ("task=listops", "model=lru", "task.sizes.train=2000"), 100),
         TrainerCase("STU, ListOps", ("task=listops", "model=stu", "task.sizes.train=2000"), 100),
     ]
-
-
-BASELINE = "transformer"  # what `lra bench efficiency` states speed and memory as multiples of, as the LRA paper's table does

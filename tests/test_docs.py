@@ -26,7 +26,7 @@ from doc_commands import (
 from flax import nnx
 
 import lra
-from lra.bench import suites
+from lra.bench.measurement import to_markdown
 from lra.cli import parser
 from lra.config.build import build_task, model_builder
 from lra.config.options import options
@@ -171,7 +171,7 @@ def test_python_example_of_the_data_page(data_root, tmp_path, monkeypatch):
 def test_benchmark_table_is_that_of_the_record(suite, page):
     """Rounded as `lra bench` prints it."""
     result = json.loads((ROOT / "results" / f"bench_{suite}_cpu.json").read_text())
-    assert suites.measurements_table(result).split("\n\n")[0] in text_of(f"docs/{page}")
+    assert to_markdown(result).split("\n\n")[0] in text_of(f"docs/{page}")
 
 
 @pytest.fixture

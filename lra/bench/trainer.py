@@ -1,15 +1,14 @@
-"""Does the trainer stand in the way? `lra bench trainer`: training steps through `lra.training.trainer`, of data on the device and of data
-on the host, beside the same steps of a plain jitted function; and how long a start takes.
-"""
+"""`lra bench trainer`: `lra train` beside a bare jitted training step; the time of a start."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,208 +17,214 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from lra.config.build import data_arguments
+import lra
+from lra.bench.measurement import Measurement, format_seconds
+from lra.config.build import build_task, data_arguments
 from lra.config.compose import compose
-from lra.data.store import Store, prepare
+from lra.data.store import Split, Store, prepare
 from lra.errors import ConfigError, LraError
-from lra.runs.run_folder import RunFolder
-from lra.training.data_parallel import choose_devices
-from lra.training.preemption import Signals
-from lra.training.prefetch import HostPrefetch
+from lra.runs.records import read_metrics, read_predictions
 from lra.training.setup import Setup
-from lra.training.state import Best, Examples, State
+from lra.training.state import Examples
 from lra.training.step import cross_entropy, epoch_order, matmul_precision
-from lra.training.trainer import Run, place
+from models import benchmarks
 
 ROUNDS = 5
-# a round logs twice and ends where a run would evaluate; both are left out, and so is a second device
-COMMON = (
-    "trainer.devices=1",
-    "trainer.progress=false",
-    "tracker.wandb=off",
-    "task.sizes={train: 512, val: 64, test: 64}",
+STEPS = 50  # of a round, for the config on the command line
+SIZES = "task.sizes={train: 512, val: 64, test: 64}"
+QUIET = ("trainer.progress=false", "tracker.wandb=off")
+TRAIN = (
+    *("trainer.devices=1", "trainer.first_loss_tolerance=null", "trainer.chance_after=null"),
+    *(*QUIET, SIZES),
 )
-START = ("debug=tiny", "trainer.steps=4", "task.sizes={train: 512, val: 64, test: 64}")
-TOLERANCE = 0.01  # of the mean loss: the sides sum in another order
+START = ("debug=tiny", "trainer.steps=1", SIZES, *QUIET)
+# The bare step and the trainer sum in different orders, and training amplifies the difference.
+LOSS_TOLERANCE = 0.01
+LOGITS_TOLERANCE = 0.1
 
 
-class Result(NamedTuple):
-    """Seconds a step, medians over rounds in which every side ran."""
+class StepTimes(NamedTuple):
+    """Seconds per training step: medians over rounds in which every variant runs once."""
 
-    steps: float  # bare, a call each
-    scan: float  # bare, all in one call
-    resident: float  # through the trainer
-    host: float  # through the trainer, data on the host
-
-
-class Side(Run):
-    """A run of which the training steps are timed alone: it is neither scored nor saved."""
-
-    def evaluate(self, step: int, state: State, best: Best, val: Examples) -> tuple[State, Best]:
-        return state, best
-
-    def save(self, step: int, state: State, best: Best) -> None: ...
-
-    def begin(self, store: Store) -> None:
-        self.feed, self.program = self.fit(place(store, self.layout, self.cfg.data.placement))
-        self.state = self.new_state()
-        self.feed.start(0)
-
-    def go_on(self, until: int) -> None:
-        """The trainer's own loop up to the step `until`."""
-        self.cfg.trainer.steps = until
-        self.state, _ = self.loop(
-            self.state, Best(None, None), {"val": Examples(None, None, None)}, Signals()
-        )
-        jax.block_until_ready(self.state)
+    bare_steps: float  # one call per step
+    bare_scan: float  # one call for all steps
+    device: float  # `lra train`, data on the device
+    host: float  # `lra train`, data on the host
 
 
-def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> Result:
-    """Time of the same steps by every side, in rounds of `steps` after one that compiles.
+class StartTime(NamedTuple):
+    """Seconds of `lra train` from the start of the command to the end of its first step."""
+
+    first_step_s: float
+    compile_s: (
+        float  # part of it: tracing, lowering, compilation and reads of the compilation cache
+    )
+
+
+class Outcome(NamedTuple):
+    """Result of a training, to compare two of them."""
+
+    loss: float  # mean training loss over all steps
+    logits: np.ndarray  # (n, C) of the test split after the last step
+
+
+def measure(overrides: Sequence[str] = ()) -> Iterator[Measurement]:
+    """Measures training steps, then two starts.
 
     Args:
-        overrides: as for `lra train`.
-    Raises:
-        LraError: the sides did not train on the same batches, or not to the same loss.
+        overrides: config to train, as for `lra train`. Empty: the cases of `models.benchmarks`.
     """
-    rounds = rounds or ROUNDS
-    total = steps * (rounds + 1)
-    logged = [
-        f"trainer.{key}_every={n}"
-        for key, n in (("log", steps // 2 or 1), ("eval", steps), ("checkpoint", steps))
-    ]
+    given = benchmarks.TrainerCase("as given", tuple(overrides), STEPS)
+    for case in [given] if overrides else benchmarks.trainer_cases(jax.default_backend()):
+        times = compare(case.overrides, case.steps)
+        bare, scan, device, host = map(format_seconds, times)
+        for what, ratio, goal, note in (
+            (
+                "trainer / bare steps",
+                times.device / times.bare_steps,
+                "<= 1.05 x",
+                f"{case.steps} steps a round: {device} a step, bare {bare}",
+            ),
+            (
+                "host-fed / bare steps",
+                times.host / times.bare_steps,
+                "<= 1.10 x",
+                f"data on the host: {host} a step",
+            ),
+            (
+                "trainer / bare scan",
+                times.device / times.bare_scan,
+                "",
+                f"bare, in one scan: {scan} a step",
+            ),
+        ):
+            yield Measurement(f"{case.what}: {what}", ratio, "x", goal, note)
+    first, second = time_starts(overrides)
+    what, seconds = "start to first step, compilation apart", first.first_step_s - first.compile_s
+    note = f"{first.first_step_s:.3g} s, of which JAX compiles {first.compile_s:.3g} s"
+    yield Measurement(what, seconds, "s", "< 10 s", note)
+    what = "second start / first, compilation cache on"
+    ratio = second.first_step_s / first.first_step_s
+    note = (
+        f"{second.first_step_s:.3g} s, of which tracing and reading the cache "
+        f"{second.compile_s:.3g} s"
+    )
+    yield Measurement(what, ratio, "x", "", note)
+
+
+# --- training steps ------------------------------------------------------------------------------
+
+
+def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> StepTimes:
+    """Times the same `steps` training steps in four variants, in rounds after a warm-up round.
+
+    Args:
+        overrides: config to train, as for `lra train`.
+    Raises:
+        ConfigError: the config asks for work that the bare step does not do.
+        LraError: the variants do not train alike.
+    """
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
-        words = [*COMMON, f"data.root={scratch}", *overrides, *logged, f"trainer.steps={total}"]
-        sides = {
-            name: _side([*words, f"data.placement={name}"], Path(scratch) / name)
-            for name in ("device", "host")
-        }
-        cfg, setup = sides["device"].cfg, sides["device"].setup
+        intervals = [f"trainer.{key}_every={steps}" for key in ("log", "eval", "checkpoint")]
+        root = f"data.root={scratch}"
+        words = [*TRAIN, root, *overrides, *intervals, f"trainer.steps={steps}"]
+        cfg = compose(words)
         for key in ("optim.ema", "trainer.micro_batch"):
             if OmegaConf.select(cfg, key) is not None:
-                raise ConfigError(
-                    f"{key}: the bare step has none, so that its work would count against the trainer"
-                )
+                raise ConfigError(f"{key}: the bare step of lra bench trainer has none; drop it")
+        setup = Setup(cfg)
         store = prepare(setup.task, **data_arguments(cfg))
-        for side in sides.values():
-            side.begin(store)
-        try:
-            return _rounds(sides, store, cfg, setup, steps, rounds)
-        finally:
-            for side in sides.values():
-                side.feed.close()
-                side.folder.close()
+        train = first_batches(store, setup, cfg.trainer.batch_size, steps)
+        bare = BareTraining(setup, train, store.splits["test"])
+        seconds: dict[str, list[float]] = {name: [] for name in StepTimes._fields}
+        for round_ in range((rounds or ROUNDS) + 1):
+            outcomes = {}
+            for name, run in (
+                ("bare_steps", bare.run_steps),
+                ("device", lambda: run_trainer(words, "device", scratch)),
+                ("bare_scan", bare.run_scan),
+                ("host", lambda: run_trainer(words, "host", scratch)),
+            ):
+                per_step, outcomes[name] = run()
+                seconds[name] += [per_step] if round_ else []
+            check_same_training(outcomes)
+    return StepTimes(**{name: float(np.median(times)) for name, times in seconds.items()})
 
 
-def _side(words: list[str], folder: Path) -> Side:
-    cfg = compose(words)
-    side = Side(cfg, RunFolder(folder), Setup(cfg), choose_devices(cfg))
-    side.reporter.console.quiet = True
-    return side
+def run_trainer(words: Sequence[str], placement: str, scratch: str) -> tuple[float, Outcome]:
+    """Runs `lra train` in this process; returns the seconds per step that its record states."""
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as root,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        record = lra.train([*words, f"data.placement={placement}", f"output.root={root}"])
+        (folder,) = (file.parent for file in Path(root).rglob("record.json"))
+        (row,) = (row for row in read_metrics(folder) if "train/loss" in row)
+        predictions = read_predictions(folder)
+    assert predictions is not None
+    return 1 / record["time"]["steps_per_s"], Outcome(row["train/loss"], predictions["logits"])
 
 
-def _rounds(
-    sides: dict[str, Side], store: Store, cfg: DictConfig, setup: Setup, steps: int, rounds: int
-) -> Result:
-    plain_step, plain_scan = bare(setup)
-    states = {"steps": first_bare(setup), "scan": first_bare(setup)}
-    seconds: dict[str, list[float]] = {name: [] for name in (*states, *sides)}
-    reader = sides["host"].feed
-    assert isinstance(reader, HostPrefetch)
+class BareTraining:
+    """The training step as one writes it without a trainer, jitted: in a loop and in a scan."""
 
-    def timed(name: str, call: Callable[[], None]) -> None:
+    def __init__(self, setup: Setup, train: Examples, test: Split):
+        """
+        Args:
+            train: batches, NumPy arrays (steps, B, ...).
+            test: split whose logits are compared.
+        """
+        self.setup, self.num_steps = setup, len(train.labels)
+        batches = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(self.num_steps)]
+        self.batches, self.train = jax.block_until_ready(jax.device_put((batches, train)))
+        self.test = jax.device_put((np.asarray(test.inputs), np.asarray(test.lengths)))
+        self.step, self.scan = jitted_steps(setup)
+        self.predict = jax.jit(self._predict)
+        for call in (self.run_steps, self.run_scan):
+            call()  # compiles
+
+    def run_steps(self) -> tuple[float, Outcome]:
+        def loop(state: tuple) -> tuple:
+            for batch in self.batches:
+                state = self.step(state, self.setup.constants, batch)
+            return state
+
+        return self._time(loop)
+
+    def run_scan(self) -> tuple[float, Outcome]:
+        return self._time(lambda state: self.scan(state, self.setup.constants, self.train))
+
+    def _time(self, function: Callable[[tuple], tuple]) -> tuple[float, Outcome]:
+        setup = self.setup
+        params, stats = jax.tree.map(jnp.copy, (setup.params, setup.batch_stats))
+        state = (jnp.int32(0), params, stats, setup.tx.init(params), jnp.float32(0))
+        jax.block_until_ready(state)
         start = time.perf_counter()
-        call()
-        seconds[name].append(time.perf_counter() - start)
+        _, params, stats, _, loss = jax.block_until_ready(function(state))
+        seconds = time.perf_counter() - start
+        logits = np.asarray(self.predict(params, stats, setup.constants, *self.test))
+        return seconds / self.num_steps, Outcome(float(loss) / self.num_steps, logits)
 
-    def one_by_one(batches: list[Examples]) -> None:
-        for batch in batches:
-            states["steps"] = plain_step(states["steps"], setup.constants, batch)
-        jax.block_until_ready(states["steps"])
-
-    def at_once(stacked: Examples) -> None:
-        states["scan"] = jax.block_until_ready(plain_scan(states["scan"], setup.constants, stacked))
-
-    for round_ in range(rounds + 1):
-        first = round_ * steps
-        stacked = batches_of(store, setup, cfg.trainer.batch_size, range(first, first + steps))
-        batches = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), stacked) for i in range(steps)]
-        stacked = jax.block_until_ready(jax.tree.map(jnp.asarray, stacked))
-        jax.block_until_ready(batches)
-        if round_ == 0:
-            check_batches(reader, stacked, steps)
-        timed("steps", partial(one_by_one, batches))
-        timed("device", partial(sides["device"].go_on, first + steps))
-        timed("scan", partial(at_once, stacked))
-        timed("host", partial(sides["host"].go_on, first + steps))
-        if round_ == 0:
-            check_same_work(states, sides, steps)
-    median = {name: float(np.median(times[1:])) / steps for name, times in seconds.items()}
-    return Result(median["steps"], median["scan"], median["device"], median["host"])
+    def _predict(
+        self, params: Any, stats: Any, constants: Any, inputs: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        model = nnx.merge(self.setup.graph, params, stats, constants)
+        return model(self.setup.task.decode(inputs), lengths, train=False)
 
 
-def batches_of(store: Store, setup: Setup, batch_size: int, steps: range) -> Examples:
-    """NumPy arrays (steps, B, ...) of the examples that a run draws in these steps."""
-    train = store.splits["train"]
-    per_epoch = len(train.labels) // batch_size
-    orders = {
-        e: np.asarray(epoch_order(setup.order_key, e, len(train.labels)))
-        for e in {s // per_epoch for s in steps}
-    }
-    rows = np.stack(
-        [orders[s // per_epoch][s % per_epoch * batch_size :][:batch_size] for s in steps]
-    )
-    return Examples(
-        np.asarray(train.inputs)[rows],
-        np.asarray(train.lengths)[rows],
-        np.asarray(train.labels, np.int32)[rows],
-    )
+def jitted_steps(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
+    """Returns (state, constants, batch) -> state, and a scan of it over stacked batches.
 
+    The state is (step, params, batch_stats, optimizer state, sum of losses).
+    """
 
-def check_batches(feed: HostPrefetch, stacked: Examples, steps: int) -> None:
-    """Raises: LraError, if the windows from the host hold other examples than the bare steps are given."""
-    for first in range(0, steps, feed.window_steps):
-        count = min(feed.window_steps, steps - first)
-        window = jax.tree.map(np.asarray, feed.window(first).batches)
-        for ours, theirs in zip(window, stacked, strict=True):
-            expected = np.asarray(theirs)[first : first + count]
-            if not np.array_equal(ours[:count].reshape(expected.shape), expected):
-                raise LraError(
-                    f"the batches of steps {first} to {first + count} differ between host and device"
-                )
-
-
-def check_same_work(states: dict[str, tuple], sides: dict[str, Side], steps: int) -> None:
-    """Raises: LraError, if the sides come to other losses or, on a CPU, the two of the trainer to other parameters."""
-    losses = {name: float(state[-1]) / steps for name, state in states.items()}
-    for name, side in sides.items():
-        logged = [row["train/loss"] for row in side.folder.read_metrics()]
-        losses[name] = float(np.mean(logged))
-    if max(losses.values()) > min(losses.values()) * (1 + TOLERANCE):
-        raise LraError(f"the sides did not train alike: mean losses {losses}")
-    same = jax.tree.map(
-        lambda a, b: bool((a == b).all()), sides["device"].state.params, sides["host"].state.params
-    )
-    if jax.default_backend() == "cpu" and not all(jax.tree.leaves(same)):
-        raise LraError("parameters differ between data on the device and on the host")
-
-
-def first_bare(setup: Setup) -> tuple:
-    """(step, params, stats, optimizer state, sum of losses) before the first step."""
-    params, stats = jax.tree.map(jnp.copy, (setup.params, setup.batch_stats))
-    return jnp.int32(0), params, stats, setup.tx.init(params), jnp.float32(0)
-
-
-def bare(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
-    """A training step as one writes it down, jitted: (state, fixed, batch) -> state; and a scan of it over many batches."""
-
-    def step(state: tuple, fixed: Any, batch: Examples) -> tuple:
+    def step(state: tuple, constants: Any, batch: Examples) -> tuple:
         count, params, stats, opt, total = state
 
         def loss(params: Any) -> tuple:
-            model = nnx.merge(setup.graph, params, stats, fixed, copy=True)
+            model = nnx.merge(setup.graph, params, stats, constants, copy=True)
             rngs = nnx.Rngs(dropout=jax.random.fold_in(setup.dropout_key, count))
             logits = model(setup.task.decode(batch.inputs), batch.lengths, train=True, rngs=rngs)
             value = cross_entropy(logits, batch.labels, setup.label_smoothing).mean()
@@ -230,84 +235,75 @@ def bare(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
         updates, opt = setup.tx.update(grads, opt, params)
         return count + 1, optax.apply_updates(params, updates), stats, opt, total + value
 
-    def scan(state: tuple, fixed: Any, batches: Examples) -> tuple:
-        return jax.lax.scan(lambda carry, batch: (step(carry, fixed, batch), None), state, batches)[
-            0
-        ]
+    def scan(state: tuple, constants: Any, batches: Examples) -> tuple:
+        def body(carry: tuple, batch: Examples) -> tuple[tuple, None]:
+            return step(carry, constants, batch), None
+
+        return jax.lax.scan(body, state, batches)[0]
 
     return jax.jit(step, donate_argnums=0), jax.jit(scan, donate_argnums=0)
 
 
-# --- start -----------------------------------------------------------------------------------------------------------
+def first_batches(store: Store, setup: Setup, batch_size: int, steps: int) -> Examples:
+    """Returns NumPy arrays (steps, B, ...): the batches that a run draws in its first steps."""
+    train = store.splits["train"]
+    count = len(train.labels)
+    per_epoch = count // batch_size
+    orders = [
+        np.asarray(epoch_order(setup.order_key, epoch, count))[: per_epoch * batch_size]
+        for epoch in range(-(-steps // per_epoch))
+    ]
+    rows = np.concatenate(orders).reshape(-1, batch_size)[:steps]
+    inputs, labels = np.asarray(train.inputs)[rows], np.asarray(train.labels, np.int32)[rows]
+    return Examples(inputs, np.asarray(train.lengths)[rows], labels)
 
 
-class Start(NamedTuple):
-    """Seconds from the start of `lra train` to the end of its first step, and those of them in which JAX compiled."""
+def check_same_training(outcomes: dict[str, Outcome]) -> None:
+    """Raises LraError if losses or test logits differ beyond rounding.
 
-    total: float
-    compiling: float  # tracing, lowering, compilation, and reading what was compiled before
+    On a CPU the two runs of the trainer must agree bit for bit.
+    """
+    losses = {name: outcome.loss for name, outcome in outcomes.items()}
+    if max(losses.values()) > min(losses.values()) * (1 + LOSS_TOLERANCE):
+        raise LraError(f"the benchmark's variants differ in mean loss: {losses}")
+    expected = outcomes["bare_steps"].logits
+    for name, outcome in outcomes.items():
+        error = np.linalg.norm(outcome.logits - expected) / np.linalg.norm(expected)
+        if error > LOGITS_TOLERANCE:
+            raise LraError(
+                f"the test logits of {name} differ from those of bare_steps: {error:.2g}"
+            )
+    device, host = outcomes["device"].logits, outcomes["host"].logits
+    if jax.default_backend() == "cpu" and not np.array_equal(device, host):
+        raise LraError("the test logits differ between data.placement=device and host")
 
 
-def starts(overrides: Sequence[str]) -> tuple[Start, Start]:
-    """The first start, with an empty compilation cache, and the second; the data are prepared before both."""
+# --- start ---------------------------------------------------------------------------------------
+
+
+def time_starts(overrides: Sequence[str] = ()) -> tuple[StartTime, StartTime]:
+    """Times two starts of `lra train` in new processes, the first with an empty compilation cache.
+
+    The data is prepared before.
+    """
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
-        words = [
-            *START,
-            *overrides,
-            f"data.root={scratch}",
-            f"output.root={scratch}/runs",
-            "tracker.wandb=off",
-        ]
+        words = [*START, *overrides, f"data.root={scratch}"]
         cfg = compose(words)
-        prepare(Setup(cfg).task, **data_arguments(cfg))
-        return _start(words, Path(scratch)), _start(words, Path(scratch))
+        prepare(build_task(cfg), **data_arguments(cfg))
+        folders = [Path(scratch) / name for name in ("first", "second")]
+        cache = Path(scratch) / "xla"
+        first, second = (time_start([*words, f"output.root={f}"], f, cache) for f in folders)
+        return first, second
 
 
-def _start(words: list[str], scratch: Path) -> Start:
-    out = scratch / "start.json"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(scratch / "xla")}
+def time_start(words: Sequence[str], output: Path, cache: Path) -> StartTime:
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
-    command = [sys.executable, "-m", "lra.bench.trainer", repr(time.time()), str(out), *words]
+    command = [sys.executable, "-m", "lra.cli", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if not out.exists():
-        raise LraError(
-            f"a start of lra train failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"
-        )
-    result = Start(*json.loads(out.read_text()))
-    out.unlink()
-    return result
-
-
-def start_here(began: float, out: Path, words: Sequence[str]) -> None:
-    """`lra train` until its first step is done, in this process, which began at `time.time() == began`."""
-    from lra.cli import main
-    from lra.runs.progress import Reporter
-
-    compiling: list[tuple[float, float]] = []
-
-    def note(event: str, duration_secs: float, **_: object) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.time()
-            compiling.append((now - duration_secs, now))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-
-    def first_step(*_: object) -> None:
-        out.write_text(json.dumps([time.time() - began, covered(compiling)]))
-        os._exit(0)
-
-    Reporter.advance = first_step  # type: ignore[assignment, method-assign]
-    sys.exit(main(["train", *words]))
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of (begin, end): the tracing of a function contains that of those it calls."""
-    total, reached = 0.0, -np.inf
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
-
-
-if __name__ == "__main__":
-    start_here(float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise LraError(f"a start of lra train failed: {reason}")
+    (file,) = output.rglob("record.json")
+    times = json.loads(file.read_text())["time"]
+    return StartTime(times["first_step_s"], times["compile_s"])

@@ -13,7 +13,7 @@ CASES = {
     "stu": lambda: stu_case(4, 1024, 64, k_y=2),
     "stu with 32 matrices": lambda: stu_case(4, 1024, 64, k_y=32),
     "stu of one wide sequence": lambda: stu_case(1, 512, 256, k_y=2),
-    "recurrence": lambda: recurrence_case(4, 2048, 64, faster=""),
+    "recurrence": lambda: recurrence_case(4, 2048, 64),
     "feedback": lambda: feedback_case(4, 1024, 32, k_y=32),
     "attention": lambda: attention_case(2, 4096, 2, 32),
 }

@@ -162,8 +162,6 @@ def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
     assert not tried
 
 
-
-
 def test_a_trial_takes_a_step_of_its_own_state(made):
     setup, data = made()
     before = jax.device_get(setup.params)
@@ -172,5 +170,3 @@ def test_a_trial_takes_a_step_of_its_own_state(made):
     )
     assert int(function(*args).step) == 1
     assert_equal(setup.params, before)
-
-
