@@ -135,7 +135,7 @@ def test_verify_finds_a_changed_manifest(letters, tmp_path):
     ],
 )
 def test_generated_data_equals_the_reference(name, tmp_path):
-    """The generators give the bytes of checksums.json; val and test do not depend on train's size."""
+    """The generators give the recorded bytes; val and test do not depend on the size of train."""
     task = configured_task(name)
     known = expected_hashes(task)
     small = configured_task(name, sizes=task.sizes | {"train": 1})
