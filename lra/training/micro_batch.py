@@ -97,8 +97,8 @@ def check_micro_batch(cfg: DictConfig, devices: int) -> None:
         near = sorted(sorted(allowed, key=lambda other: abs(other - size))[:2])
         shared = f" and a multiple of the {devices} devices" if devices > 1 else ""
         raise ConfigError(
-            f"trainer.micro_batch={size} must be a divisor of trainer.batch_size={batch_size}{shared}; "
-            f"use {' or '.join(map(str, near))}, or auto"
+            f"trainer.micro_batch={size} must be a divisor of trainer.batch_size={batch_size}"
+            f"{shared}; use {' or '.join(map(str, near))}, or auto"
         )
 
 

@@ -40,9 +40,9 @@ class Setup:
         )
         if cfg.trainer.micro_batch == "auto" and jax.tree.leaves(self.batch_stats):
             raise ConfigError(
-                "trainer.micro_batch=auto makes the result depend on the free memory, because batch "
-                "norm computes its statistics per micro-batch; set trainer.micro_batch to a number "
-                "or null, or backbone.norm to layer, rms or none"
+                "trainer.micro_batch=auto makes the result depend on the free memory, because "
+                "batch norm computes its statistics per micro-batch; set trainer.micro_batch to "
+                "a number or null, or backbone.norm to layer, rms or none"
             )
         self.ema, self.label_smoothing = cfg.optim.ema, cfg.optim.label_smoothing
         self.tx, self.groups = adamw(
@@ -60,7 +60,8 @@ def check_compatible(cfg: DictConfig) -> None:
     for key, default in (("precision", "float32"), ("remat", "none")):
         if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
             raise ConfigError(
-                f"trainer.{key}={cfg.trainer[key]} has no effect: this backbone has no argument {key}"
+                f"trainer.{key}={cfg.trainer[key]} has no effect: "
+                f"this backbone has no argument {key}"
             )
     named = CONF / "protocol" / f"{cfg.protocol.name}.yaml"
     if named.exists() and OmegaConf.load(named) != cfg.protocol:
@@ -71,7 +72,7 @@ def check_compatible(cfg: DictConfig) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
+    """Keeps compiled programs in the user's cache folder or in JAX_COMPILATION_CACHE_DIR."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "lra" / "xla"))
@@ -95,7 +96,7 @@ def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
     graph, *variables = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    # weak types, as of jnp.full(shape, 0.5), would be lost in the first step and force a recompilation
+    # weak types, as of jnp.full(shape, 0.5), change in the first step, which would then recompile
     return graph, *jax.tree.map(
         lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, variables
     )

@@ -26,7 +26,7 @@ class StepFunctions(NamedTuple):
     """Jitted functions; `constants` are the model's variables that never change.
 
     Attributes:
-        train_steps: (state, constants, train, until) -> state, with the training split on the devices.
+        train_steps: (state, constants, train, until) -> state, from a split on the devices.
         train_window: (state, constants, window, until) -> state, with the batches of a few steps.
         predict: (params, batch_stats, constants, inputs, lengths) -> logits.
     """

@@ -20,7 +20,7 @@ def compile_seconds(since: float) -> float:
     """Seconds after `since` in which this process traced, lowered or compiled functions, or read
     compiled ones from the cache.
 
-    The events overlap, because tracing a function contains tracing what it calls; their union counts.
+    Returns the length of the union of the events, which overlap where functions call functions.
     """
     total, reached = 0.0, since
     for begin, end in sorted(_compilations):

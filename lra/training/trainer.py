@@ -1,7 +1,8 @@
 """Trains one model on one task: prepares data, runs steps, evaluates, saves, scores the test split.
 
-Many steps run in one jitted call (`lra.training.step`). Logging, evaluation, checkpoints and signals
-are handled between calls. Neither the length of a call nor an interruption changes a result.
+Many steps run in one jitted call (`lra.training.step`). Logging, evaluation, checkpoints and
+signals are handled between calls. Neither the length of a call nor an interruption changes a
+result.
 """
 
 import time
@@ -212,9 +213,9 @@ class Trainer:
             steps_per_call = distributed.broadcast(partial(timer.next_call, until - first, seconds))
             if not bool(state.finite):
                 raise DivergedError(
-                    f"the loss became NaN or infinite at step {step} of {cfg.steps}; lower optim.lr, "
-                    f"now {self.cfg.optim.lr}, lengthen optim.warmup or set optim.clip; "
-                    f"the checkpoint before it is kept"
+                    f"the loss became NaN or infinite at step {step} of {cfg.steps}; "
+                    f"lower optim.lr, now {self.cfg.optim.lr}, lengthen optim.warmup or set "
+                    f"optim.clip; the last checkpoint is kept"
                 )
             if timer.calls == 1:
                 self.recorder.start_time()

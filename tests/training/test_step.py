@@ -62,7 +62,7 @@ def test_each_micro_batch_drops_other_units(made):
         )
         for size in (2, 8)
     )
-    # were each of 8 micro-batches of one dropped alike, the sum of losses would be 4 times that of 2 of them
+    # with the same dropout mask in each of the 8 micro-batches, the sum would be 4 times as large
     assert abs(eight - 4 * two) > 1e-3
 
 
@@ -80,8 +80,11 @@ def test_remat_gives_the_same_gradients(made, model):
 
 
 def kept_bytes(made, model, policy):
-    """What lies between the forward and the backward pass, parameters included. Not XLA's own count of the compiled step:
-    on CPUs it moves what is computed again to the front and saves nothing."""
+    """Bytes stored between the forward and the backward pass, parameters included.
+
+    XLA's analysis of the compiled step is no measure, because XLA:CPU moves the recomputation to
+    the front and saves nothing.
+    """
     setup, data = made(
         f"model={model}", "task.max_length=254", "backbone.depth=4", f"trainer.remat={policy}"
     )
@@ -166,7 +169,7 @@ def test_bf16_is_near_float32_and_trains_float32_parameters(made, model):
 
 
 def test_float32_asks_an_accelerator_for_all_digits(made, monkeypatch):
-    """What a GPU would be asked, seen in the jaxpr; a CPU is asked nothing, so that its numbers are those of before."""
+    """The jaxpr asks a GPU for full precision or TF32, and a CPU for nothing."""
 
     def asked(precision):
         setup, data = made("model=lru", f"trainer.precision={precision}")

@@ -1,4 +1,4 @@
-"""The training story: cut anywhere, stopped and resumed, it gives the same numbers; faults end it with a clear word."""
+"""Training gives the same numbers however it is cut or resumed; faults end in one line."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("kill_at", [17])
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
-    """After SIGKILL the run continues from its last checkpoint and writes the metrics after it again."""
+    """After SIGKILL the run resumes from its last checkpoint and repeats the metrics after it."""
     overrides, folder, record = whole
     here = [*overrides, f"output.root={tmp_path}", "trainer.call_seconds=1e-9"]
     code = f"""

@@ -1,0 +1,34 @@
+"""The record of a run: sanity checks, start-up time, kept fields."""
+
+import pytest
+from run_checks import folder_of
+
+import lra
+from lra.report.tables import make_table
+from lra.runs.records import read_metrics
+
+
+def test_run_at_chance_warns_once_and_is_marked(tiny, caplog, capfd):
+    overrides = [
+        *tiny,
+        "backbone.depth=1",
+        "optim.lr=1e-9",
+        "trainer.steps=8",
+        "trainer.chance_after=0.5",
+        "trainer.first_loss_tolerance=1.001",
+        "trainer.early_stopping=3",  # would stop at step 8, which is the last
+    ]
+    record = lra.train(overrides)
+    rows = read_metrics(folder_of(overrides))
+    assert record["first_loss"] == pytest.approx(rows[0]["train/loss"], rel=1e-6)
+    loss, chance = [r.getMessage() for r in caplog.records if r.name.startswith("lra.training")]
+    assert f"initial loss {record['first_loss']:.3f} is far from log(10) = 2.303" in loss
+    # one warning, although two more evaluations follow
+    assert "at step 4 of 8 validation accuracy" in chance
+    assert (record["at_chance"], record["learned"], record["stopped_early"]) == (True, False, None)
+    assert "FAIL in a table" in capfd.readouterr().out
+    (cell,) = (cell for row in make_table([record]).sections[0][1] for cell in row.cells.values())
+    assert cell == f"FAIL ({100 * record['metrics']['test']['accuracy']:.1f}) n=1"
+    # the first step ends after its compilation and before the end of the run
+    time = record["time"]
+    assert 0 < time["compile_s"] <= time["first_step_s"] <= time["wall_s"] + 0.01
