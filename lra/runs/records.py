@@ -37,8 +37,8 @@ record.json, schema 1. JSON is strict: NaN and infinities become null. Accuracie
     stopped_early   {step, reason} if trainer.early_stopping ended the run
     learned         test accuracy is above chance by more than noise; false is FAIL in a table
     time            {wall_s: of all starts; train_s, steps_per_s, examples_per_s: of the last start,
-                    including waits for data; first_step_s: from the start of the command to the end
-                    of the first step; compile_s: JAX's tracing, lowering and compilation before it}
+                    including waits for data; first_step_s: from the start of the training to the
+                    end of its first step; compile_s: part of it in which JAX traces and compiles}
     memory          {peak_bytes}
 """
 

@@ -13,6 +13,7 @@ from lra.config.build import build_task, model_builder
 from lra.config.options import CONF
 from lra.errors import ConfigError
 from lra.training.optimizer import adamw
+from lra.training.profiling import profiled_steps
 
 
 class Setup:
@@ -54,9 +55,11 @@ def check_compatible(cfg: DictConfig) -> None:
     """Checks keys against each other.
 
     Raises:
-        ConfigError: the backbone ignores trainer.precision or trainer.remat, or the values of a
-            named protocol were changed without changing its name.
+        ConfigError: the backbone ignores trainer.precision or trainer.remat, trainer.profile names
+            steps that the run does not have, or the values of a named protocol were changed
+            without changing its name.
     """
+    profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
     for key, default in (("precision", "float32"), ("remat", "none")):
         if key not in cfg.backbone and cfg.trainer[key] not in (default, "tf32"):
             raise ConfigError(
