@@ -12,7 +12,7 @@ import lra
 from lra.errors import ConfigError, PreemptedError
 from lra.runs.records import read_record
 from lra.training import trainer
-from lra.training.preemption import Deadline, Signals, parse_duration
+from lra.training.preemption import Deadline, Signals
 from lra.training.prefetch import DeviceData
 
 # ---- signals
@@ -132,28 +132,6 @@ def test_deadline_reserves_time_for_an_iteration_a_save_and_the_exit():
     now = 910.0
     assert deadline.reached()
     assert not Deadline(None, started=0.0, clock=lambda: 1e9).reached()
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        *[(90, 90), (0.5, 0.5), ("90", 90), ("3h30m", 12600), ("45m", 2700), ("10s", 10)],
-        *[("1d12h", 129600), ("3:30:00", 12600), ("03:30:05", 12605), ("1-00:00:00", 86400)],
-        (None, None),
-    ],
-)
-def test_durations(value, seconds):
-    assert parse_duration("key", value) == seconds
-
-
-@pytest.mark.parametrize(
-    "value", [0, -1, "", "x", "3h 30m", "30:00", "1:99:00", True, "30m3h", float("inf"), "nan"]
-)
-def test_other_durations_are_refused(value):
-    with pytest.raises(
-        ConfigError, match="trainer.time_limit=.* must be a duration above 0: seconds, 3h30m"
-    ):
-        parse_duration("trainer.time_limit", value)
 
 
 def test_bad_time_limit_is_refused_before_a_folder_is_made(tiny, tmp_path):
