@@ -29,7 +29,7 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
     lr, warmup_steps = cfg["lr"], round(cfg["warmup"] * steps)
     decay_steps, reference = max(steps - warmup_steps, 1), max(warmup_steps, 1)
 
-    def rsqrt(step: jax.Array) -> jax.Array:
+    def rsqrt(step: Any) -> jax.Array:
         return lr * jnp.sqrt(reference / jnp.maximum(step + warmup_steps, reference))
 
     after_warmup = {
