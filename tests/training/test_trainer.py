@@ -149,7 +149,7 @@ def test_checkpoint_that_cannot_be_written_ends_in_one_line_and_spares_the_one_b
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", disk_fills_up)
     with pytest.raises(
-        LraError, match=r"checkpoint of step 20 .*the disk is full; those before it are whole"
+        LraError, match=r"checkpoint of step 20 .*the disk is full; earlier checkpoints are intact"
     ):
         lra.train(here)
     folder = folder_of(here)
@@ -276,7 +276,7 @@ def test_loss_that_is_not_finite_ends_the_run(tiny):
         ("task.seq_len=5", "task.seq_len"),
         (
             "+optim.groups.mine={match: nowhere, lr_factor: 1, weight_decay: 0}",
-            "optim.groups.mine.match='nowhere' fits no",
+            "optim.groups.mine.match='nowhere' matches no",
         ),
     ],
 )
