@@ -50,7 +50,8 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
     """The model of a run for its task with other settings.
 
     Raises:
-        ConfigError: the task has no such key, or its tokens or classes change.
+        ConfigError: the task has no such key, its tokens or classes change, or a parameter has
+            another shape there.
     """
     known = [name for name in run.cfg.task if not name.startswith(("_", "name", "hparams"))]
     for word in words:
@@ -74,20 +75,17 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
                 "the run; only lengths may change"
             )
     cfg.trainer.batch_size = 1  # there may be fewer training examples than the batch of the run
-    return Setup(cfg)
-
-
-def check_same_shapes(run: SavedRun, words: Sequence[str], setup: Setup) -> None:
-    """Raises a ConfigError that names the first parameter whose shape depends on the length."""
-    trained, resized = parameter_shapes(run.setup), parameter_shapes(setup)
-    for name in [*trained, *resized]:
-        if trained.get(name) != resized.get(name):
+    setup = Setup(cfg)
+    old, new = parameter_shapes(run.setup), parameter_shapes(setup)
+    for name in [*old, *new]:
+        if old.get(name) != new.get(name):
             raise ConfigError(
                 f"{' '.join(words)}: the parameters of this model depend on the length: {name} is "
-                f"{trained.get(name, 'absent')} at {run.task.seq_len} positions and "
-                f"{resized.get(name, 'absent')} at {setup.task.seq_len}; the model runs only at "
+                f"{old.get(name, 'absent')} at {run.task.seq_len} positions and "
+                f"{new.get(name, 'absent')} at {setup.task.seq_len}; the model runs only at "
                 "the length it was trained at"
             )
+    return setup
 
 
 def setup_for_windows(run: SavedRun, size: int) -> tuple[Setup, int]:
