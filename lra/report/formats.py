@@ -1,14 +1,13 @@
 """Renders a table for the terminal or as Markdown, LaTeX or CSV."""
 
 import io
-import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lra.errors import ConfigError
 
-FORMATS = ("terminal", "markdown", "latex", "csv")
 # fmt: off
 LONG_FORM_COLUMNS = (
     "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",
@@ -17,6 +16,10 @@ LONG_FORM_COLUMNS = (
 )
 # fmt: on
 INTEGER_COLUMNS = ("n", "params", "steps", "tuning_runs")
+LATEX_ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 
 
 @dataclass
@@ -69,13 +72,10 @@ def render(
     """
     if format == "terminal":
         return _terminal(table, width, color)
-    if format == "markdown":
-        return _markdown(table)
-    if format == "latex":
-        return _latex(table)
-    if format == "csv":
-        return _csv(table)
-    raise ConfigError(f"format={format} is unknown; choose {', '.join(FORMATS)}")
+    renderers = {"markdown": _markdown, "latex": _latex, "csv": _csv}
+    if format not in renderers:
+        raise ConfigError(f"format={format} is unknown; choose terminal, {', '.join(renderers)}")
+    return renderers[format](table)
 
 
 def _header(table: Table) -> list[str]:
@@ -106,20 +106,12 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
         for row in rows:
             rich.add_row(*map(Text, _cells(table, row)))
     text = io.StringIO()
-    console = Console(
-        file=text, width=width or _terminal_width(), force_terminal=color, highlight=False
-    )
+    width = width or shutil.get_terminal_size((160, 24)).columns
+    console = Console(file=text, width=width, force_terminal=color, highlight=False)
     console.print(rich)
     for line in _lines_below(table):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def _terminal_width() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:  # a file or a pipe
-        return 160
 
 
 def _data_frame(table: Table, title_format: str) -> Any:
@@ -143,14 +135,10 @@ def _latex(table: Table) -> str:
     frame = _data_frame(table, "{}")
     body = frame.to_latex(index=False, escape=True, column_format=column_format)
     # paragraphs, because LaTeX reads `[1]` after a line break `\\` as a length
-    notes = "\n\n".join(rf"\noindent {_escaped(line)}" for line in _lines_below(table))
+    notes = "\n\n".join(
+        rf"\noindent {line.translate(LATEX_ESCAPES)}" for line in _lines_below(table)
+    )
     return f"{body}\n{{\\footnotesize\n{notes}\n\n}}\n"
-
-
-def _escaped(text: str) -> str:
-    special = {character: f"\\{character}" for character in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(character, character) for character in text)
 
 
 def _csv(table: Table) -> str:
