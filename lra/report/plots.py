@@ -116,23 +116,18 @@ def _learning_curves(axis: Any, task: str, rows: Mapping[str, Sequence[Record]])
     reference = next(iter(rows.values()))[0]["reference"]
     for name, accuracy in reference.items():
         axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
-        axis.annotate(
-            name.replace("_", " "),
-            xy=(1, 100 * accuracy),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=7,
-        )
+        style = {"ha": "right", "va": "bottom", "fontsize": 7}
+        place = axis.get_yaxis_transform()
+        axis.text(1, 100 * accuracy, name.replace("_", " "), transform=place, **style)
     axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
     axis.legend(fontsize=8)
 
 
 def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes side by side, without a display."""
+    """A figure and its axes side by side."""
     import matplotlib
 
-    matplotlib.use("agg")
+    matplotlib.use("agg")  # needs no display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
