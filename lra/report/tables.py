@@ -40,7 +40,7 @@ def comparison_table(
     color: bool = False,
     **selection: Any,
 ) -> str:
-    """Returns the table of the records below `paths` as text and writes it to `output` if given.
+    """The table of the records below `paths` as text; also written to `output` if given.
 
     Args:
         format, width, color: see `lra.report.formats.render`.
