@@ -489,7 +489,7 @@ def bench_command(args: argparse.Namespace) -> int:
         from lra.bench import trainer
 
         measurements = trainer.measure(args.overrides)
-    result = measurement.make_result(args.suite, measurements, device=args.suite != "data")
+    result = measurement.make_result(args.suite, measurements)
     print(measurement.to_markdown(result), end="")
     if args.output:
         measurement.save(result, args.output)
