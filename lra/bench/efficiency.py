@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,21 +202,15 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
     return [*caption, *([f"Also set: {' '.join(train)}."] if train else [])]
 
 
-def run(
-    words: Sequence[str],
-    file: Path,
-    *,
-    fresh: bool = False,
-    report: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, Any]:
     """Measures the cells that `file` does not hold yet; returns the table's record, with all cells.
 
-    Writes the table as .md and .tex and, over lengths, the plot as .png beside the file.
+    Prints a line after each cell. Writes the table as .md and .tex and, over lengths, the plot as
+    .png beside the file.
 
     Args:
         words: see `compose_settings`.
         fresh: whether to measure every cell again.
-        report: called with a line of text after each cell.
     Raises:
         ConfigError: see `compose_settings`; or no cell has a valid config.
         LraError: `file` holds something else.
@@ -254,7 +248,7 @@ def run(
             if hasattr(os, "getloadavg"):  # other programs slow the measurement down
                 found["load"] = round(os.getloadavg()[0], 1)
             suffix = f"  {time.monotonic() - start:.0f} s"
-        report(f"{number}/{len(cells)} {describe(cell, found)}{suffix}")
+        print(f"{number}/{len(cells)} {describe(cell, found)}{suffix}", flush=True)
         place = {"row": cell.row, "column": cell.column, "published": cell.published}
         result["cells"].append({**found, **place})
         # Keep earlier cells that are not reached yet, in case of an interruption.
@@ -267,7 +261,6 @@ def run(
 
 
 def write_tables(result: dict[str, Any], file: Path) -> None:
-    """Writes the table as Markdown and LaTeX and, over lengths, the plot beside the JSON file."""
     from lra.report.plots import plot_efficiency
 
     table = make_table(result)

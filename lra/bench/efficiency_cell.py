@@ -5,7 +5,6 @@ the result as the last line; for `null` it prints the device.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -44,12 +43,8 @@ def device_facts() -> dict[str, Any]:
 def run_cell(overrides: Sequence[str], seconds: float, limit_s: float) -> dict[str, Any]:
     """Returns `measure` of a new process. A failure or out of memory is a result."""
     task = json.dumps({"overrides": list(overrides), "seconds": seconds})
-    environment = dict(os.environ)
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     try:
-        done = subprocess.run(
-            COMMAND, input=task, capture_output=True, text=True, env=environment, timeout=limit_s
-        )
+        done = subprocess.run(COMMAND, input=task, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took longer than limit_s={limit_s:g} seconds"}
     if done.returncode == 0:
