@@ -43,7 +43,7 @@ def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["listops"], "listops: expected KEY=VALUE words as for `lra train`, such as task=listops"),
+        (["listops"], "listops: expected KEY=VALUE as for `lra train`, such as task=listops"),
         (["task=listop", "model=lru,gru"], "unknown task=listop (did you mean listops"),
         (["model=lrv"], "unknown model=lrv (did you mean lru"),
         (
