@@ -166,9 +166,10 @@ def locality(run: SavedRun, options: Options) -> Plan:
         data, rows = run.data, []
         for size in sizes:
             setup, padded = setup_for_windows(run, size)
-            windows = cut_windows(np.asarray(data.inputs), np.asarray(data.lengths), size, padded)
-            logits = run.logits(windows.inputs, windows.lengths, setup)
-            logits = mean_by_example(logits, windows.examples, len(data))
+            inputs, lengths, examples = cut_windows(
+                np.asarray(data.inputs), np.asarray(data.lengths), size, padded
+            )
+            logits = mean_by_example(run.logits(inputs, lengths, setup), examples, len(data))
             rows.append(accuracy_row(size, correct_labels(logits, data)))
         return {"window size": rows}, run.weights_step, "weights"
 

@@ -28,9 +28,9 @@ def assert_windows_equal_padded_windows(run, size, expected_length):
     setup, padded = setup_for_windows(run, size)
     assert padded == expected_length
     short, long = (cut_windows(rows, lengths, size, width) for width in (padded, 32))
-    expected = run.logits(long.inputs, long.lengths)
+    expected = run.logits(*long[:2])
     assert np.ptp(expected, axis=0).min() > 1e-3
-    np.testing.assert_allclose(run.logits(short.inputs, short.lengths, setup), expected, atol=2e-5)
+    np.testing.assert_allclose(run.logits(*short[:2], setup), expected, atol=2e-5)
 
 
 def test_model_of_short_windows_has_the_filters_of_the_run(stu):
