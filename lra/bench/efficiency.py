@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -75,12 +75,12 @@ def compose_settings(words: Sequence[str]) -> Settings:
     with translated_errors(own), hydra.initialize_config_dir(folder, version_base="1.3"):
         cfg = hydra.compose("efficiency", overrides=own)
     try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), cfg))
+        typed = OmegaConf.merge(OmegaConf.structured(Settings), cfg)
     except OmegaConfBaseException as error:
         value = OmegaConf.select(cfg, error.full_key or "")
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}={value} is not valid: {reason}") from error
-    assert isinstance(settings, Settings)
+    settings = cast(Settings, OmegaConf.to_object(typed))
     settings.train += train_overrides(words)
     check_settings(settings)
     return settings
@@ -135,13 +135,9 @@ def make_cells(settings: Settings) -> list[Cell]:
     """Returns the cells, row by row: models x lengths, or models x cells of the preset."""
     names = list(dict.fromkeys(settings.models or options("model")))
     if settings.cells is None:
-        batch_size = f"trainer.batch_size={settings.batch_size}"
+        fixed = [f"trainer.batch_size={settings.batch_size}", *settings.train]
         return [
-            Cell(
-                name,
-                str(length),
-                [batch_size, *settings.train, f"model={name}", f"task.seq_len={length}"],
-            )
+            Cell(name, str(length), [*fixed, f"model={name}", f"task.seq_len={length}"])
             for name in names
             for length in dict.fromkeys(settings.seq_lens or [])
         ]
@@ -157,11 +153,7 @@ def make_cells(settings: Settings) -> list[Cell]:
 
 
 def compose_cells(cells: Sequence[Cell]) -> "list[DictConfig | ConfigError]":
-    """Returns the config of each cell, or its error.
-
-    Raises:
-        ConfigError: no cell has a valid config.
-    """
+    """Returns the config of each cell, or its error. Raises the first error if all have one."""
     from lra.training.micro_batch import check_micro_batch
     from lra.training.setup import check_compatible
 
@@ -189,8 +181,6 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
         caption = [
             f"{settings.about[0].upper()}{settings.about[1:]}; random inputs of full length."
         ]
-        if settings.published:
-            caption.append(f"Published training steps/s: {settings.published['source']}.")
     else:
         caption = [
             f"{cfg.names.task}, protocol {cfg.names.protocol}, random inputs of full length; "
@@ -198,8 +188,11 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
             f"width {cfg.backbone.width}, {cfg.trainer.precision}, remat {cfg.trainer.remat}; "
             f"each model in its own block (`recipe`)."
         ]
-    train = train_overrides(words)
-    return [*caption, *([f"Also set: {' '.join(train)}."] if train else [])]
+    if settings.published:
+        caption.append(f"Published training steps/s: {settings.published['source']}.")
+    if train := train_overrides(words):
+        caption.append(f"Also set: {' '.join(train)}.")
+    return caption
 
 
 def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -250,7 +243,7 @@ def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, A
             suffix = f"  {time.monotonic() - start:.0f} s"
         print(f"{number}/{len(cells)} {describe(cell, found)}{suffix}", flush=True)
         place = {"row": cell.row, "column": cell.column, "published": cell.published}
-        result["cells"].append({**found, **place})
+        result["cells"].append(found | place)
         # Keep earlier cells that are not reached yet, in case of an interruption.
         done = {cell["key"] for cell in result["cells"]}
         others = [other for key, other in kept.items() if key not in done]
@@ -271,11 +264,7 @@ def write_tables(result: dict[str, Any], file: Path) -> None:
 
 
 def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the finished cells of an earlier command by hash: results and OOM, no failures.
-
-    Raises:
-        LraError: the file holds no efficiency table.
-    """
+    """Returns the finished cells of an earlier command by hash: results and OOM, no failures."""
     if not file.exists():
         return {}
     try:

@@ -30,10 +30,8 @@ COMMAND = (sys.executable, "-m", "lra.bench.efficiency_cell")
 
 
 def device_facts() -> dict[str, Any]:
-    """Returns platform, kind and number of the devices, the CPU and its cores.
-
-    Asks another process, because a process that has initialized a GPU holds most of its memory.
-    """
+    """Returns platform, kind and number of the devices, the CPU and its cores."""
+    # in another process, because a process that has initialized a GPU holds most of its memory
     done = subprocess.run(COMMAND, input="null", capture_output=True, text=True)
     if done.returncode:
         raise LraError(f"JAX finds no device: {last_line(done.stderr, done.returncode)}")
@@ -89,12 +87,8 @@ def main() -> None:
 def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
     """Returns speed, memory and size of one config on random inputs of full length.
 
-    Runs the jitted functions of the trainer. Inference is measured before training, because a
-    device reports only the largest peak so far.
-
-    Args:
-        overrides: as for `lra train`.
-        seconds: length of a measured window.
+    Runs the jitted functions of the trainer in windows of `seconds`. Inference is measured before
+    training, because a device reports only the largest peak so far.
     """
     import jax
 
@@ -120,12 +114,12 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
         compiled = function.lower(*args).compile()
         speeds[name] = {"compile_s": time.perf_counter() - start}
         needed[name] = need = compiled_bytes(compiled)
-        if device.platform == "cpu":  # Linux would kill the process
-            free = device_bytes(device)
-            if free is not None and need is not None and need > free:
-                raise MemoryError(
-                    f"{name} needs {in_gb(need)} by XLA's analysis, {in_gb(free)} are free"
-                )
+        # on a CPU, Linux would kill the process
+        free = device_bytes(device) if device.platform == "cpu" else None
+        if free is not None and need is not None and need > free:
+            raise MemoryError(
+                f"{name} needs {in_gb(need)} by XLA's analysis, {in_gb(free)} are free"
+            )
         return compiled
 
     def measure_speed(name: str, call: Callable[[int], None]) -> None:
@@ -159,16 +153,14 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
             state = jax.block_until_ready(run_steps(state, setup.constants, batch, until))
 
         measure_speed("train", train)
-    except MemoryError as error:
-        return {"status": "oom", "reason": str(error) or "out of memory", **facts}
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
-        return {"status": "oom", "reason": " ".join(str(error).split())[:200], **facts}
-    from_device = peaks["train"] is not None
-    held = peaks if from_device else needed
-    memory: dict[str, Any] = {f"{name}_bytes": held[name] for name in ("train", "infer")}
-    memory |= {"source": "device" if from_device else "compiled", "compiled": needed}
+        reason = " ".join(str(error).split())[:200] or "out of memory"
+        return {"status": "oom", "reason": reason, **facts}
+    source, held = ("device", peaks) if peaks["train"] is not None else ("compiled", needed)
+    memory: dict[str, Any] = {"train_bytes": held["train"], "infer_bytes": held["infer"]}
+    memory |= {"source": source, "compiled": needed}
     return {"status": "ok", "reason": "", **facts, **speeds, "memory": memory}
 
 
@@ -197,8 +189,7 @@ def random_batch(task: Task, batch_size: int) -> "Examples":
 def steps_per_second(call: Callable[[int], None], seconds: float) -> float:
     """Returns the rate of `call(count)` in the fastest of `WINDOWS` windows of about `seconds`.
 
-    The fastest, because other programs can only slow a window down. Very long steps get fewer
-    windows.
+    Other programs can only slow a window down. Very long steps get fewer windows.
     """
     call(1)
     start = time.perf_counter()
