@@ -78,10 +78,6 @@ def render(
     return renderers[format](table)
 
 
-def _header(table: Table) -> list[str]:
-    return ["model", *table.columns.values()]
-
-
 def _cells(table: Table, row: TableRow) -> list[str]:
     return [row.name, *(row.cells.get(column, "") for column in table.columns)]
 
@@ -98,7 +94,7 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
     from rich.text import Text
 
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in _header(table):
+    for heading in ["model", *table.columns.values()]:
         rich.add_column(Text(heading), overflow="fold")
     for title, rows in table.sections:
         rich.add_section()
@@ -121,7 +117,7 @@ def _data_frame(table: Table, title_format: str) -> Any:
     lines = []
     for title, rows in table.sections:
         lines += [[title_format.format(title), *empty], *(_cells(table, row) for row in rows)]
-    return pd.DataFrame(lines, columns=_header(table), dtype=str)
+    return pd.DataFrame(lines, columns=["model", *table.columns.values()], dtype=str)
 
 
 def _markdown(table: Table) -> str:
@@ -131,9 +127,8 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    column_format = "l" * (1 + len(table.columns))
-    frame = _data_frame(table, "{}")
-    body = frame.to_latex(index=False, escape=True, column_format=column_format)
+    columns = "l" * (1 + len(table.columns))
+    body = _data_frame(table, "{}").to_latex(index=False, escape=True, column_format=columns)
     # paragraphs, because LaTeX reads `[1]` after a line break `\\` as a length
     notes = "\n\n".join(
         rf"\noindent {line.translate(LATEX_ESCAPES)}" for line in _lines_below(table)

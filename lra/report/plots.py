@@ -42,11 +42,7 @@ def plot_learning_curves(
 
 
 def plot_diagnostics(tables: Mapping[str, Sequence[AccuracyRow]], output: str | Path) -> Path:
-    """Plots accuracies with their 95 % intervals, one panel for each table.
-
-    Raises:
-        LraError: the file type is not supported.
-    """
+    """Plots accuracies with their 95 % intervals, one panel for each table."""
     # inches; room for the names of the values
     width = sum(4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values())
     height = 1.5 + 0.25 * max(map(len, tables.values()))
