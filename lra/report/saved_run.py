@@ -36,8 +36,10 @@ class SavedRun:
         examples: number of first examples of the split; None for as many as the run scored.
 
     Raises:
-        RunFolderError: the folder holds no record.
+        RunFolderError: the folder holds no record, or no checkpoint that can be read.
         ConfigError: an override of another key.
+        DataError: the split differs from the data of the run.
+        LraError: a batch does not fit into device memory.
     """
 
     def __init__(
@@ -70,11 +72,7 @@ class SavedRun:
 
     @cached_property
     def data(self) -> Split:
-        """The evaluated examples, memory-mapped.
-
-        Raises:
-            DataError: the split differs from the data of the run.
-        """
+        """The evaluated examples, memory-mapped."""
         store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
         recorded = (self.record.get("data") or {}).get("splits", {})
         if describe_data(store)["splits"][self.split] != recorded.get(self.split):
@@ -90,11 +88,7 @@ class SavedRun:
 
     @cached_property
     def checkpoint(self) -> tuple[State, Best, int]:
-        """State, best weights and step of the newest checkpoint.
-
-        Raises:
-            RunFolderError: there is no checkpoint, or none can be read.
-        """
+        """State, best weights and step of the newest checkpoint."""
         path, saved = self.folder / CHECKPOINTS, None
         if path.is_dir():
             state, best = initial_state(self.setup)
@@ -141,12 +135,8 @@ class SavedRun:
     ) -> np.ndarray:
         """Logits (n, C) or (n, T, C) of examples by the requested weights.
 
-        A batch holds as many positions as an evaluation batch of the run.
-
-        Args:
-            setup: a model for another length; None for the model of the run.
-        Raises:
-            LraError: a batch does not fit into device memory.
+        A batch holds as many positions as an evaluation batch of the run. `setup` is a model for
+        another length; None for the model of the run.
         """
         setup, size = setup or self.setup, self.cfg.trainer.eval_batch_size
         positions = inputs.shape[lengths.ndim]
@@ -162,12 +152,8 @@ class SavedRun:
             ) from error
 
 
-def resolved_config(record: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a record with overrides; keys that the record lacks have today's defaults.
-
-    Raises:
-        ConfigError: an override of a key that is not in `keys_in_eval`.
-    """
+def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """The config of a record with overrides; keys that the record lacks have today's defaults."""
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or key not in keys_in_eval():
