@@ -14,6 +14,7 @@ from lra.config.compose import compose
 from lra.data.store import prepare
 from lra.errors import DataError
 from lra.tasks.base import Task
+from lra.tasks.pathfinder import generate
 
 LISTOPS = ("task=listops",)
 NUM_PICTURES = {32: 3000, 128: 200}  # by side length in pixels
@@ -64,8 +65,6 @@ def time_preparation(what: str, task: Task, folder: str, goal: str) -> Measureme
 
 
 def time_pictures(size: int, goal: str) -> Measurement:
-    from lra.tasks.pathfinder import generate
-
     count = NUM_PICTURES[size]
     generate(1, size=size)  # warm-up
     start = time.perf_counter()

@@ -26,8 +26,11 @@ from lra.config.options import CONF, options
 from lra.errors import ConfigError, LraError
 from lra.files import disk_errors, write_atomically
 from lra.report.formats import render
+from lra.report.plots import plot_efficiency
 from lra.runs.machine import git_commit, versions
 from lra.runs.records import to_json
+from lra.training.micro_batch import check_micro_batch
+from lra.training.setup import check_compatible
 
 RENAMED = {"model": "models=[A,B]", "seq_len": "seq_lens=[N,M]", "limit": "limit_s=SECONDS"}
 
@@ -152,11 +155,8 @@ def make_cells(settings: Settings) -> list[Cell]:
     return cells
 
 
-def compose_cells(cells: Sequence[Cell]) -> "list[DictConfig | ConfigError]":
+def compose_cells(cells: Sequence[Cell]) -> list[DictConfig | ConfigError]:
     """Returns the config of each cell, or its error. Raises the first error if all have one."""
-    from lra.training.micro_batch import check_micro_batch
-    from lra.training.setup import check_compatible
-
     configs: list[DictConfig | ConfigError] = []
     for cell in cells:
         try:
@@ -254,8 +254,6 @@ def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, A
 
 
 def write_tables(result: dict[str, Any], file: Path) -> None:
-    from lra.report.plots import plot_efficiency
-
     table = make_table(result)
     write_atomically(file.with_suffix(".md"), render(table, "markdown").encode())
     write_atomically(file.with_suffix(".tex"), render(table, "latex").encode())

@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
 
+from lra.config.compose import compose
+from lra.config.cost import cost
 from lra.errors import LraError
 from lra.runs.machine import cores, cpu_name
 from lra.runs.records import to_json
 from lra.tasks.base import Task
-
-if TYPE_CHECKING:
-    from lra.training.state import Examples
+from lra.training.memory import OUT_OF_MEMORY, compiled_bytes, device_bytes, in_gb, is_out_of_memory
+from lra.training.setup import Setup
+from lra.training.state import Examples, initial_state
+from lra.training.step import make_step_functions
 
 WINDOWS = 5
 COMMAND = (sys.executable, "-m", "lra.bench.efficiency_cell")
@@ -51,8 +55,6 @@ def run_cell(overrides: Sequence[str], seconds: float, limit_s: float) -> dict[s
         raise KeyboardInterrupt
     if done.returncode == -signal.SIGKILL:
         return {"status": "oom", "reason": "killed by the system"}
-    from lra.training.memory import OUT_OF_MEMORY
-
     is_oom = OUT_OF_MEMORY.search(done.stderr) or "std::bad_alloc" in done.stderr
     reason = last_line(done.stderr, done.returncode)
     return {"status": "oom" if is_oom else "failed", "reason": reason}
@@ -67,8 +69,6 @@ def last_line(text: str, exit_code: int) -> str:
 
 
 def main() -> None:
-    import jax
-
     task = json.loads(sys.stdin.read())
     jax.config.update("jax_enable_compilation_cache", False)  # the compile time is a result
     if task is None:
@@ -90,15 +90,6 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
     Runs the jitted functions of the trainer in windows of `seconds`. Inference is measured before
     training, because a device reports only the largest peak so far.
     """
-    import jax
-
-    from lra.config.compose import compose
-    from lra.config.cost import cost
-    from lra.training.memory import compiled_bytes, device_bytes, in_gb, is_out_of_memory
-    from lra.training.setup import Setup
-    from lra.training.state import initial_state
-    from lra.training.step import make_step_functions
-
     cfg = compose(overrides)
     batch_size = cfg.trainer.batch_size
     device = jax.devices()[0]
@@ -164,12 +155,8 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
     return {"status": "ok", "reason": "", **facts, **speeds, "memory": memory}
 
 
-def random_batch(task: Task, batch_size: int) -> "Examples":
+def random_batch(task: Task, batch_size: int) -> Examples:
     """Returns one batch on the device, with random ids or values at every position."""
-    import jax
-
-    from lra.training.state import Examples
-
     rng = np.random.default_rng(0)
     pair = (2,) if task.dual else ()
     if task.num_tokens is not None:

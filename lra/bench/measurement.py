@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tabulate import tabulate
+
 from lra.files import write_atomically
 from lra.runs.machine import cores, cpu_name, git_commit, versions
 
@@ -38,8 +40,6 @@ def make_result(suite: str, measurements: Iterable[Measurement]) -> dict[str, An
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Returns the measurements as a Markdown table, with the machine and the versions below it."""
-    from tabulate import tabulate
-
     rows = []
     for m in result["measurements"]:
         value = "not measured" if m["value"] is None else f"{m['value']:,.4g} {m['unit']}"

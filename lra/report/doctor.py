@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
+import jax
+
+from lra.data.store import open_store
 from lra.errors import DataError
 from lra.runs.machine import git_commit, versions
+from lra.runs.tracking import doctor_line
 
 
 def report(data_root: Path) -> str:
     """One line `name: finding` for each subject; the data are counts or the error of each store."""
-    import jax
-
-    from lra.data.store import open_store
-    from lra.runs.tracking import doctor_line
-
     stores = []
     for manifest in sorted(data_root.glob("packed/*/manifest.json")):
         try:
