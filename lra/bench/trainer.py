@@ -36,12 +36,9 @@ from models import benchmarks
 ROUNDS = 5
 STEPS = 50  # of a round, for the config on the command line
 SIZES = "task.sizes={train: 512, val: 64, test: 64}"
-QUIET = ("trainer.progress=false", "tracker.wandb=off")
-TRAIN = (
-    *("trainer.devices=1", "trainer.first_loss_tolerance=null", "trainer.chance_after=null"),
-    *(*QUIET, SIZES),
-)
-START = ("debug=tiny", "trainer.steps=1", SIZES, *QUIET)
+COMMON = (SIZES, "trainer.progress=false", "tracker.wandb=off")
+TRAIN = ("trainer.devices=1", "trainer.first_loss_tolerance=null", "trainer.chance_after=null")
+START = ("debug=tiny", "trainer.steps=1")
 # The bare step and the trainer sum in different orders, and training amplifies the difference.
 LOSS_TOLERANCE = 0.01
 LOGITS_TOLERANCE = 0.1
@@ -104,7 +101,7 @@ def compare(overrides: Sequence[str], steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
         intervals = [f"trainer.{key}_every={steps}" for key in ("log", "eval", "checkpoint")]
         root = f"data.root={scratch}"
-        words = [*TRAIN, root, *overrides, *intervals, f"trainer.steps={steps}"]
+        words = [*TRAIN, *COMMON, root, *overrides, *intervals, f"trainer.steps={steps}"]
         cfg = compose(words)
         for key in ("optim.ema", "trainer.micro_batch"):
             if OmegaConf.select(cfg, key) is not None:
@@ -249,7 +246,7 @@ def check_same_training(outcomes: dict[str, Outcome]) -> None:
 def time_starts(overrides: Sequence[str]) -> list[tuple[float, float]]:
     """`time_start` twice on prepared data, the first time with an empty compilation cache."""
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
-        words = [*START, *overrides, f"data.root={scratch}"]
+        words = [*START, *COMMON, *overrides, f"data.root={scratch}"]
         cfg = compose(words)
         prepare(build_task(cfg), **data_arguments(cfg))
         folders = [Path(scratch) / name for name in ("first", "second")]
