@@ -205,14 +205,14 @@ DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Options], Plan]] = {
 def block_sizes(run: SavedRun, options: Options, smallest: int) -> list[int]:
     """The requested sizes, or a geometric scale from `smallest` to the length of the task."""
     longest = run.task.seq_len
-    for size in options.sizes or ():
+    if not options.sizes:
+        return geometric_sizes(smallest, longest)
+    for size in options.sizes:
         if not 1 <= size <= longest:
             raise ConfigError(
                 f"--sizes {size}: expected numbers in [1, {longest}], the length of {run.task.name}"
             )
-    if options.sizes:
-        return sorted(set(options.sizes))
-    return geometric_sizes(min(smallest, longest), longest)
+    return sorted(set(options.sizes))
 
 
 def correct_labels(logits: np.ndarray, data: Split) -> np.ndarray:

@@ -69,11 +69,7 @@ def evaluate_run(
 
 
 def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
-    """Describes how logits (n, C) or (n, T, C) differ; and whether only ties changed their class.
-
-    Raises:
-        MismatchError: the shapes differ.
-    """
+    """How logits (n, C) or (n, T, C) differ, and whether only ties changed their class."""
     if logits.shape != stored.shape:
         raise MismatchError(
             f"the stored logits have shape {stored.shape}, those of the saved weights "

@@ -15,7 +15,6 @@ LONG_FORM_COLUMNS = (
     "steps", "tuning_runs", "source", "note",
 )
 # fmt: on
-INTEGER_COLUMNS = ("n", "params", "steps", "tuning_runs")
 LATEX_ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -32,21 +31,13 @@ class TableRow:
 
 @dataclass
 class Table:
-    """A table that does not depend on its format.
+    """A table that does not depend on its format."""
 
-    Attributes:
-        columns: headings by column, which is a task in a comparison of models.
-        sections: title and rows of each section.
-        footnotes: numbered from 1, as `[1]` in cells and row names.
-        remarks: lines below the table.
-        long: one dictionary for each number, with the keys of `LONG_FORM_COLUMNS`.
-    """
-
-    columns: dict[str, str]
-    sections: list[tuple[str, list[TableRow]]] = field(default_factory=list)
-    footnotes: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    long: list[dict[str, Any]] = field(default_factory=list)
+    columns: dict[str, str]  # headings by column, which is a task in a comparison of models
+    sections: list[tuple[str, list[TableRow]]] = field(default_factory=list)  # titles and rows
+    footnotes: list[str] = field(default_factory=list)  # `[1]`, `[2]`, ... in cells and row names
+    remarks: list[str] = field(default_factory=list)  # lines below the table
+    long: list[dict[str, Any]] = field(default_factory=list)  # numbers, by `LONG_FORM_COLUMNS`
 
     def add_footnote(self, text: str) -> str:
         """Adds a footnote unless it exists and returns its mark, ` [1]`."""
@@ -139,6 +130,6 @@ def _latex(table: Table) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS))
-    frame = frame.astype(dict.fromkeys(INTEGER_COLUMNS, "Int64"))  # allows missing values
+    integers = dict.fromkeys(("n", "params", "steps", "tuning_runs"), "Int64")  # may be missing
+    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")

@@ -30,7 +30,7 @@ def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
             raise ConfigError(
                 f"{word}: expected KEY=VALUE as for `lra train`, such as task=listops"
             )
-    rows: dict[str, Cost | ConfigError] = {}
+    rows: dict[str, tuple] = {}
     title = ""
     for name, words in _overrides_by_model(overrides).items():
         try:
@@ -38,14 +38,12 @@ def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
             title = f"{cfg.names.task}, protocol {cfg.names.protocol}; "
             rows[name or cfg.names.model] = cost(cfg)
         except ConfigError as error:
-            rows[name] = error
-    reasons = {str(row) for row in rows.values() if isinstance(row, ConfigError)}
-    if len(reasons) == 1 and all(isinstance(row, ConfigError) for row in rows.values()):
-        raise ConfigError(reasons.pop())
+            rows[name] = (*[None] * (len(HEADERS) - 1), str(error))
+    if not any(isinstance(row, Cost) for row in rows.values()) and len(set(rows.values())) == 1:
+        raise ConfigError(next(iter(rows.values()))[-1])
     missing, format_number = ("", str) if format == "csv" else ("-", "{:,}".format)
     cells = []
-    for name, row in rows.items():
-        *numbers, note = row if isinstance(row, Cost) else (*[None] * 5, str(row))
+    for name, (*numbers, note) in rows.items():
         texts = (missing if number is None else format_number(number) for number in numbers)
         cells.append([name, *texts, note])
     if format == "csv":

@@ -15,9 +15,6 @@ def geometric_sizes(first: int, last: int) -> list[int]:
     return [*sizes, last]
 
 
-# --- Permutation ---------------------------------------------------------------------------------
-
-
 def shuffle_blocks(
     inputs: Integer[np.ndarray, "n *pair_L_F"], lengths: Int[np.ndarray, "n *pair"], size: int
 ) -> Integer[np.ndarray, "n *pair_L_F"]:
@@ -45,9 +42,6 @@ def shuffle_blocks(
         order = keys.argsort(axis=1, kind="stable").reshape(-1, length, *(1,) * (flat.ndim - 2))
         shuffled[rows] = np.take_along_axis(flat[rows], order, axis=1)
     return shuffled.reshape(inputs.shape)
-
-
-# --- Locality ------------------------------------------------------------------------------------
 
 
 def cut_windows(

@@ -106,15 +106,12 @@ def _learning_curves(axis: Any, task: str, rows: Mapping[str, Sequence[Record]])
             lines = read_metrics(record["path"])
             points = [(m["step"], 100 * m["val/accuracy"]) for m in lines if "val/accuracy" in m]
             runs.append(np.asarray(points))
-        for run in runs:
-            axis.plot(*run.T, color=color, linewidth=0.7, alpha=0.5)
+            axis.plot(*runs[-1].T, color=color, linewidth=0.7, alpha=0.5)
         axis.plot(*median_curve(runs), color=color, linewidth=2, label=f"{name}, n={len(runs)}")
-    reference = next(iter(rows.values()))[0]["reference"]
-    for name, accuracy in reference.items():
+    style = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7}
+    for name, accuracy in next(iter(rows.values()))[0]["reference"].items():
         axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
-        style = {"ha": "right", "va": "bottom", "fontsize": 7}
-        place = axis.get_yaxis_transform()
-        axis.text(1, 100 * accuracy, name.replace("_", " "), transform=place, **style)
+        axis.text(1, 100 * accuracy, name.replace("_", " "), **style)
     axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
     axis.legend(fontsize=8)
 
@@ -126,9 +123,8 @@ def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any
     matplotlib.use("agg")  # needs no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, panels, figsize=size, squeeze=False, layout="constrained", **options
-    )
+    options |= {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, panels, **options)
     return figure, axes[0]
 
 

@@ -14,17 +14,11 @@ from lra.errors import ConfigError
 from lra.report.saved_run import SavedRun
 from lra.training.setup import Setup, build
 
-# attributes of a task that have to be the same at another length
-FIXED = ("vocab", "num_tokens", "num_classes", "num_features", "dual")
-
 
 def split_settings(words: Sequence[str]) -> list[list[str]]:
     """Splits task.KEY=A,B,... words into one list of task.KEY=VALUE words for each setting.
 
     Setting i takes value i of each key; a key with a single value has it in every setting.
-
-    Raises:
-        ConfigError: there is no word, or the numbers of values differ.
     """
     if not words:
         raise ConfigError(
@@ -47,12 +41,7 @@ def split_settings(words: Sequence[str]) -> list[list[str]]:
 
 
 def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
-    """The model of a run for its task with other settings.
-
-    Raises:
-        ConfigError: the task has no such key, its tokens or classes change, or a parameter has
-            another shape there.
-    """
+    """The model of a run for its task with other settings, if only lengths and no shapes change."""
     known = [name for name in run.cfg.task if not name.startswith(("_", "name", "hparams"))]
     for word in words:
         key = word.partition("=")[0].removeprefix("task.")
@@ -65,7 +54,7 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
         cfg = cast(DictConfig, OmegaConf.merge(run.cfg, OmegaConf.from_dotlist(list(words))))
         check_config(cfg)
     task = build_task(cfg)
-    for name in FIXED:
+    for name in ("vocab", "num_tokens", "num_classes", "num_features", "dual"):
         found, trained = getattr(task, name), getattr(run.task, name)
         if found != trained:
             if name == "vocab" and found and trained:

@@ -155,10 +155,9 @@ def data_source_and_key(record: Record) -> tuple[str, str]:
 def selected_on_test(record: Record) -> bool:
     """Whether the weights were selected on a validation split that equals the test split."""
     splits = (record.get("data") or {}).get("splits") or {}
-    rule = (record.get("selection") or {}).get("rule")
-    return (
-        rule == "best" and "val" in splits and splits["val"]["sha256"] == splits["test"]["sha256"]
-    )
+    if "val" not in splits or (record.get("selection") or {}).get("rule") != "best":
+        return False
+    return splits["val"]["sha256"] == splits["test"]["sha256"]
 
 
 def tuning_runs(runs: Iterable[Record]) -> int:
