@@ -1,6 +1,5 @@
 """`lra bench trainer`: `lra train` beside a bare jitted training step; the time of a start."""
 
-import contextlib
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,10 +127,7 @@ def compare(overrides: Sequence[str], steps: int) -> dict[str, float]:
 
 def run_trainer(words: Sequence[str], placement: str, scratch: str) -> tuple[float, Outcome]:
     """Runs `lra train` in this process; returns the seconds per step that its record states."""
-    with (
-        tempfile.TemporaryDirectory(dir=scratch) as root,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with tempfile.TemporaryDirectory(dir=scratch) as root, redirect_stdout(io.StringIO()):
         record = lra.train([*words, f"data.placement={placement}", f"output.root={root}"])
         (folder,) = (file.parent for file in Path(root).rglob("record.json"))
         (row,) = (row for row in read_metrics(folder) if "train/loss" in row)
