@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
@@ -35,14 +35,8 @@ SCHEMA = 1
 FILE, LOCK = "diagnostics.json", ".diagnostics.lock"
 SMALLEST_WINDOW = 16
 
+Sizes = Sequence[int] | None
 Tables = dict[str, list[AccuracyRow]]
-
-
-class Options(NamedTuple):
-    """Options of single diagnostics."""
-
-    keys: Sequence[str]  # task.KEY=VALUE[,VALUE...] of `length`
-    sizes: Sequence[int] | None  # see `diagnose`
 
 
 def diagnose(
@@ -52,7 +46,7 @@ def diagnose(
     split: str = "test",
     examples: int | None = None,
     weights: str | None = None,
-    sizes: Sequence[int] | None = None,
+    sizes: Sizes = None,
 ) -> Iterator[tuple[str, Tables, str]]:
     """Yields the name, tables and report of each diagnostic; checks all before the first one runs.
 
@@ -84,7 +78,7 @@ def diagnose(
         raise ConfigError(f"--examples {examples}: expected 1 or more")
     overrides = [word for word in words if "=" in word and word not in keys]
     run = SavedRun(folder, overrides, split=split, weights=weights, examples=examples)
-    planned = [(name, *DIAGNOSTICS[name](run, Options(keys, sizes))) for name in names]
+    planned = [(name, *DIAGNOSTICS[name](run, keys, sizes)) for name in names]
     for name, title, compute in planned:
         tables, step, source = compute()
         made = {
@@ -105,12 +99,13 @@ def diagnose(
 
 # --- Diagnostics ---------------------------------------------------------------------------------
 
-# what a diagnostic returns after it checked that it applies to a run: its title, and a function
-# that computes its tables, the step of the weights and their source, "weights" or predictions.npz
+# What a diagnostic returns after it checked that it applies to a run: its title, and a function
+# that computes its tables, the step of the weights and their source, "weights" or predictions.npz.
+# `keys` are the task.KEY=VALUE[,VALUE...] words.
 Plan = tuple[str, Callable[[], tuple[Tables, int, str]]]
 
 
-def factors(run: SavedRun, options: Options) -> Plan:
+def factors(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy by label, length and the factors of the task. Reads predictions.npz if it can."""
 
     def compute() -> tuple[Tables, int, str]:
@@ -134,13 +129,13 @@ def factors(run: SavedRun, options: Options) -> Plan:
     return "accuracy by the factors in which examples differ", compute
 
 
-def permutation(run: SavedRun, options: Options) -> Plan:
+def permutation(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy when blocks of real positions are permuted."""
-    sizes = block_sizes(run, options, smallest=1)
+    chosen = block_sizes(run, sizes, smallest=1)
 
     def compute() -> tuple[Tables, int, str]:
         data, rows = run.data, []
-        for size in sizes:
+        for size in chosen:
             inputs = shuffle_blocks(np.asarray(data.inputs), np.asarray(data.lengths), size)
             rows.append(accuracy_row(size, correct_labels(run.logits(inputs, data.lengths), data)))
         return {"block size": rows}, run.weights_step, "weights"
@@ -148,9 +143,9 @@ def permutation(run: SavedRun, options: Options) -> Plan:
     return "accuracy when blocks of real positions are in random order", compute
 
 
-def locality(run: SavedRun, options: Options) -> Plan:
+def locality(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy of the mean logits of windows that the model reads as separate sequences."""
-    task, sizes = run.task, block_sizes(run, options, smallest=SMALLEST_WINDOW)
+    task, chosen = run.task, block_sizes(run, sizes, smallest=SMALLEST_WINDOW)
     if task.dual:
         raise ConfigError(
             f"locality: an example of {task.name} is a pair, whose two sequences have no common "
@@ -164,7 +159,7 @@ def locality(run: SavedRun, options: Options) -> Plan:
 
     def compute() -> tuple[Tables, int, str]:
         data, rows = run.data, []
-        for size in sizes:
+        for size in chosen:
             setup, padded = setup_for_windows(run, size)
             inputs, lengths, examples = cut_windows(
                 np.asarray(data.inputs), np.asarray(data.lengths), size, padded
@@ -176,9 +171,9 @@ def locality(run: SavedRun, options: Options) -> Plan:
     return "accuracy of the mean logits of windows, each read as a separate sequence", compute
 
 
-def length(run: SavedRun, options: Options) -> Plan:
+def length(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy on the task of the run and on the task with other settings."""
-    settings = split_settings(options.keys)
+    settings = split_settings(keys)
     setups = [resized_setup(run, words) for words in settings]
 
     def compute() -> tuple[Tables, int, str]:
@@ -186,7 +181,7 @@ def length(run: SavedRun, options: Options) -> Plan:
         for words, setup in zip(settings, setups, strict=True):
             work = partial(prepare, setup.task, **data_arguments(run.cfg))
             data = first_examples(preparing(setup.task, work).splits[run.split], run.limit)
-            varied = [word for word in words if word not in options.keys] or words
+            varied = [word for word in words if word not in keys] or words
             logits = run.logits(data.inputs, data.lengths, setup)
             rows.append(length_row(" ".join(varied), data, logits))
         return {"task": rows}, run.weights_step, "weights"
@@ -194,7 +189,7 @@ def length(run: SavedRun, options: Options) -> Plan:
     return "accuracy at the training length and at others", compute
 
 
-DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Options], Plan]] = {
+DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Sequence[str], Sizes], Plan]] = {
     "factors": factors,
     "length": length,
     "permutation": permutation,
@@ -202,17 +197,17 @@ DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Options], Plan]] = {
 }
 
 
-def block_sizes(run: SavedRun, options: Options, smallest: int) -> list[int]:
+def block_sizes(run: SavedRun, sizes: Sizes, smallest: int) -> list[int]:
     """The requested sizes, or a geometric scale from `smallest` to the length of the task."""
     longest = run.task.seq_len
-    if not options.sizes:
+    if not sizes:
         return geometric_sizes(smallest, longest)
-    for size in options.sizes:
+    for size in sizes:
         if not 1 <= size <= longest:
             raise ConfigError(
                 f"--sizes {size}: expected numbers in [1, {longest}], the length of {run.task.name}"
             )
-    return sorted(set(options.sizes))
+    return sorted(set(sizes))
 
 
 def correct_labels(logits: np.ndarray, data: Split) -> np.ndarray:
