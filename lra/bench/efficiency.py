@@ -196,14 +196,11 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
 
 
 def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Measures the cells that `file` does not hold yet; returns the table's record, with all cells.
+    """Measures the cells that `file` lacks, or all if `fresh`; returns the record with all cells.
 
     Prints a line after each cell. Writes the table as .md and .tex and, over lengths, the plot as
     .png beside the file.
 
-    Args:
-        words: see `compose_settings`.
-        fresh: whether to measure every cell again.
     Raises:
         ConfigError: see `compose_settings`; or no cell has a valid config.
         LraError: `file` holds something else.

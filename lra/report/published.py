@@ -43,11 +43,7 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
 
 
 def add_results(table: Table, kind: str, title: str, results: Iterable[Mapping[str, str]]) -> None:
-    """Adds a section of results with their digits as printed; sources and notes are footnotes.
-
-    Args:
-        kind: published or user, for the long form.
-    """
+    """Adds a section of results with their digits as printed; sources and notes are footnotes."""
     groups: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = defaultdict(dict)
     for result in results:
         if result["task"] in table.columns:

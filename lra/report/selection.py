@@ -23,8 +23,6 @@ from lra.runs.sanity import is_at_chance
 
 Record = Mapping[str, Any]
 
-COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")  # by `changed_defaults`
-
 
 def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], tuple[list[Record], list[str]]]:
     """`best_configuration` of each (row name, task) among finished runs."""
@@ -103,7 +101,8 @@ def changed_defaults(record: Record) -> list[str]:
         return [f"its command is refused today ({error})"]
     recorded = _flat(upgrade_config(record["config"]))
     changed = []
-    for key, value in _flat({name: config[name] for name in COMPARED}).items():
+    sections = ("task", "protocol", "model", "backbone", "optim", "trainer")
+    for key, value in _flat({name: config[name] for name in sections}).items():
         _, name, *rest = key.split(".")
         if (
             recorded.get(key, value) != value
