@@ -36,12 +36,13 @@ def evaluate_run(
         LraError: a batch does not fit into device memory.
     """
     run = SavedRun(folder, overrides, split=split, weights=weights)
+    *_, checkpoint_step = run.checkpoint  # before the data, which may have to be prepared
     inputs, lengths, labels = on_host(run.data)
     logits = run.logits(inputs, lengths)
     result = score(logits, labels)
     lines = [
         f"{run.title}: weights of step {run.weights_step:,} ({run.rule}), "
-        f"from the checkpoint of step {run.checkpoint[-1]:,}",
+        f"from the checkpoint of step {checkpoint_step:,}",
         f"{split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
         f"{result['count']:,} examples",
     ]
