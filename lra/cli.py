@@ -489,7 +489,7 @@ def bench_command(args: argparse.Namespace) -> int:
         from lra.bench import trainer
 
         measurements = trainer.measure(args.overrides)
-    result = measurement.make_result(args.suite, measurements, device=args.suite != "data")
+    result = measurement.make_result(args.suite, measurements)
     print(measurement.to_markdown(result), end="")
     if args.output:
         measurement.save(result, args.output)
@@ -506,7 +506,7 @@ def efficiency_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--output {file}: expected a name that ends in .json; .md, .tex and .png go beside it"
         )
-    result = run(args.overrides, file, fresh=args.fresh, report=partial(print, flush=True))
+    result = run(args.overrides, file, fresh=args.fresh)
     print(render(make_table(result)), end="")
     print(f"saved in {file}, with .md, .tex and, over lengths, .png beside it")
     return 0

@@ -91,7 +91,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "data prepare": "listops",
     "data info": "1,024",
     "data verify": "listops",
-    "data show": "copy",
+    "data show": "label",
 }
 
 

@@ -10,10 +10,10 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,8 +26,11 @@ from lra.config.options import CONF, options
 from lra.errors import ConfigError, LraError
 from lra.files import disk_errors, write_atomically
 from lra.report.formats import render
+from lra.report.plots import plot_efficiency
 from lra.runs.machine import git_commit, versions
 from lra.runs.records import to_json
+from lra.training.micro_batch import check_micro_batch
+from lra.training.setup import check_compatible
 
 RENAMED = {"model": "models=[A,B]", "seq_len": "seq_lens=[N,M]", "limit": "limit_s=SECONDS"}
 
@@ -75,12 +78,12 @@ def compose_settings(words: Sequence[str]) -> Settings:
     with translated_errors(own), hydra.initialize_config_dir(folder, version_base="1.3"):
         cfg = hydra.compose("efficiency", overrides=own)
     try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), cfg))
+        typed = OmegaConf.merge(OmegaConf.structured(Settings), cfg)
     except OmegaConfBaseException as error:
         value = OmegaConf.select(cfg, error.full_key or "")
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}={value} is not valid: {reason}") from error
-    assert isinstance(settings, Settings)
+    settings = cast(Settings, OmegaConf.to_object(typed))
     settings.train += train_overrides(words)
     check_settings(settings)
     return settings
@@ -135,13 +138,9 @@ def make_cells(settings: Settings) -> list[Cell]:
     """Returns the cells, row by row: models x lengths, or models x cells of the preset."""
     names = list(dict.fromkeys(settings.models or options("model")))
     if settings.cells is None:
-        batch_size = f"trainer.batch_size={settings.batch_size}"
+        fixed = [f"trainer.batch_size={settings.batch_size}", *settings.train]
         return [
-            Cell(
-                name,
-                str(length),
-                [batch_size, *settings.train, f"model={name}", f"task.seq_len={length}"],
-            )
+            Cell(name, str(length), [*fixed, f"model={name}", f"task.seq_len={length}"])
             for name in names
             for length in dict.fromkeys(settings.seq_lens or [])
         ]
@@ -156,15 +155,8 @@ def make_cells(settings: Settings) -> list[Cell]:
     return cells
 
 
-def compose_cells(cells: Sequence[Cell]) -> "list[DictConfig | ConfigError]":
-    """Returns the config of each cell, or its error.
-
-    Raises:
-        ConfigError: no cell has a valid config.
-    """
-    from lra.training.micro_batch import check_micro_batch
-    from lra.training.setup import check_compatible
-
+def compose_cells(cells: Sequence[Cell]) -> list[DictConfig | ConfigError]:
+    """Returns the config of each cell, or its error. Raises the first error if all have one."""
     configs: list[DictConfig | ConfigError] = []
     for cell in cells:
         try:
@@ -189,8 +181,6 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
         caption = [
             f"{settings.about[0].upper()}{settings.about[1:]}; random inputs of full length."
         ]
-        if settings.published:
-            caption.append(f"Published training steps/s: {settings.published['source']}.")
     else:
         caption = [
             f"{cfg.names.task}, protocol {cfg.names.protocol}, random inputs of full length; "
@@ -198,25 +188,19 @@ def make_caption(settings: Settings, words: Sequence[str], cfg: DictConfig) -> l
             f"width {cfg.backbone.width}, {cfg.trainer.precision}, remat {cfg.trainer.remat}; "
             f"each model in its own block (`recipe`)."
         ]
-    train = train_overrides(words)
-    return [*caption, *([f"Also set: {' '.join(train)}."] if train else [])]
+    if settings.published:
+        caption.append(f"Published training steps/s: {settings.published['source']}.")
+    if train := train_overrides(words):
+        caption.append(f"Also set: {' '.join(train)}.")
+    return caption
 
 
-def run(
-    words: Sequence[str],
-    file: Path,
-    *,
-    fresh: bool = False,
-    report: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measures the cells that `file` does not hold yet; returns the table's record, with all cells.
+def run(words: Sequence[str], file: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Measures the cells that `file` lacks, or all if `fresh`; returns the record with all cells.
 
-    Writes the table as .md and .tex and, over lengths, the plot as .png beside the file.
+    Prints a line after each cell. Writes the table as .md and .tex and, over lengths, the plot as
+    .png beside the file.
 
-    Args:
-        words: see `compose_settings`.
-        fresh: whether to measure every cell again.
-        report: called with a line of text after each cell.
     Raises:
         ConfigError: see `compose_settings`; or no cell has a valid config.
         LraError: `file` holds something else.
@@ -254,9 +238,9 @@ def run(
             if hasattr(os, "getloadavg"):  # other programs slow the measurement down
                 found["load"] = round(os.getloadavg()[0], 1)
             suffix = f"  {time.monotonic() - start:.0f} s"
-        report(f"{number}/{len(cells)} {describe(cell, found)}{suffix}")
+        print(f"{number}/{len(cells)} {describe(cell, found)}{suffix}", flush=True)
         place = {"row": cell.row, "column": cell.column, "published": cell.published}
-        result["cells"].append({**found, **place})
+        result["cells"].append(found | place)
         # Keep earlier cells that are not reached yet, in case of an interruption.
         done = {cell["key"] for cell in result["cells"]}
         others = [other for key, other in kept.items() if key not in done]
@@ -267,9 +251,6 @@ def run(
 
 
 def write_tables(result: dict[str, Any], file: Path) -> None:
-    """Writes the table as Markdown and LaTeX and, over lengths, the plot beside the JSON file."""
-    from lra.report.plots import plot_efficiency
-
     table = make_table(result)
     write_atomically(file.with_suffix(".md"), render(table, "markdown").encode())
     write_atomically(file.with_suffix(".tex"), render(table, "latex").encode())
@@ -278,11 +259,7 @@ def write_tables(result: dict[str, Any], file: Path) -> None:
 
 
 def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the finished cells of an earlier command by hash: results and OOM, no failures.
-
-    Raises:
-        LraError: the file holds no efficiency table.
-    """
+    """Returns the finished cells of an earlier command by hash: results and OOM, no failures."""
     if not file.exists():
         return {}
     try:

@@ -5,23 +5,26 @@ the result as the last line; for `null` it prints the device.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
 
+from lra.config.compose import compose
+from lra.config.cost import cost
 from lra.errors import LraError
 from lra.runs.machine import cores, cpu_name
 from lra.runs.records import to_json
 from lra.tasks.base import Task
-
-if TYPE_CHECKING:
-    from lra.training.state import Examples
+from lra.training.memory import OUT_OF_MEMORY, compiled_bytes, device_bytes, in_gb, is_out_of_memory
+from lra.training.setup import Setup
+from lra.training.state import Examples, initial_state
+from lra.training.step import make_step_functions
 
 WINDOWS = 5
 COMMAND = (sys.executable, "-m", "lra.bench.efficiency_cell")
@@ -31,10 +34,8 @@ COMMAND = (sys.executable, "-m", "lra.bench.efficiency_cell")
 
 
 def device_facts() -> dict[str, Any]:
-    """Returns platform, kind and number of the devices, the CPU and its cores.
-
-    Asks another process, because a process that has initialized a GPU holds most of its memory.
-    """
+    """Returns platform, kind and number of the devices, the CPU and its cores."""
+    # in another process, because a process that has initialized a GPU holds most of its memory
     done = subprocess.run(COMMAND, input="null", capture_output=True, text=True)
     if done.returncode:
         raise LraError(f"JAX finds no device: {last_line(done.stderr, done.returncode)}")
@@ -44,12 +45,8 @@ def device_facts() -> dict[str, Any]:
 def run_cell(overrides: Sequence[str], seconds: float, limit_s: float) -> dict[str, Any]:
     """Returns `measure` of a new process. A failure or out of memory is a result."""
     task = json.dumps({"overrides": list(overrides), "seconds": seconds})
-    environment = dict(os.environ)
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     try:
-        done = subprocess.run(
-            COMMAND, input=task, capture_output=True, text=True, env=environment, timeout=limit_s
-        )
+        done = subprocess.run(COMMAND, input=task, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took longer than limit_s={limit_s:g} seconds"}
     if done.returncode == 0:
@@ -58,8 +55,6 @@ def run_cell(overrides: Sequence[str], seconds: float, limit_s: float) -> dict[s
         raise KeyboardInterrupt
     if done.returncode == -signal.SIGKILL:
         return {"status": "oom", "reason": "killed by the system"}
-    from lra.training.memory import OUT_OF_MEMORY
-
     is_oom = OUT_OF_MEMORY.search(done.stderr) or "std::bad_alloc" in done.stderr
     reason = last_line(done.stderr, done.returncode)
     return {"status": "oom" if is_oom else "failed", "reason": reason}
@@ -74,8 +69,6 @@ def last_line(text: str, exit_code: int) -> str:
 
 
 def main() -> None:
-    import jax
-
     task = json.loads(sys.stdin.read())
     jax.config.update("jax_enable_compilation_cache", False)  # the compile time is a result
     if task is None:
@@ -94,22 +87,9 @@ def main() -> None:
 def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
     """Returns speed, memory and size of one config on random inputs of full length.
 
-    Runs the jitted functions of the trainer. Inference is measured before training, because a
-    device reports only the largest peak so far.
-
-    Args:
-        overrides: as for `lra train`.
-        seconds: length of a measured window.
+    Runs the jitted functions of the trainer in windows of `seconds`. Inference is measured before
+    training, because a device reports only the largest peak so far.
     """
-    import jax
-
-    from lra.config.compose import compose
-    from lra.config.cost import cost
-    from lra.training.memory import compiled_bytes, device_bytes, in_gb, is_out_of_memory
-    from lra.training.setup import Setup
-    from lra.training.state import initial_state
-    from lra.training.step import make_step_functions
-
     cfg = compose(overrides)
     batch_size = cfg.trainer.batch_size
     device = jax.devices()[0]
@@ -125,12 +105,12 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
         compiled = function.lower(*args).compile()
         speeds[name] = {"compile_s": time.perf_counter() - start}
         needed[name] = need = compiled_bytes(compiled)
-        if device.platform == "cpu":  # Linux would kill the process
-            free = device_bytes(device)
-            if free is not None and need is not None and need > free:
-                raise MemoryError(
-                    f"{name} needs {in_gb(need)} by XLA's analysis, {in_gb(free)} are free"
-                )
+        # on a CPU, Linux would kill the process
+        free = device_bytes(device) if device.platform == "cpu" else None
+        if free is not None and need is not None and need > free:
+            raise MemoryError(
+                f"{name} needs {in_gb(need)} by XLA's analysis, {in_gb(free)} are free"
+            )
         return compiled
 
     def measure_speed(name: str, call: Callable[[int], None]) -> None:
@@ -164,25 +144,19 @@ def measure(overrides: Sequence[str], seconds: float) -> dict[str, Any]:
             state = jax.block_until_ready(run_steps(state, setup.constants, batch, until))
 
         measure_speed("train", train)
-    except MemoryError as error:
-        return {"status": "oom", "reason": str(error) or "out of memory", **facts}
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
-        return {"status": "oom", "reason": " ".join(str(error).split())[:200], **facts}
-    from_device = peaks["train"] is not None
-    held = peaks if from_device else needed
-    memory: dict[str, Any] = {f"{name}_bytes": held[name] for name in ("train", "infer")}
-    memory |= {"source": "device" if from_device else "compiled", "compiled": needed}
+        reason = " ".join(str(error).split())[:200] or "out of memory"
+        return {"status": "oom", "reason": reason, **facts}
+    source, held = ("device", peaks) if peaks["train"] is not None else ("compiled", needed)
+    memory: dict[str, Any] = {"train_bytes": held["train"], "infer_bytes": held["infer"]}
+    memory |= {"source": source, "compiled": needed}
     return {"status": "ok", "reason": "", **facts, **speeds, "memory": memory}
 
 
-def random_batch(task: Task, batch_size: int) -> "Examples":
+def random_batch(task: Task, batch_size: int) -> Examples:
     """Returns one batch on the device, with random ids or values at every position."""
-    import jax
-
-    from lra.training.state import Examples
-
     rng = np.random.default_rng(0)
     pair = (2,) if task.dual else ()
     if task.num_tokens is not None:
@@ -202,8 +176,7 @@ def random_batch(task: Task, batch_size: int) -> "Examples":
 def steps_per_second(call: Callable[[int], None], seconds: float) -> float:
     """Returns the rate of `call(count)` in the fastest of `WINDOWS` windows of about `seconds`.
 
-    The fastest, because other programs can only slow a window down. Very long steps get fewer
-    windows.
+    Other programs can only slow a window down. Very long steps get fewer windows.
     """
     call(1)
     start = time.perf_counter()

@@ -33,13 +33,6 @@ MEMORY_SOURCES = {
 }
 
 
-def make_table(result: Mapping[str, Any]) -> Table:
-    """Returns the table of a record, for `lra.report.formats.render`."""
-    table = preset_table(result) if result["preset"] else length_table(result)
-    add_remarks(table, result)
-    return table
-
-
 def length_table(result: Mapping[str, Any]) -> Table:
     """A section per quantity, a row per model, a column per length."""
     cells, baseline = result["cells"], result["baseline"]
@@ -90,18 +83,19 @@ def format_cell(
         return ("OOM" if cell["status"] == "oom" else "-") + mark
     scaled = value * quantity.factor
     text = f"{scaled:,.3g}" if scaled < 1000 else f"{scaled:,.0f}"
-    reference = find(baseline, quantity.path) if baseline else None
+    reference = find(baseline, quantity.path)
     return f"{text} ({value / reference:.2g} x)" if reference else text
 
 
-def find(cell: Mapping[str, Any], path: tuple[str, ...]) -> int | float | None:
-    found: Any = cell
+def find(cell: Mapping[str, Any] | None, path: tuple[str, ...]) -> Any:
     for key in path:
-        found = (found or {}).get(key)
-    return found
+        cell = (cell or {}).get(key)
+    return cell
 
 
-def add_remarks(table: Table, result: Mapping[str, Any]) -> None:
+def make_table(result: Mapping[str, Any]) -> Table:
+    """Returns the table of a record, for `lra.report.formats.render`."""
+    table = preset_table(result) if result["preset"] else length_table(result)
     cells, machine = result["cells"], result["machine"]
     table.remarks += result["caption"]
     if sources := sorted({cell["memory"]["source"] for cell in cells if cell["status"] == "ok"}):
@@ -118,3 +112,4 @@ def add_remarks(table: Table, result: Mapping[str, Any]) -> None:
         f"commit {' and '.join(commits)}, JAX {result['versions']['jax']}."
     )
     table.remarks.append(f"Command: {result['command']}.")
+    return table

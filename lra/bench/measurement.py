@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tabulate import tabulate
+
 from lra.files import write_atomically
 from lra.runs.machine import cores, cpu_name, git_commit, versions
 
@@ -20,16 +22,10 @@ class Measurement(NamedTuple):
     note: str = ""
 
 
-def make_result(
-    suite: str, measurements: Iterable[Measurement], *, device: bool = True
-) -> dict[str, Any]:
-    """Returns the JSON record of a suite: measurements, commit, versions, machine.
-
-    Args:
-        device: whether the suite uses JAX devices. If so, the record names them.
-    """
+def make_result(suite: str, measurements: Iterable[Measurement]) -> dict[str, Any]:
+    """Returns the JSON record of a suite: measurements, commit, versions, machine."""
     machine: dict[str, Any] = {"cpu": cpu_name(), "cores": cores(), "system": platform.system()}
-    if device:
+    if suite != "data":  # which needs no JAX
         import jax
 
         machine["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -44,17 +40,10 @@ def make_result(
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Returns the measurements as a Markdown table, with the machine and the versions below it."""
-    from tabulate import tabulate
-
-    rows = [
-        [
-            m["what"],
-            "not measured" if m["value"] is None else f"{m['value']:,.4g} {m['unit']}",
-            m["goal"],
-            m["note"],
-        ]
-        for m in result["measurements"]
-    ]
+    rows = []
+    for m in result["measurements"]:
+        value = "not measured" if m["value"] is None else f"{m['value']:,.4g} {m['unit']}"
+        rows.append([m["what"], value, m["goal"], m["note"]])
     machine, software = result["machine"], result["versions"]
     device = f"{machine['device']}, " if "device" in machine else ""
     return (

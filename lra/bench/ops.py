@@ -33,14 +33,12 @@ def compare(case: benchmarks.Case) -> Iterator[Measurement]:
     functions = [
         compile_with_gradients(f, *args) for f in (case.ours, case.published) if f is not None
     ]
-    seconds: list[list[float]] = [[] for _ in functions]
-    for round_ in range(ROUNDS + 1):
-        for function, times in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            if round_:
-                times.append(time.perf_counter() - start)
-    medians = [float(np.median(times)) for times in seconds]
+    seconds = np.empty((1 + ROUNDS, len(functions)))
+    for round_, side in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        jax.block_until_ready(functions[side](*args))
+        seconds[round_, side] = time.perf_counter() - start
+    medians = np.median(seconds[1:], axis=0).tolist()
     analyses: list[Any] = [function.memory_analysis() for function in functions]
     memory = [analysis.temp_size_in_bytes for analysis in analyses]
     if case.published is None:
@@ -49,13 +47,11 @@ def compare(case: benchmarks.Case) -> Iterator[Measurement]:
         note = "arguments, results, temporaries"
         yield Measurement(f"{case.what}: memory", total / 1e9, "GB", case.memory_goal, note)
         return
-    notes = [
-        "ours {}, published order {}".format(*map(form, both))
-        for form, both in ((format_seconds, medians), (format_bytes, memory))
-    ]
     speedup, ratio = medians[1] / medians[0], memory[0] / memory[1]
-    yield Measurement(f"{case.what}: faster", speedup, "x", case.speed_goal, notes[0])
-    yield Measurement(f"{case.what}: memory", ratio, "x", case.memory_goal, notes[1])
+    note = "ours {}, published order {}".format(*map(format_seconds, medians))
+    yield Measurement(f"{case.what}: faster", speedup, "x", case.speed_goal, note)
+    note = "ours {}, published order {}".format(*map(format_bytes, memory))
+    yield Measurement(f"{case.what}: memory", ratio, "x", case.memory_goal, note)
 
 
 def compile_with_gradients(

@@ -1,6 +1,5 @@
 """`lra bench trainer`: `lra train` beside a bare jitted training step; the time of a start."""
 
-import contextlib
 import io
 import json
 import os
@@ -8,7 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,33 +36,12 @@ from models import benchmarks
 ROUNDS = 5
 STEPS = 50  # of a round, for the config on the command line
 SIZES = "task.sizes={train: 512, val: 64, test: 64}"
-QUIET = ("trainer.progress=false", "tracker.wandb=off")
-TRAIN = (
-    *("trainer.devices=1", "trainer.first_loss_tolerance=null", "trainer.chance_after=null"),
-    *(*QUIET, SIZES),
-)
-START = ("debug=tiny", "trainer.steps=1", SIZES, *QUIET)
+COMMON = (SIZES, "trainer.progress=false", "tracker.wandb=off")
+TRAIN = ("trainer.devices=1", "trainer.first_loss_tolerance=null", "trainer.chance_after=null")
+START = ("debug=tiny", "trainer.steps=1")
 # The bare step and the trainer sum in different orders, and training amplifies the difference.
 LOSS_TOLERANCE = 0.01
 LOGITS_TOLERANCE = 0.1
-
-
-class StepTimes(NamedTuple):
-    """Seconds per training step: medians over rounds in which every variant runs once."""
-
-    bare_steps: float  # one call per step
-    bare_scan: float  # one call for all steps
-    device: float  # `lra train`, data on the device
-    host: float  # `lra train`, data on the host
-
-
-class StartTime(NamedTuple):
-    """Seconds of `lra train` from the start of the command to the end of its first step."""
-
-    first_step_s: float
-    compile_s: (
-        float  # part of it: tracing, lowering, compilation and reads of the compilation cache
-    )
 
 
 class Outcome(NamedTuple):
@@ -68,6 +49,9 @@ class Outcome(NamedTuple):
 
     loss: float  # mean training loss over all steps
     logits: np.ndarray  # (n, C) of the test split after the last step
+
+
+Variant = Callable[[], tuple[float, Outcome]]  # trains; returns the seconds per step
 
 
 def measure(overrides: Sequence[str] = ()) -> Iterator[Measurement]:
@@ -78,47 +62,35 @@ def measure(overrides: Sequence[str] = ()) -> Iterator[Measurement]:
     """
     given = benchmarks.TrainerCase("as given", tuple(overrides), STEPS)
     for case in [given] if overrides else benchmarks.trainer_cases(jax.default_backend()):
-        times = compare(case.overrides, case.steps)
-        bare, scan, device, host = map(format_seconds, times)
-        for what, ratio, goal, note in (
-            (
-                "trainer / bare steps",
-                times.device / times.bare_steps,
-                "<= 1.05 x",
-                f"{case.steps} steps a round: {device} a step, bare {bare}",
-            ),
-            (
-                "host-fed / bare steps",
-                times.host / times.bare_steps,
-                "<= 1.10 x",
-                f"data on the host: {host} a step",
-            ),
-            (
-                "trainer / bare scan",
-                times.device / times.bare_scan,
-                "",
-                f"bare, in one scan: {scan} a step",
-            ),
-        ):
-            yield Measurement(f"{case.what}: {what}", ratio, "x", goal, note)
-    first, second = time_starts(overrides)
-    what, seconds = "start to first step, compilation apart", first.first_step_s - first.compile_s
-    note = f"{first.first_step_s:.3g} s, of which JAX compiles {first.compile_s:.3g} s"
-    yield Measurement(what, seconds, "s", "< 10 s", note)
+        seconds = compare(case.overrides, case.steps)
+        bare, device = seconds["bare_steps"], seconds["device"]
+        shown = {name: format_seconds(value) for name, value in seconds.items()}
+        note = f"{case.steps} steps a round: {shown['device']} a step, bare {shown['bare_steps']}"
+        what = f"{case.what}: trainer / bare steps"
+        yield Measurement(what, device / bare, "x", "<= 1.05 x", note)
+        note = f"data on the host: {shown['host']} a step"
+        what = f"{case.what}: host-fed / bare steps"
+        yield Measurement(what, seconds["host"] / bare, "x", "<= 1.10 x", note)
+        note = f"bare, in one scan: {shown['bare_scan']} a step"
+        what = f"{case.what}: trainer / bare scan"
+        yield Measurement(what, device / seconds["bare_scan"], "x", "", note)
+    (first, first_compile), (second, second_compile) = time_starts(overrides)
+    what = "start to first step, compilation apart"
+    note = f"{first:.3g} s, of which JAX compiles {first_compile:.3g} s"
+    yield Measurement(what, first - first_compile, "s", "< 10 s", note)
     what = "second start / first, compilation cache on"
-    ratio = second.first_step_s / first.first_step_s
-    note = (
-        f"{second.first_step_s:.3g} s, of which tracing and reading the cache "
-        f"{second.compile_s:.3g} s"
-    )
-    yield Measurement(what, ratio, "x", "", note)
+    note = f"{second:.3g} s, of which tracing and reading the cache {second_compile:.3g} s"
+    yield Measurement(what, second / first, "x", "", note)
 
 
 # --- training steps ------------------------------------------------------------------------------
 
 
-def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> StepTimes:
-    """Times the same `steps` training steps in four variants, in rounds after a warm-up round.
+def compare(overrides: Sequence[str], steps: int) -> dict[str, float]:
+    """Seconds per step of four variants of training that run in turn; medians over `ROUNDS` rounds.
+
+    `bare_steps` makes one call per step and `bare_scan` one call for all steps; `device` and `host`
+    are `lra train` with the data in these places. A warm-up round comes first.
 
     Args:
         overrides: config to train, as for `lra train`.
@@ -129,7 +101,7 @@ def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> 
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
         intervals = [f"trainer.{key}_every={steps}" for key in ("log", "eval", "checkpoint")]
         root = f"data.root={scratch}"
-        words = [*TRAIN, root, *overrides, *intervals, f"trainer.steps={steps}"]
+        words = [*TRAIN, *COMMON, root, *overrides, *intervals, f"trainer.steps={steps}"]
         cfg = compose(words)
         for key in ("optim.ema", "trainer.micro_batch"):
             if OmegaConf.select(cfg, key) is not None:
@@ -137,28 +109,25 @@ def compare(overrides: Sequence[str], steps: int, rounds: int | None = None) -> 
         setup = Setup(cfg)
         store = prepare(setup.task, **data_arguments(cfg))
         train = first_batches(store, setup, cfg.trainer.batch_size, steps)
-        bare = BareTraining(setup, train, store.splits["test"])
-        seconds: dict[str, list[float]] = {name: [] for name in StepTimes._fields}
-        for round_ in range((rounds or ROUNDS) + 1):
+        run_steps, run_scan = bare_variants(setup, train, store.splits["test"])
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for _ in range(1 + ROUNDS):
             outcomes = {}
             for name, run in (
-                ("bare_steps", bare.run_steps),
+                ("bare_steps", run_steps),
                 ("device", lambda: run_trainer(words, "device", scratch)),
-                ("bare_scan", bare.run_scan),
+                ("bare_scan", run_scan),
                 ("host", lambda: run_trainer(words, "host", scratch)),
             ):
                 per_step, outcomes[name] = run()
-                seconds[name] += [per_step] if round_ else []
+                seconds[name].append(per_step)
             check_same_training(outcomes)
-    return StepTimes(**{name: float(np.median(times)) for name, times in seconds.items()})
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
 
 
 def run_trainer(words: Sequence[str], placement: str, scratch: str) -> tuple[float, Outcome]:
     """Runs `lra train` in this process; returns the seconds per step that its record states."""
-    with (
-        tempfile.TemporaryDirectory(dir=scratch) as root,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with tempfile.TemporaryDirectory(dir=scratch) as root, redirect_stdout(io.StringIO()):
         record = lra.train([*words, f"data.placement={placement}", f"output.root={root}"])
         (folder,) = (file.parent for file in Path(root).rglob("record.json"))
         (row,) = (row for row in read_metrics(folder) if "train/loss" in row)
@@ -167,51 +136,41 @@ def run_trainer(words: Sequence[str], placement: str, scratch: str) -> tuple[flo
     return 1 / record["time"]["steps_per_s"], Outcome(row["train/loss"], predictions["logits"])
 
 
-class BareTraining:
-    """The training step as one writes it without a trainer, jitted: in a loop and in a scan."""
+def bare_variants(setup: Setup, train: Examples, test: Split) -> tuple[Variant, Variant]:
+    """The training step as one writes it without a trainer, jitted: in a loop and in a scan.
 
-    def __init__(self, setup: Setup, train: Examples, test: Split):
-        """
-        Args:
-            train: batches, NumPy arrays (steps, B, ...).
-            test: split whose logits are compared.
-        """
-        self.setup, self.num_steps = setup, len(train.labels)
-        batches = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(self.num_steps)]
-        self.batches, self.train = jax.block_until_ready(jax.device_put((batches, train)))
-        self.test = jax.device_put((np.asarray(test.inputs), np.asarray(test.lengths)))
-        self.step, self.scan = jitted_steps(setup)
-        self.predict = jax.jit(self._predict)
-        for call in (self.run_steps, self.run_scan):
-            call()  # compiles
+    Args:
+        train: batches, NumPy arrays (steps, B, ...).
+        test: split whose logits are compared.
+    """
+    num_steps = len(train.labels)
+    batches = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(num_steps)]
+    batches, train = jax.block_until_ready(jax.device_put((batches, train)))
+    inputs, lengths = jax.device_put((np.asarray(test.inputs), np.asarray(test.lengths)))
+    step, scan = jitted_steps(setup)
 
-    def run_steps(self) -> tuple[float, Outcome]:
-        def loop(state: tuple) -> tuple:
-            for batch in self.batches:
-                state = self.step(state, self.setup.constants, batch)
-            return state
+    def loop(state: tuple, constants: Any, batches: Sequence[Examples]) -> tuple:
+        for batch in batches:
+            state = step(state, constants, batch)
+        return state
 
-        return self._time(loop)
+    @jax.jit
+    def predict(params: Any, stats: Any, constants: Any, inputs: Any, lengths: Any) -> jax.Array:
+        model = nnx.merge(setup.graph, params, stats, constants)
+        return model(setup.task.decode(inputs), lengths, train=False)
 
-    def run_scan(self) -> tuple[float, Outcome]:
-        return self._time(lambda state: self.scan(state, self.setup.constants, self.train))
-
-    def _time(self, function: Callable[[tuple], tuple]) -> tuple[float, Outcome]:
-        setup = self.setup
+    def run(function: Callable[..., tuple], batches: Any) -> tuple[float, Outcome]:
         params, stats = jax.tree.map(jnp.copy, (setup.params, setup.batch_stats))
         state = (jnp.int32(0), params, stats, setup.tx.init(params), jnp.float32(0))
         jax.block_until_ready(state)
         start = time.perf_counter()
-        _, params, stats, _, loss = jax.block_until_ready(function(state))
+        state = jax.block_until_ready(function(state, setup.constants, batches))
         seconds = time.perf_counter() - start
-        logits = np.asarray(self.predict(params, stats, setup.constants, *self.test))
-        return seconds / self.num_steps, Outcome(float(loss) / self.num_steps, logits)
+        _, params, stats, _, loss = state
+        logits = np.asarray(predict(params, stats, setup.constants, inputs, lengths))
+        return seconds / num_steps, Outcome(float(loss) / num_steps, logits)
 
-    def _predict(
-        self, params: Any, stats: Any, constants: Any, inputs: jax.Array, lengths: jax.Array
-    ) -> jax.Array:
-        model = nnx.merge(self.setup.graph, params, stats, constants)
-        return model(self.setup.task.decode(inputs), lengths, train=False)
+    return partial(run, loop, batches), partial(run, scan, train)
 
 
 def jitted_steps(setup: Setup) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
@@ -281,22 +240,22 @@ def check_same_training(outcomes: dict[str, Outcome]) -> None:
 # --- start ---------------------------------------------------------------------------------------
 
 
-def time_starts(overrides: Sequence[str] = ()) -> tuple[StartTime, StartTime]:
-    """Times two starts of `lra train` in new processes, the first with an empty compilation cache.
-
-    The data is prepared before.
-    """
+def time_starts(overrides: Sequence[str]) -> list[tuple[float, float]]:
+    """`time_start` twice on prepared data, the first time with an empty compilation cache."""
     with tempfile.TemporaryDirectory(prefix="lra-bench-") as scratch:
-        words = [*START, *overrides, f"data.root={scratch}"]
+        words = [*START, *COMMON, *overrides, f"data.root={scratch}"]
         cfg = compose(words)
         prepare(build_task(cfg), **data_arguments(cfg))
         folders = [Path(scratch) / name for name in ("first", "second")]
         cache = Path(scratch) / "xla"
-        first, second = (time_start([*words, f"output.root={f}"], f, cache) for f in folders)
-        return first, second
+        return [time_start([*words, f"output.root={f}"], f, cache) for f in folders]
 
 
-def time_start(words: Sequence[str], output: Path, cache: Path) -> StartTime:
+def time_start(words: Sequence[str], output: Path, cache: Path) -> tuple[float, float]:
+    """Seconds of `lra train` in a new process from the start of the command to its first step.
+
+    Returned with the part of it that JAX spends on tracing, lowering, compilation and its cache.
+    """
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
     command = [sys.executable, "-m", "lra.cli", "train", *words]
@@ -309,4 +268,4 @@ def time_start(words: Sequence[str], output: Path, cache: Path) -> StartTime:
     (file,) = output.rglob("record.json")
     times = json.loads(file.read_text())["time"]
     # outside of the training: imports, the config, the final table
-    return StartTime(total_s - times["wall_s"] + times["first_step_s"], times["compile_s"])
+    return total_s - times["wall_s"] + times["first_step_s"], times["compile_s"]

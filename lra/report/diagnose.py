@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
@@ -26,7 +26,7 @@ from lra.errors import ConfigError, RunFolderError
 from lra.files import disk_errors, write_atomically
 from lra.report.intervals import AccuracyRow, accuracy_by_factors, accuracy_row
 from lra.report.perturbations import cut_windows, geometric_sizes, mean_by_example, shuffle_blocks
-from lra.report.resize import check_same_shapes, resized_setup, setup_for_windows, split_settings
+from lra.report.resize import resized_setup, setup_for_windows, split_settings
 from lra.report.saved_run import SavedRun, first_examples
 from lra.runs import machine, records
 from lra.runs.progress import preparing
@@ -35,27 +35,8 @@ SCHEMA = 1
 FILE, LOCK = "diagnostics.json", ".diagnostics.lock"
 SMALLEST_WINDOW = 16
 
+Sizes = Sequence[int] | None
 Tables = dict[str, list[AccuracyRow]]
-
-
-class Result(NamedTuple):
-    """Tables of a diagnostic and the weights behind them."""
-
-    tables: Tables
-    step: int  # of the weights
-    source: str = "weights"  # or predictions.npz
-
-
-class Options(NamedTuple):
-    """Options of single diagnostics.
-
-    Attributes:
-        keys: task.KEY=VALUE[,VALUE...] of `length`.
-        sizes: blocks of `permutation` and windows of `locality`; None for a geometric scale.
-    """
-
-    keys: Sequence[str] = ()
-    sizes: Sequence[int] | None = None
 
 
 def diagnose(
@@ -65,18 +46,16 @@ def diagnose(
     split: str = "test",
     examples: int | None = None,
     weights: str | None = None,
-    sizes: Sequence[int] | None = None,
+    sizes: Sizes = None,
 ) -> Iterator[tuple[str, Tables, str]]:
-    """Runs diagnostics one after the other and yields the name, tables and report of each.
-
-    Every diagnostic is checked before the first one runs.
+    """Yields the name, tables and report of each diagnostic; checks all before the first one runs.
 
     Args:
         words: names of diagnostics (default: factors), task.KEY=VALUE[,VALUE...] for `length`, and
             the overrides of `lra eval`.
         examples: number of first examples of the split; None for as many as the run scored.
         weights: best or last; None for those that the protocol selects.
-        sizes: see `Options`.
+        sizes: blocks of `permutation` and windows of `locality`; None for a geometric scale.
     Raises:
         ConfigError: an unknown word, a number out of its range, or a diagnostic that does not
             apply to this task or model.
@@ -84,11 +63,11 @@ def diagnose(
         DataError: the split differs from the data of the run.
     """
     names = list(dict.fromkeys(word for word in words if "=" not in word)) or ["factors"]
-    known = list(DIAGNOSTICS)
     for name in names:
-        if name not in known:
+        if name not in DIAGNOSTICS:
             raise ConfigError(
-                f"unknown diagnostic {name}{nearest(name, known)}; choose from {', '.join(known)}"
+                f"unknown diagnostic {name}{nearest(name, list(DIAGNOSTICS))}; "
+                f"choose from {', '.join(DIAGNOSTICS)}"
             )
     keys = [word for word in words if word.startswith("task.")]
     if keys and "length" not in names:
@@ -99,8 +78,7 @@ def diagnose(
         raise ConfigError(f"--examples {examples}: expected 1 or more")
     overrides = [word for word in words if "=" in word and word not in keys]
     run = SavedRun(folder, overrides, split=split, weights=weights, examples=examples)
-    options = Options(keys, sizes)
-    planned = [(name, *DIAGNOSTICS[name](run, options)) for name in names]
+    planned = [(name, *DIAGNOSTICS[name](run, keys, sizes)) for name in names]
     for name, title, compute in planned:
         tables, step, source = compute()
         made = {
@@ -121,14 +99,16 @@ def diagnose(
 
 # --- Diagnostics ---------------------------------------------------------------------------------
 
-# checks that a diagnostic applies to a run; returns its title and a function that computes it
-Plan = tuple[str, Callable[[], Result]]
+# What a diagnostic returns after it checked that it applies to a run: its title, and a function
+# that computes its tables, the step of the weights and their source, "weights" or predictions.npz.
+# `keys` are the task.KEY=VALUE[,VALUE...] words.
+Plan = tuple[str, Callable[[], tuple[Tables, int, str]]]
 
 
-def factors(run: SavedRun, options: Options) -> Plan:
+def factors(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy by label, length and the factors of the task. Reads predictions.npz if it can."""
 
-    def compute() -> Result:
+    def compute() -> tuple[Tables, int, str]:
         data, count = run.data, len(run.data)
         stored = run.stored_predictions()
         if stored is not None and np.array_equal(stored["rows"][:count], np.arange(count)):
@@ -143,31 +123,29 @@ def factors(run: SavedRun, options: Options) -> Plan:
         tables |= accuracy_by_factors(run.task.factors(data), mean)
         if correct.shape[1] > 1:
             columns = enumerate(correct.T.astype(float), start=1)
-            tables["place of the label"] = [
-                accuracy_row(place, column) for place, column in columns
-            ]
-        return Result(tables, step, source)
+            tables["place of the label"] = [accuracy_row(*column) for column in columns]
+        return tables, step, source
 
     return "accuracy by the factors in which examples differ", compute
 
 
-def permutation(run: SavedRun, options: Options) -> Plan:
+def permutation(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy when blocks of real positions are permuted."""
-    sizes = block_sizes(run, options, smallest=1)
+    chosen = block_sizes(run, sizes, smallest=1)
 
-    def compute() -> Result:
+    def compute() -> tuple[Tables, int, str]:
         data, rows = run.data, []
-        for size in sizes:
+        for size in chosen:
             inputs = shuffle_blocks(np.asarray(data.inputs), np.asarray(data.lengths), size)
             rows.append(accuracy_row(size, correct_labels(run.logits(inputs, data.lengths), data)))
-        return Result({"block size": rows}, run.weights_step)
+        return {"block size": rows}, run.weights_step, "weights"
 
     return "accuracy when blocks of real positions are in random order", compute
 
 
-def locality(run: SavedRun, options: Options) -> Plan:
+def locality(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy of the mean logits of windows that the model reads as separate sequences."""
-    task, sizes = run.task, block_sizes(run, options, smallest=SMALLEST_WINDOW)
+    task, chosen = run.task, block_sizes(run, sizes, smallest=SMALLEST_WINDOW)
     if task.dual:
         raise ConfigError(
             f"locality: an example of {task.name} is a pair, whose two sequences have no common "
@@ -179,40 +157,39 @@ def locality(run: SavedRun, options: Options) -> Plan:
             "only the last window contains; take permutation"
         )
 
-    def compute() -> Result:
+    def compute() -> tuple[Tables, int, str]:
         data, rows = run.data, []
-        for size in sizes:
+        for size in chosen:
             setup, padded = setup_for_windows(run, size)
-            windows = cut_windows(np.asarray(data.inputs), np.asarray(data.lengths), size, padded)
-            logits = run.logits(windows.inputs, windows.lengths, setup)
-            logits = mean_by_example(logits, windows.examples, len(data))
+            inputs, lengths, examples = cut_windows(
+                np.asarray(data.inputs), np.asarray(data.lengths), size, padded
+            )
+            logits = mean_by_example(run.logits(inputs, lengths, setup), examples, len(data))
             rows.append(accuracy_row(size, correct_labels(logits, data)))
-        return Result({"window size": rows}, run.weights_step)
+        return {"window size": rows}, run.weights_step, "weights"
 
     return "accuracy of the mean logits of windows, each read as a separate sequence", compute
 
 
-def length(run: SavedRun, options: Options) -> Plan:
+def length(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     """Accuracy on the task of the run and on the task with other settings."""
-    settings = split_settings(options.keys)
+    settings = split_settings(keys)
     setups = [resized_setup(run, words) for words in settings]
-    for words, setup in zip(settings, setups, strict=True):
-        check_same_shapes(run, words, setup)
 
-    def compute() -> Result:
+    def compute() -> tuple[Tables, int, str]:
         rows = [length_row("as trained", run.data, run.logits(run.data.inputs, run.data.lengths))]
         for words, setup in zip(settings, setups, strict=True):
             work = partial(prepare, setup.task, **data_arguments(run.cfg))
             data = first_examples(preparing(setup.task, work).splits[run.split], run.limit)
-            varied = [word for word in words if word not in options.keys] or words
+            varied = [word for word in words if word not in keys] or words
             logits = run.logits(data.inputs, data.lengths, setup)
             rows.append(length_row(" ".join(varied), data, logits))
-        return Result({"task": rows}, run.weights_step)
+        return {"task": rows}, run.weights_step, "weights"
 
     return "accuracy at the training length and at others", compute
 
 
-DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Options], Plan]] = {
+DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Sequence[str], Sizes], Plan]] = {
     "factors": factors,
     "length": length,
     "permutation": permutation,
@@ -220,21 +197,17 @@ DIAGNOSTICS: Mapping[str, Callable[[SavedRun, Options], Plan]] = {
 }
 
 
-def block_sizes(run: SavedRun, options: Options, smallest: int) -> list[int]:
-    """The requested sizes, or a geometric scale from `smallest` to the length of the task.
-
-    Raises:
-        ConfigError: a size out of its range.
-    """
+def block_sizes(run: SavedRun, sizes: Sizes, smallest: int) -> list[int]:
+    """The requested sizes, or a geometric scale from `smallest` to the length of the task."""
     longest = run.task.seq_len
-    for size in options.sizes or ():
+    if not sizes:
+        return geometric_sizes(smallest, longest)
+    for size in sizes:
         if not 1 <= size <= longest:
             raise ConfigError(
                 f"--sizes {size}: expected numbers in [1, {longest}], the length of {run.task.name}"
             )
-    if options.sizes:
-        return sorted(set(options.sizes))
-    return geometric_sizes(min(smallest, longest), longest)
+    return sorted(set(sizes))
 
 
 def correct_labels(logits: np.ndarray, data: Split) -> np.ndarray:
@@ -260,32 +233,20 @@ def markdown_table(name: str, rows: Sequence[AccuracyRow]) -> str:
     return "\n".join(["", *lines])
 
 
-def read_diagnostics(folder: Path) -> dict[str, Any]:
-    """The content of diagnostics.json; only its schema if there is no such file.
-
-    Raises:
-        RunFolderError: the file is not JSON of this schema.
-    """
-    path = folder / FILE
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {"schema": SCHEMA}
-    except ValueError as error:
-        raise RunFolderError(
-            f"{path} is not JSON ({error}); move it away and diagnose again"
-        ) from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise RunFolderError(
-            f"{path} is not of schema {SCHEMA}, which this version reads; move it away"
-        )
-    return found
-
-
 def save_result(folder: Path, name: str, split: str, result: Mapping[str, Any]) -> None:
     """Adds a result to diagnostics.json, under a lock because processes may write at once."""
-    with disk_errors(folder / FILE), filelock.FileLock(folder / LOCK):
-        found = read_diagnostics(folder)
+    path = folder / FILE
+    with disk_errors(path), filelock.FileLock(folder / LOCK):
+        try:
+            found = json.loads(path.read_bytes()) if path.exists() else {"schema": SCHEMA}
+        except ValueError as error:
+            raise RunFolderError(
+                f"{path} is not JSON ({error}); move it away and diagnose again"
+            ) from error
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise RunFolderError(
+                f"{path} is not of schema {SCHEMA}, which this version reads; move it away"
+            )
         found[name] = found.get(name, {}) | {split: records.to_json(result)}
         text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-        write_atomically(folder / FILE, text.encode())
+        write_atomically(path, text.encode())

@@ -2,39 +2,30 @@
 
 from pathlib import Path
 
+import jax
+
+from lra.data.store import open_store
+from lra.errors import DataError
 from lra.runs.machine import git_commit, versions
+from lra.runs.tracking import doctor_line
 
 
 def report(data_root: Path) -> str:
-    """One line `name: finding` for each subject."""
-    import jax
-
-    from lra.runs.tracking import doctor_line
-
-    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in versions().items())
-    devices = ", ".join(f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices())
-    lines = {
-        "versions": packages,
-        "commit": git_commit() or "not in a checkout",
-        "devices": devices,
-        "data": "; ".join(stores(data_root))
-        or f"nothing prepared under {data_root}; run `lra data prepare TASK`",
-        "W&B": doctor_line(),
-    }
-    return "\n".join(f"{name + ':':<10}{finding}" for name, finding in lines.items())
-
-
-def stores(data_root: Path) -> list[str]:
-    """For each packed store its folder and counts, or its error."""
-    from lra.data.store import open_store
-    from lra.errors import DataError
-
-    found: list[str] = []
+    """One line `name: finding` for each subject; the data are counts or the error of each store."""
+    stores = []
     for manifest in sorted(data_root.glob("packed/*/manifest.json")):
         try:
             splits = open_store(manifest.parent).splits
             counts = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
-            found.append(f"{manifest.parent} ({counts})")
+            stores.append(f"{manifest.parent} ({counts})")
         except DataError as error:
-            found.append(str(error))
-    return found
+            stores.append(str(error))
+    lines = {
+        "versions": ", ".join(f"{name} {found or 'missing'}" for name, found in versions().items()),
+        "commit": git_commit() or "not in a checkout",
+        "devices": ", ".join(f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()),
+        "data": "; ".join(stores)
+        or f"nothing prepared under {data_root}; run `lra data prepare TASK`",
+        "W&B": doctor_line(),
+    }
+    return "\n".join(f"{name + ':':<10}{finding}" for name, finding in lines.items())

@@ -6,7 +6,7 @@ may differ only where the two largest logits are nearly equal.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,33 +18,6 @@ from lra.training.evaluation import score
 from lra.training.prefetch import on_host
 
 TIE_MARGIN = 1e-3  # other devices may swap the two largest logits if they are closer than this
-
-
-class Comparison(NamedTuple):
-    """Logits compared with the stored ones.
-
-    Attributes:
-        identical: equal bit for bit.
-        changed: number of predictions with another class.
-        ties: number of changed predictions whose two largest stored logits are within `TIE_MARGIN`.
-        total: number of predictions.
-        max_difference: largest absolute difference of two logits.
-    """
-
-    identical: bool
-    changed: int
-    ties: int
-    total: int
-    max_difference: float
-
-    def __str__(self) -> str:
-        if self.identical:
-            return "predictions.npz: identical, bit for bit"
-        return (
-            f"predictions.npz: logits differ by up to {self.max_difference:.1e}; {self.changed:,} "
-            f"of {self.total:,} classes differ, {self.ties:,} of them where the two largest logits "
-            f"were closer than {TIE_MARGIN:g}"
-        )
 
 
 def evaluate_run(
@@ -63,7 +36,7 @@ def evaluate_run(
         LraError: a batch does not fit into device memory.
     """
     run = SavedRun(folder, overrides, split=split, weights=weights)
-    *_, checkpoint_step = run.checkpoint
+    *_, checkpoint_step = run.checkpoint  # before the data, which may have to be prepared
     inputs, lengths, labels = on_host(run.data)
     logits = run.logits(inputs, lengths)
     result = score(logits, labels)
@@ -73,26 +46,31 @@ def evaluate_run(
         f"{split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
         f"{result['count']:,} examples",
     ]
-    if not run.scores_recorded:
-        return "\n".join([*lines, "no comparison: the run recorded no score of these weights"])
     stored = run.stored_predictions()
-    if stored is None:
-        return "\n".join([*lines, compare_scores(result, run.record["metrics"][split])])
-    comparison = compare_logits(logits, stored["logits"])
-    lines.append(str(comparison))
-    if not comparison.identical and (differences := environment_differences(run.record)):
-        lines.append(f"the run was made in another environment: {'; '.join(differences)}")
-    if comparison.changed > comparison.ties:
-        raise MismatchError("; ".join(lines))
+    if not run.scores_recorded:
+        lines.append("no comparison: the run recorded no score of these weights")
+    elif stored is None:
+        recorded = run.record["metrics"][split]
+        lines.append(
+            "record.json: identical"
+            if all(result[key] == recorded[key] for key in result)
+            else f"record.json: accuracy {100 * recorded['accuracy']:.2f} %, "
+            f"loss {recorded['loss']:.4f}"
+        )
+    elif logits.tobytes() == stored["logits"].tobytes():
+        lines.append("predictions.npz: identical, bit for bit")
+    else:
+        text, only_ties = compare_logits(logits, stored["logits"])
+        lines.append(text)
+        if differences := environment_differences(run.record):
+            lines.append(f"the run was made in another environment: {'; '.join(differences)}")
+        if not only_ties:
+            raise MismatchError("; ".join(lines))
     return "\n".join(lines)
 
 
-def compare_logits(logits: np.ndarray, stored: np.ndarray) -> Comparison:
-    """Compares logits (n, C) or (n, T, C) float32 with the stored ones.
-
-    Raises:
-        MismatchError: the shapes differ.
-    """
+def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
+    """How logits (n, C) or (n, T, C) differ, and whether only ties changed their class."""
     if logits.shape != stored.shape:
         raise MismatchError(
             f"the stored logits have shape {stored.shape}, those of the saved weights "
@@ -100,38 +78,22 @@ def compare_logits(logits: np.ndarray, stored: np.ndarray) -> Comparison:
         )
     second, first = np.moveaxis(np.sort(stored, axis=-1)[..., -2:], -1, 0)
     changed = logits.argmax(axis=-1) != stored.argmax(axis=-1)
-    return Comparison(
-        identical=logits.tobytes() == stored.tobytes(),
-        changed=int(changed.sum()),
-        ties=int((changed & (first - second < TIE_MARGIN)).sum()),
-        total=changed.size,
-        max_difference=float(np.abs(logits - stored).max(initial=0.0)),
+    ties = changed & (first - second < TIE_MARGIN)
+    text = (
+        f"predictions.npz: logits differ by up to {np.abs(logits - stored).max(initial=0.0):.1e}; "
+        f"{changed.sum():,} of {changed.size:,} classes differ, {ties.sum():,} of them where the "
+        f"two largest logits were closer than {TIE_MARGIN:g}"
     )
-
-
-def compare_scores(result: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    if all(result[key] == recorded[key] for key in result):
-        return "record.json: identical"
-    return f"record.json: accuracy {100 * recorded['accuracy']:.2f} %, loss {recorded['loss']:.4f}"
+    return text, bool(np.array_equal(ties, changed))
 
 
 def environment_differences(record: Mapping[str, Any]) -> list[str]:
     """Devices and versions of a record that differ from those in use, as "name old, here new"."""
-    device = record["device"]
-    recorded = {
-        "device": device["kind"],
-        "devices": device.get("count", 1),
-        "processes": device.get("processes", 1),
-        **record["versions"],
-    }
-    here = {
-        "device": jax.devices()[0].device_kind,
-        "devices": 1,
-        "processes": 1,
-        **machine.versions(),
-    }
-    return [
-        f"{name} {value}, here {here.get(name)}"
-        for name, value in recorded.items()
-        if value != here.get(name)
+    device, here = record["device"], machine.versions()
+    rows = [
+        ("device", device["kind"], jax.devices()[0].device_kind),
+        ("devices", device.get("count", 1), 1),
+        ("processes", device.get("processes", 1), 1),
+        *((name, value, here.get(name)) for name, value in record["versions"].items()),
     ]
+    return [f"{name} {old}, here {new}" for name, old, new in rows if old != new]

@@ -1,14 +1,13 @@
 """Renders a table for the terminal or as Markdown, LaTeX or CSV."""
 
 import io
-import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lra.errors import ConfigError
 
-FORMATS = ("terminal", "markdown", "latex", "csv")
 # fmt: off
 LONG_FORM_COLUMNS = (
     "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",
@@ -16,7 +15,10 @@ LONG_FORM_COLUMNS = (
     "steps", "tuning_runs", "source", "note",
 )
 # fmt: on
-INTEGER_COLUMNS = ("n", "params", "steps", "tuning_runs")
+LATEX_ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 
 
 @dataclass
@@ -29,21 +31,13 @@ class TableRow:
 
 @dataclass
 class Table:
-    """A table that does not depend on its format.
+    """A table that does not depend on its format."""
 
-    Attributes:
-        columns: headings by column, which is a task in a comparison of models.
-        sections: title and rows of each section.
-        footnotes: numbered from 1, as `[1]` in cells and row names.
-        remarks: lines below the table.
-        long: one dictionary for each number, with the keys of `LONG_FORM_COLUMNS`.
-    """
-
-    columns: dict[str, str]
-    sections: list[tuple[str, list[TableRow]]] = field(default_factory=list)
-    footnotes: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    long: list[dict[str, Any]] = field(default_factory=list)
+    columns: dict[str, str]  # headings by column, which is a task in a comparison of models
+    sections: list[tuple[str, list[TableRow]]] = field(default_factory=list)  # titles and rows
+    footnotes: list[str] = field(default_factory=list)  # `[1]`, `[2]`, ... in cells and row names
+    remarks: list[str] = field(default_factory=list)  # lines below the table
+    long: list[dict[str, Any]] = field(default_factory=list)  # numbers, by `LONG_FORM_COLUMNS`
 
     def add_footnote(self, text: str) -> str:
         """Adds a footnote unless it exists and returns its mark, ` [1]`."""
@@ -69,17 +63,10 @@ def render(
     """
     if format == "terminal":
         return _terminal(table, width, color)
-    if format == "markdown":
-        return _markdown(table)
-    if format == "latex":
-        return _latex(table)
-    if format == "csv":
-        return _csv(table)
-    raise ConfigError(f"format={format} is unknown; choose {', '.join(FORMATS)}")
-
-
-def _header(table: Table) -> list[str]:
-    return ["model", *table.columns.values()]
+    renderers = {"markdown": _markdown, "latex": _latex, "csv": _csv}
+    if format not in renderers:
+        raise ConfigError(f"format={format} is unknown; choose terminal, {', '.join(renderers)}")
+    return renderers[format](table)
 
 
 def _cells(table: Table, row: TableRow) -> list[str]:
@@ -98,7 +85,7 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
     from rich.text import Text
 
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in _header(table):
+    for heading in ["model", *table.columns.values()]:
         rich.add_column(Text(heading), overflow="fold")
     for title, rows in table.sections:
         rich.add_section()
@@ -106,20 +93,12 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
         for row in rows:
             rich.add_row(*map(Text, _cells(table, row)))
     text = io.StringIO()
-    console = Console(
-        file=text, width=width or _terminal_width(), force_terminal=color, highlight=False
-    )
+    width = width or shutil.get_terminal_size((160, 24)).columns
+    console = Console(file=text, width=width, force_terminal=color, highlight=False)
     console.print(rich)
     for line in _lines_below(table):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def _terminal_width() -> int:
-    try:
-        return os.get_terminal_size().columns
-    except OSError:  # a file or a pipe
-        return 160
 
 
 def _data_frame(table: Table, title_format: str) -> Any:
@@ -129,7 +108,7 @@ def _data_frame(table: Table, title_format: str) -> Any:
     lines = []
     for title, rows in table.sections:
         lines += [[title_format.format(title), *empty], *(_cells(table, row) for row in rows)]
-    return pd.DataFrame(lines, columns=_header(table), dtype=str)
+    return pd.DataFrame(lines, columns=["model", *table.columns.values()], dtype=str)
 
 
 def _markdown(table: Table) -> str:
@@ -139,23 +118,18 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    column_format = "l" * (1 + len(table.columns))
-    frame = _data_frame(table, "{}")
-    body = frame.to_latex(index=False, escape=True, column_format=column_format)
+    columns = "l" * (1 + len(table.columns))
+    body = _data_frame(table, "{}").to_latex(index=False, escape=True, column_format=columns)
     # paragraphs, because LaTeX reads `[1]` after a line break `\\` as a length
-    notes = "\n\n".join(rf"\noindent {_escaped(line)}" for line in _lines_below(table))
+    notes = "\n\n".join(
+        rf"\noindent {line.translate(LATEX_ESCAPES)}" for line in _lines_below(table)
+    )
     return f"{body}\n{{\\footnotesize\n{notes}\n\n}}\n"
-
-
-def _escaped(text: str) -> str:
-    special = {character: f"\\{character}" for character in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(character, character) for character in text)
 
 
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS))
-    frame = frame.astype(dict.fromkeys(INTEGER_COLUMNS, "Int64"))  # allows missing values
+    integers = dict.fromkeys(("n", "params", "steps", "tuning_runs"), "Int64")  # may be missing
+    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from tabulate import tabulate
@@ -17,7 +17,7 @@ FORMATS = {"terminal": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 
 
 def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
-    """Returns the costs of the models on a task as text, with the reason if one cannot be built.
+    """The costs of the models on a task as text, with the reason if one cannot be built.
 
     Args:
         overrides: as for `lra train`; `model=A,B` restricts the rows.
@@ -30,21 +30,26 @@ def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
             raise ConfigError(
                 f"{word}: expected KEY=VALUE as for `lra train`, such as task=listops"
             )
-    rows: dict[str, Cost | ConfigError] = {}
+    rows: dict[str, tuple] = {}
     title = ""
-    for name, words in _each_model(overrides):
+    for name, words in _overrides_by_model(overrides).items():
         try:
             cfg = compose(words)
             title = f"{cfg.names.task}, protocol {cfg.names.protocol}; "
             rows[name or cfg.names.model] = cost(cfg)
         except ConfigError as error:
-            rows[name] = error
-    reasons = {str(row) for row in rows.values() if isinstance(row, ConfigError)}
-    if len(reasons) == 1 and all(isinstance(row, ConfigError) for row in rows.values()):
-        raise ConfigError(reasons.pop())
+            rows[name] = (*[None] * (len(HEADERS) - 1), str(error))
+    if not any(isinstance(row, Cost) for row in rows.values()) and len(set(rows.values())) == 1:
+        raise ConfigError(next(iter(rows.values()))[-1])
+    missing, format_number = ("", str) if format == "csv" else ("-", "{:,}".format)
+    cells = []
+    for name, (*numbers, note) in rows.items():
+        texts = (missing if number is None else format_number(number) for number in numbers)
+        cells.append([name, *texts, note])
     if format == "csv":
-        return _csv(rows)
-    cells = [_cells(name, row, "{:,}".format) for name, row in rows.items()]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([[*HEADERS, "note"], *cells])
+        return text.getvalue()
     headers = [*HEADERS, ""] if any(row[-1] for row in cells) else HEADERS
     body = tabulate(
         [row[: len(headers)] for row in cells],
@@ -60,32 +65,11 @@ def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
     return f"{caption}\n\n{body}\n" if format in ("terminal", "markdown") else f"{body}\n"
 
 
-def _each_model(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields (name, overrides) of each model; one item without a name for an experiment."""
+def _overrides_by_model(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides of each model; one item without a name for an experiment."""
     if any(word.startswith("experiment=") and word != "experiment=null" for word in overrides):
-        yield "", list(overrides)
-        return
+        return {"": list(overrides)}
     chosen = [word.partition("=")[2] for word in overrides if word.startswith("model=")]
     names = chosen[-1].split(",") if chosen else options("model")
     others = [word for word in overrides if not word.startswith("model=")]
-    yield from ((name, [*others, f"model={name}"]) for name in dict.fromkeys(names))
-
-
-def _cells(name: str, row: Cost | ConfigError, format_number: Callable[[int], str]) -> list[str]:
-    """The cells of one row, the note last."""
-    if isinstance(row, ConfigError):
-        return [name, *["-"] * (len(HEADERS) - 1), str(row)]
-    return [
-        name,
-        *("-" if number is None else format_number(number) for number in row[:-1]),
-        row.note,
-    ]
-
-
-def _csv(rows: Mapping[str, Cost | ConfigError]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*HEADERS, "note"])
-    for name, row in rows.items():
-        writer.writerow("" if cell == "-" else cell for cell in _cells(name, row, str))
-    return text.getvalue()
+    return {name: [*others, f"model={name}"] for name in names}

@@ -1,7 +1,5 @@
 """Perturbs the inputs of a model: permuted blocks of positions, and windows without context."""
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
@@ -17,71 +15,45 @@ def geometric_sizes(first: int, last: int) -> list[int]:
     return [*sizes, last]
 
 
-# --- Permutation ---------------------------------------------------------------------------------
-
-
 def shuffle_blocks(
-    inputs: Integer[np.ndarray, "n *pair_L_F"],
-    lengths: Int[np.ndarray, "n *pair"],
-    size: int,
-    seed: int = 0,
+    inputs: Integer[np.ndarray, "n *pair_L_F"], lengths: Int[np.ndarray, "n *pair"], size: int
 ) -> Integer[np.ndarray, "n *pair_L_F"]:
     """Cuts the real positions of each example into blocks of `size` and permutes the blocks.
 
     The last block is shorter if `size` does not divide the length. Padding keeps its place. The two
     sequences of a pair are permuted independently. The permutation is a function of
-    (seed, size, L) and the index of the example.
+    size, L and the index of the example.
     """
     axis = lengths.ndim  # of positions
     length = inputs.shape[axis]
     flat, real = inputs.reshape(-1, *inputs.shape[axis:]), lengths.reshape(-1)
     shuffled = np.empty_like(flat)
     num_blocks = -(-length // size)
-    random = np.random.Philox(key=np.array([seed, size], np.uint64))
+    position = np.arange(length)
+    random = np.random.Philox(key=np.array([0, size], np.uint64))
     step = max(1, MAX_INDEX_ELEMENTS // length)
     for first in range(0, len(flat), step):
         rows = slice(first, first + step)
-        count = len(real[rows])
-        keys = random.random_raw(count * num_blocks).reshape(count, num_blocks)
-        order = _permuted_positions(keys, real[rows], length, size)
-        order = order.reshape(*order.shape, *(1,) * (flat.ndim - 2))
+        draws = random.random_raw(len(real[rows]) * num_blocks).reshape(-1, num_blocks)
+        ranks = draws.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+        keys = ranks[:, position // size] * size + position % size
+        # padding sorts last, in its own order
+        keys = np.where(position < real[rows, None], keys, num_blocks * size + position)
+        order = keys.argsort(axis=1, kind="stable").reshape(-1, length, *(1,) * (flat.ndim - 2))
         shuffled[rows] = np.take_along_axis(flat[rows], order, axis=1)
     return shuffled.reshape(inputs.shape)
 
 
-def _permuted_positions(
-    block_keys: Integer[np.ndarray, "n blocks"],
-    lengths: Int[np.ndarray, " n"],
-    length: int,
-    size: int,
-) -> Int[np.ndarray, "n L"]:
-    """The source of each position when the blocks are sorted by their random keys."""
-    ranks = np.argsort(np.argsort(block_keys, axis=1, kind="stable"), axis=1, kind="stable")
-    position = np.arange(length)
-    keys = ranks[:, position // size] * size + position % size
-    padding = block_keys.shape[1] * size + position  # sorts last, in its own order
-    keys = np.where(position < lengths[:, None], keys, padding)
-    return np.argsort(keys, axis=1, kind="stable")
-
-
-# --- Locality ------------------------------------------------------------------------------------
-
-
-class Windows(NamedTuple):
-    """Windows of examples as separate sequences; windows without a real position are left out."""
-
-    inputs: Integer[np.ndarray, "m w *F"]
-    lengths: Int[np.ndarray, " m"]
-    examples: Int[np.ndarray, " m"]  # index of the example of each window, ascending
-
-
 def cut_windows(
     inputs: Integer[np.ndarray, "n L *F"], lengths: Int[np.ndarray, " n"], size: int, padded: int
-) -> Windows:
+) -> tuple[Integer[np.ndarray, "m padded *F"], Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
     """Cuts examples into windows of `size` positions, each padded with 0 to `padded` positions.
 
-    The last window of an example may be shorter. An example without real positions keeps its
-    first window, which is empty.
+    The last window of an example may be shorter. Windows without real positions are left out, but
+    an example without any keeps its first window.
+
+    Returns:
+        The windows as separate sequences, their lengths, and the index of the example of each.
     """
     count = -(-inputs.shape[1] // size)
     no_padding = [(0, 0)] * (inputs.ndim - 2)
@@ -91,7 +63,7 @@ def cut_windows(
     kept = real > 0
     kept[:, 0] = True
     padded_windows = np.pad(windows[kept], [(0, 0), (0, padded - size), *no_padding])
-    return Windows(padded_windows, real[kept].astype(np.int32), np.nonzero(kept)[0])
+    return padded_windows, real[kept].astype(np.int32), np.nonzero(kept)[0]
 
 
 def mean_by_example(

@@ -42,11 +42,7 @@ def plot_learning_curves(
 
 
 def plot_diagnostics(tables: Mapping[str, Sequence[AccuracyRow]], output: str | Path) -> Path:
-    """Plots accuracies with their 95 % intervals, one panel for each table.
-
-    Raises:
-        LraError: the file type is not supported.
-    """
+    """Plots accuracies with their 95 % intervals, one panel for each table."""
     # inches; room for the names of the values
     width = sum(4 + 0.07 * max(len(row.value) for row in rows) for rows in tables.values())
     height = 1.5 + 0.25 * max(map(len, tables.values()))
@@ -110,34 +106,25 @@ def _learning_curves(axis: Any, task: str, rows: Mapping[str, Sequence[Record]])
             lines = read_metrics(record["path"])
             points = [(m["step"], 100 * m["val/accuracy"]) for m in lines if "val/accuracy" in m]
             runs.append(np.asarray(points))
-        for run in runs:
-            axis.plot(*run.T, color=color, linewidth=0.7, alpha=0.5)
+            axis.plot(*runs[-1].T, color=color, linewidth=0.7, alpha=0.5)
         axis.plot(*median_curve(runs), color=color, linewidth=2, label=f"{name}, n={len(runs)}")
-    reference = next(iter(rows.values()))[0]["reference"]
-    for name, accuracy in reference.items():
+    style = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7}
+    for name, accuracy in next(iter(rows.values()))[0]["reference"].items():
         axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
-        axis.annotate(
-            name.replace("_", " "),
-            xy=(1, 100 * accuracy),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=7,
-        )
+        axis.text(1, 100 * accuracy, name.replace("_", " "), **style)
     axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
     axis.legend(fontsize=8)
 
 
 def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes side by side, without a display."""
+    """A figure and its axes side by side."""
     import matplotlib
 
-    matplotlib.use("agg")
+    matplotlib.use("agg")  # needs no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, panels, figsize=size, squeeze=False, layout="constrained", **options
-    )
+    options |= {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, panels, **options)
     return figure, axes[0]
 
 

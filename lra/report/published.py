@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,11 +43,7 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
 
 
 def add_results(table: Table, kind: str, title: str, results: Iterable[Mapping[str, str]]) -> None:
-    """Adds a section of results with their digits as printed; the source is a footnote of the row.
-
-    Args:
-        kind: published or user, for the long form.
-    """
+    """Adds a section of results with their digits as printed; sources and notes are footnotes."""
     groups: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = defaultdict(dict)
     for result in results:
         if result["task"] in table.columns:
@@ -88,17 +85,12 @@ def _checked(place: str, row: Mapping[str | None, Any]) -> dict[str, str]:
         if not clean[column]:
             raise LraError(f"{place}, column {column}: empty; expected a name")
     accuracy = clean["accuracy"]
-    if accuracy != "FAIL" and not _is_percent(accuracy):
+    try:
+        percent = 0.0 if accuracy == "FAIL" else float(accuracy)
+    except ValueError:
+        percent = math.nan
+    if not (percent == 0 or 1 < percent <= 100):  # 0.61 is a fraction
         raise LraError(
             f"{place}, column accuracy: found {accuracy!r}; expected percent (61.04) or FAIL"
         )
     return clean
-
-
-def _is_percent(text: str) -> bool:
-    """Whether a number is 0 or in (1, 100]; a value such as 0.61 is a fraction."""
-    try:
-        value = float(text)
-    except ValueError:
-        return False
-    return value == 0 or 1 < value <= 100

@@ -14,17 +14,11 @@ from lra.errors import ConfigError
 from lra.report.saved_run import SavedRun
 from lra.training.setup import Setup, build
 
-# attributes of a task that have to be the same at another length
-FIXED = ("vocab", "num_tokens", "num_classes", "num_features", "dual")
-
 
 def split_settings(words: Sequence[str]) -> list[list[str]]:
     """Splits task.KEY=A,B,... words into one list of task.KEY=VALUE words for each setting.
 
     Setting i takes value i of each key; a key with a single value has it in every setting.
-
-    Raises:
-        ConfigError: there is no word, or the numbers of values differ.
     """
     if not words:
         raise ConfigError(
@@ -47,11 +41,7 @@ def split_settings(words: Sequence[str]) -> list[list[str]]:
 
 
 def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
-    """The model of a run for its task with other settings.
-
-    Raises:
-        ConfigError: the task has no such key, or its tokens or classes change.
-    """
+    """The model of a run for its task with other settings, if only lengths and no shapes change."""
     known = [name for name in run.cfg.task if not name.startswith(("_", "name", "hparams"))]
     for word in words:
         key = word.partition("=")[0].removeprefix("task.")
@@ -64,7 +54,7 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
         cfg = cast(DictConfig, OmegaConf.merge(run.cfg, OmegaConf.from_dotlist(list(words))))
         check_config(cfg)
     task = build_task(cfg)
-    for name in FIXED:
+    for name in ("vocab", "num_tokens", "num_classes", "num_features", "dual"):
         found, trained = getattr(task, name), getattr(run.task, name)
         if found != trained:
             if name == "vocab" and found and trained:
@@ -74,20 +64,17 @@ def resized_setup(run: SavedRun, words: Sequence[str]) -> Setup:
                 "the run; only lengths may change"
             )
     cfg.trainer.batch_size = 1  # there may be fewer training examples than the batch of the run
-    return Setup(cfg)
-
-
-def check_same_shapes(run: SavedRun, words: Sequence[str], setup: Setup) -> None:
-    """Raises a ConfigError that names the first parameter whose shape depends on the length."""
-    trained, resized = parameter_shapes(run.setup), parameter_shapes(setup)
-    for name in [*trained, *resized]:
-        if trained.get(name) != resized.get(name):
+    setup = Setup(cfg)
+    old, new = parameter_shapes(run.setup), parameter_shapes(setup)
+    for name in [*old, *new]:
+        if old.get(name) != new.get(name):
             raise ConfigError(
                 f"{' '.join(words)}: the parameters of this model depend on the length: {name} is "
-                f"{trained.get(name, 'absent')} at {run.task.seq_len} positions and "
-                f"{resized.get(name, 'absent')} at {setup.task.seq_len}; the model runs only at "
+                f"{old.get(name, 'absent')} at {run.task.seq_len} positions and "
+                f"{new.get(name, 'absent')} at {setup.task.seq_len}; the model runs only at "
                 "the length it was trained at"
             )
+    return setup
 
 
 def setup_for_windows(run: SavedRun, size: int) -> tuple[Setup, int]:

@@ -1,7 +1,7 @@
 """A saved run: its record, config, data and weights, and the logits of its model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,15 +30,16 @@ class SavedRun:
     """Reads the record of a run, and its data and weights on first use. Sets JAX up for its config.
 
     Args:
-        folder: the run folder.
         overrides: KEY=VALUE of the keys in `keys_in_eval`.
         split: train, val or test.
         weights: best or last; None for those that the protocol selects.
         examples: number of first examples of the split; None for as many as the run scored.
 
     Raises:
-        RunFolderError: the folder holds no record.
+        RunFolderError: the folder holds no record, or no checkpoint that can be read.
         ConfigError: an override of another key.
+        DataError: the split differs from the data of the run.
+        LraError: a batch does not fit into device memory.
     """
 
     def __init__(
@@ -71,11 +72,7 @@ class SavedRun:
 
     @cached_property
     def data(self) -> Split:
-        """The evaluated examples, memory-mapped.
-
-        Raises:
-            DataError: the split differs from the data of the run.
-        """
+        """The evaluated examples, memory-mapped."""
         store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
         recorded = (self.record.get("data") or {}).get("splits", {})
         if describe_data(store)["splits"][self.split] != recorded.get(self.split):
@@ -91,26 +88,16 @@ class SavedRun:
 
     @cached_property
     def checkpoint(self) -> tuple[State, Best, int]:
-        """State, best weights and step of the newest checkpoint.
-
-        Raises:
-            RunFolderError: there is no checkpoint, or none can be read.
-        """
-        path = self.folder / CHECKPOINTS
-        if not path.is_dir():
+        """State, best weights and step of the newest checkpoint."""
+        path, saved = self.folder / CHECKPOINTS, None
+        if path.is_dir():
+            state, best = initial_state(self.setup)
+            with closing(Checkpoints(path, read_only=True)) as checkpoints:
+                saved = checkpoints.restore((state, best[:2]))
+        if saved is None:
             raise RunFolderError(
                 f"{self.folder} holds no checkpoint: the run did not keep its weights, or it ended "
                 "before its first checkpoint"
-            )
-        state, best = initial_state(self.setup)
-        checkpoints = Checkpoints(path, read_only=True)
-        try:
-            saved = checkpoints.restore((state, best[:2]))
-        finally:
-            checkpoints.close()
-        if saved is None:
-            raise RunFolderError(
-                f"{self.folder} holds no checkpoint: the run ended before its first checkpoint"
             )
         check_metadata(self.folder, saved.progress, self.task.vocab)
         state, best_weights = saved.state
@@ -130,11 +117,7 @@ class SavedRun:
 
     @property
     def title(self) -> str:
-        record = self.record
-        return (
-            f"{record['model']} on {record['task']}, protocol {record['protocol']}, "
-            f"seed {record['seed']}"
-        )
+        return "{model} on {task}, protocol {protocol}, seed {seed}".format_map(self.record)
 
     @property
     def scores_recorded(self) -> bool:
@@ -152,27 +135,25 @@ class SavedRun:
     ) -> np.ndarray:
         """Logits (n, C) or (n, T, C) of examples by the requested weights.
 
-        A batch holds as many positions as an evaluation batch of the run.
-
-        Args:
-            setup: a model for another length; None for the model of the run.
-        Raises:
-            LraError: a batch does not fit into device memory.
+        A batch holds as many positions as an evaluation batch of the run. `setup` is a model for
+        another length; None for the model of the run.
         """
         setup, size = setup or self.setup, self.cfg.trainer.eval_batch_size
         positions = inputs.shape[lengths.ndim]
         batch = max(1, min(size * self.task.seq_len // positions, max(size, len(lengths))))
         forward = partial(self._forward(setup), *self.weights, setup.constants)
-        with out_of_memory_advice(self.cfg):
+        try:
             return predict(forward, inputs, lengths, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LraError(
+                f"out of memory at trainer.eval_batch_size={size}; set it lower"
+            ) from error
 
 
-def resolved_config(record: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a record with overrides; keys that the record lacks have today's defaults.
-
-    Raises:
-        ConfigError: an override of a key that is not in `keys_in_eval`.
-    """
+def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """The config of a record with overrides; keys that the record lacks have today's defaults."""
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or key not in keys_in_eval():
@@ -192,15 +173,3 @@ def first_examples(split: Split, limit: int | None) -> Split:
     """The first `limit` examples of a split, all if None, as views of the mapped memory."""
     inputs = split.inputs[:limit].view(np.ndarray)
     return Split(inputs, np.asarray(split.lengths)[:limit], split.labels[:limit])
-
-
-@contextmanager
-def out_of_memory_advice(cfg: DictConfig) -> Iterator[None]:
-    """Turns an out-of-memory error into one line of advice."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        size = cfg.trainer.eval_batch_size
-        raise LraError(f"out of memory at trainer.eval_batch_size={size}; set it lower") from error

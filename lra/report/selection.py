@@ -9,7 +9,7 @@ import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -23,18 +23,9 @@ from lra.runs.sanity import is_at_chance
 
 Record = Mapping[str, Any]
 
-COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")  # by `changed_defaults`
 
-
-class SelectedRuns(NamedTuple):
-    """Finished runs of one configuration, one for each seed, and notes about them."""
-
-    runs: list[Record]
-    notes: list[str]
-
-
-def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], SelectedRuns]:
-    """The runs of each (row name, task) among finished runs."""
+def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], tuple[list[Record], list[str]]]:
+    """`best_configuration` of each (row name, task) among finished runs."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record, name in zip(records, row_names(records), strict=True):
         groups[name, record["task"]].append(record)
@@ -42,7 +33,7 @@ def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], SelectedRuns
 
 
 def row_names(records: Sequence[Record]) -> list[str]:
-    """The row name of each record: its model and, in brackets, what distinguishes its row."""
+    """The model of each record and, in brackets, what distinguishes its row."""
     protocols = {record["protocol"] for record in records}
     sources, keys = defaultdict(set), defaultdict(set)
     for record in records:
@@ -61,17 +52,21 @@ def row_names(records: Sequence[Record]) -> list[str]:
     return names
 
 
-def best_configuration(group: Sequence[Record]) -> SelectedRuns:
-    """The configuration with the best mean validation accuracy."""
+def best_configuration(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """One run for each seed of the configuration with the best validation accuracy, and notes."""
     configs: dict[str, dict[Any, Record]] = defaultdict(dict)
     for record in group:
         # upgraded, so that a key that is newer than the record makes no other configuration
         config = upgrade_config(record["config"])
         identity = config_hash(config, without=["seed", *keys_affecting("speed")])
         configs[identity][record["seed"]] = record
+
+    def mean_val_accuracy(runs: Mapping[Any, Record]) -> float:
+        return statistics.mean(accuracy_of(run, "val") or 0.0 for run in runs.values())
+
     best = list(max(configs.values(), key=mean_val_accuracy).values())
     notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
-    if any(selected_on_test(run) for run in best):
+    if any(map(selected_on_test, best)):
         notes.append(
             "weights chosen on the test split, which is all the validation this protocol has"
         )
@@ -82,11 +77,7 @@ def best_configuration(group: Sequence[Record]) -> SelectedRuns:
         notes.append(f"{repeated} repeated {noun} of the same seed left out")
     if changes := changed_defaults(best[0]):
         notes.append(f"made with other defaults than today's: {', '.join(changes)}")
-    return SelectedRuns(best, notes)
-
-
-def mean_val_accuracy(runs: Mapping[Any, Record]) -> float:
-    return statistics.mean(accuracy_of(run, "val") or 0.0 for run in runs.values())
+    return best, notes
 
 
 def changed_defaults(record: Record) -> list[str]:
@@ -108,24 +99,21 @@ def changed_defaults(record: Record) -> list[str]:
         config = to_json(OmegaConf.to_container(compose(words)))
     except ConfigError as error:
         return [f"its command is refused today ({error})"]
-    today = _flat({name: config[name] for name in COMPARED})
     recorded = _flat(upgrade_config(record["config"]))
-    return [
-        f"{key}={_format(recorded[key])} (today {_format(value)})"
-        for key, value in today.items()
-        if key in recorded and recorded[key] != value and _is_compared(key)
-    ]
-
-
-def _is_compared(key: str) -> bool:
-    _, name, *rest = key.split(".")
-    return (
-        name not in NOT_ARGUMENTS  # their values are in the other sections
-        and not name.startswith("_")
-        and rest[-1:] != ["match"]
-        and name != "no_decay"
-        and key not in keys_affecting("speed", "start", "process")
-    )
+    changed = []
+    sections = ("task", "protocol", "model", "backbone", "optim", "trainer")
+    for key, value in _flat({name: config[name] for name in sections}).items():
+        _, name, *rest = key.split(".")
+        if (
+            recorded.get(key, value) != value
+            and name not in NOT_ARGUMENTS  # their values are in the other sections
+            and not name.startswith("_")
+            and rest[-1:] != ["match"]
+            and name != "no_decay"
+            and key not in keys_affecting("speed", "start", "process")
+        ):
+            changed.append(f"{key}={_format(recorded[key])} (today {_format(value)})")
+    return changed
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -166,10 +154,9 @@ def data_source_and_key(record: Record) -> tuple[str, str]:
 def selected_on_test(record: Record) -> bool:
     """Whether the weights were selected on a validation split that equals the test split."""
     splits = (record.get("data") or {}).get("splits") or {}
-    rule = (record.get("selection") or {}).get("rule")
-    return (
-        rule == "best" and "val" in splits and splits["val"]["sha256"] == splits["test"]["sha256"]
-    )
+    if "val" not in splits or (record.get("selection") or {}).get("rule") != "best":
+        return False
+    return splits["val"]["sha256"] == splits["test"]["sha256"]
 
 
 def tuning_runs(runs: Iterable[Record]) -> int:

@@ -27,7 +27,6 @@ from lra.report.selection import (
 )
 from lra.runs.run_folder import load_records
 
-PUBLISHED = ("featured", "all", "none")
 SHORT_TIER_SUFFIX = "_short"  # task `x_short` is a smaller tier of task `x`
 
 
@@ -36,20 +35,16 @@ def comparison_table(
     *,
     format: str = "terminal",
     output: str | Path | None = None,
-    width: int | None = None,
     color: bool = False,
     **selection: Any,
 ) -> str:
-    """Returns the table of the records below `paths` as text and writes it to `output` if given.
+    """The table of the records below `paths` as text; also written to `output` if given.
 
     Args:
-        format, width, color: see `lra.report.formats.render`.
+        format, color: see `lra.report.formats.render`.
         selection: arguments of `make_table`.
-
-    Raises:
-        LraError: an unknown format or set of published rows, or a CSV file that is not valid.
     """
-    text = render(make_table(load_records(paths), **selection), format, width=width, color=color)
+    text = render(make_table(load_records(paths), **selection), format, color=color)
     if output is not None:
         write_atomically(Path(output), text.encode())
     return text
@@ -73,9 +68,13 @@ def make_table(
         published: featured (one row for each model), all or none of results/published.csv.
         csv: files with the columns model, task, accuracy and optionally variant and source.
         metric: the split whose accuracy is shown, test or val.
+    Raises:
+        LraError: an unknown set of published rows, or a CSV file that is not valid.
     """
-    if published not in PUBLISHED:
-        raise ConfigError(f"published={published} is unknown; choose {', '.join(PUBLISHED)}")
+    known = read_results(published_path())
+    shown = {"featured": [row for row in known if row["featured"] == "1"], "all": known, "none": []}
+    if published not in shown:
+        raise ConfigError(f"published={published} is unknown; choose {', '.join(shown)}")
     records = [
         record
         for record in records
@@ -84,8 +83,6 @@ def make_table(
         and (protocol is None or record["protocol"] == protocol)
     ]
     scored = [record for record in records if is_scored(record, metric)]
-    known = read_results(published_path())
-    shown = {"featured": [row for row in known if row["featured"] == "1"], "all": known, "none": []}
     user_results = {str(path): read_results(path) for path in csv}
     file_order = list(dict.fromkeys(row["task"] for row in known))  # the six tasks of LRA first
     found = {record["task"] for record in scored}
@@ -165,14 +162,11 @@ def _add_reference_lines(table: Table, records: Sequence[Record]) -> None:
                 values[name.replace("_", " ")][record["task"]].add(round(100 * accuracy, 4))
     rows = []
     for name, by_task in values.items():
-        row = TableRow(name)
+        rows.append(TableRow(name))
         for task, accuracies in by_task.items():
-            row.cells[task] = " / ".join(dict.fromkeys(f"{x:.1f}" for x in sorted(accuracies)))
-            table.long += [
-                {"kind": "reference", "task": task, "model": name, "accuracy": x}
-                for x in sorted(accuracies)
-            ]
-        rows.append(row)
+            numbers, long = sorted(accuracies), {"kind": "reference", "task": task, "model": name}
+            rows[-1].cells[task] = " / ".join(dict.fromkeys(f"{x:.1f}" for x in numbers))
+            table.long += [long | {"accuracy": x} for x in numbers]
     table.add_section("Reference lines", rows)
 
 
@@ -205,11 +199,18 @@ def _add_remarks(table: Table, scored: Sequence[Record], unscored: Sequence[Reco
     cells = [cell for _, rows in table.sections for row in rows for cell in row.cells.values()]
     remarks = table.remarks
     if scored:
+        data: dict[str, set[str]] = defaultdict(set)
+        for record in scored:
+            source, key = data_source_and_key(record)
+            data[record["task"]].add(f"{source or 'unknown'} {key[:8]}".strip())
+        used = [
+            f"{task} {' and '.join(sorted(data[task]))}" for task in table.columns if task in data
+        ]
         remarks.append(
             "Ours: median over n seeds [95 % bootstrap interval of the mean, which for 2 or 3 "
             "seeds is their range]."
         )
-        remarks.append(_data_remark(scored, table.columns))
+        remarks.append(f"Data: {', '.join(used)}.")
     else:
         remarks.append(
             "There are no finished runs yet. Make one: lra train task=listops_short model=stu"
@@ -227,21 +228,12 @@ def _add_remarks(table: Table, scored: Sequence[Record], unscored: Sequence[Reco
         remarks.append("FAIL (median): no seed exceeds chance by three standard errors.")
 
 
-def _data_remark(records: Sequence[Record], columns: Iterable[str]) -> str:
-    data: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        source, key = data_source_and_key(record)
-        data[record["task"]].add(f"{source or 'unknown'} {key[:8]}".strip())
-    parts = (f"{task} {' and '.join(sorted(data[task]))}" for task in columns if task in data)
-    return f"Data: {', '.join(parts)}."
-
-
 def _unscored_remark(records: Sequence[Record]) -> str:
     folders: dict[str, list[str]] = defaultdict(list)
     for record in records:
         finished = record["status"] == "finished"
         status = "finished without a score" if finished else record["status"]
-        folders[status].append(str(record.get("path", f"{record['task']}/{record['model']}")))
+        folders[status].append(str(record["path"]))
     parts = []
     for status, names in sorted(folders.items()):
         more = [f"and {len(names) - 3} more"] if len(names) > 3 else []

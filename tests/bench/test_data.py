@@ -7,7 +7,7 @@ LISTOPS = ("task=listops", "task.sizes={train: 80, val: 8, test: 8}")
 
 def test_data_suite_measures_all_but_incomplete_data(publishers, monkeypatch):
     """The publishers' files of the tests hold too few examples of Text and Image."""
-    monkeypatch.setattr(data, "WINDOW_SECONDS", 0.005)
+    monkeypatch.setattr(data, "WINDOWS", 1)
     monkeypatch.setattr(data, "LISTOPS", LISTOPS)
     monkeypatch.setattr(data, "NUM_PICTURES", {32: 4, 128: 1})
     found = {m.what: m for m in data.measure(publishers)}

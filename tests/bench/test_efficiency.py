@@ -55,10 +55,6 @@ def results(monkeypatch):
     return given, calls
 
 
-def run_quietly(words, file, **kwargs):
-    return run(words, file, report=lambda line: None, **kwargs)
-
-
 def rows_of(result):
     text = render(make_table(result), "markdown")
     return text, [
@@ -140,7 +136,7 @@ def test_table_has_multiples_of_the_baseline_and_out_of_memory(results, tmp_path
     given["transformer", "128"] = {"status": "oom", "reason": "needs 9.00 GB"}
     given["lru", "128"] = {"status": "failed", "reason": "no | such length"}
     file = tmp_path / "new" / "e.json"
-    text, rows = rows_of(run_quietly(TWO, file))
+    text, rows = rows_of(run(TWO, file))
     assert len(calls) == 4
     assert rows[2:5] == [
         ["**Training, steps/s (times that of transformer)**", "", ""],
@@ -164,24 +160,24 @@ def test_finished_cells_are_not_measured_again(results, tmp_path, monkeypatch):
     file = tmp_path / "e.json"
     given["transformer", "64"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        run_quietly(TWO, file)
+        run(TWO, file)
     assert calls == [("lru", "64"), ("lru", "128"), ("transformer", "64")]
     assert [cell["column"] for cell in json.loads(file.read_text())["cells"]] == ["64", "128"]
 
     calls.clear()
     given["transformer", "64"] = {"status": "oom", "reason": "?"}
     given["transformer", "128"] = {"status": "failed", "reason": "?"}
-    run_quietly(TWO, file)
+    run(TWO, file)
     assert calls == [("transformer", "64"), ("transformer", "128")]
 
     calls.clear()  # out of memory is a result; a failure is tried again
     del given["transformer", "128"]
-    result = run_quietly(TWO, file)
+    result = run(TWO, file)
     assert calls == [("transformer", "128")]
     assert json.loads(file.read_text())["cells"] == json.loads(json.dumps(result["cells"]))
 
     calls.clear()  # another config
-    run_quietly([*TWO[1:3], "models=[lru]", "train.backbone.width=16", SMALL[1]], file)
+    run([*TWO[1:3], "models=[lru]", "train.backbone.width=16", SMALL[1]], file)
     assert calls == [("lru", "64"), ("lru", "128")]
     others = json.loads(file.read_text())["others"]
     assert [(cell["row"], cell["column"]) for cell in others] == [
@@ -189,7 +185,7 @@ def test_finished_cells_are_not_measured_again(results, tmp_path, monkeypatch):
     ]
 
     calls.clear()
-    run_quietly([*TWO[1:], "models=[lru]"], file, fresh=True)
+    run([*TWO[1:], "models=[lru]"], file, fresh=True)
     assert len(calls) == 2
 
 
@@ -197,13 +193,13 @@ def test_a_file_of_something_else_is_not_overwritten(results, tmp_path):
     file = tmp_path / "e.json"
     file.write_text('{"suite": "ops", "cells": [], "others": []}')
     with pytest.raises(LraError, match=r"holds no efficiency table.*--fresh"):
-        run_quietly(["models=[lru]", "seq_lens=[64]"], file)
+        run(["models=[lru]", "seq_lens=[64]"], file)
     assert "ops" in file.read_text()
 
 
 def test_an_invalid_config_is_a_failed_cell(results, tmp_path):
     words = ["models=[lru,transformer]", "seq_lens=[64]", "train.model.causal=true"]
-    result = run_quietly(words, tmp_path / "e.json")
+    result = run(words, tmp_path / "e.json")
     assert [(cell["row"], cell["status"]) for cell in result["cells"]] == [
         ("lru", "failed"),
         ("transformer", "ok"),
@@ -228,7 +224,7 @@ def test_preset_is_the_table_of_the_paper(results, tmp_path):
         "lru, pathfinder": (6, 192, 256, 64, 1024, True, 15.5),
         "lru, pathx": (6, 128, 256, 32, 16384, True, 2.4),
     }
-    text, rows = rows_of(run_quietly(words, tmp_path / "e.json"))
+    text, rows = rows_of(run(words, tmp_path / "e.json"))
     by_name = {row[0]: row for row in rows}
     assert by_name["model"][3:6] == ["published steps/s", "ours / published", "Training, steps/s"]
     assert by_name["lru, listops"][3:6] == ["2.1", "4.76 x", "10"]

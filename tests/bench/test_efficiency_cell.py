@@ -34,7 +34,7 @@ def test_a_cell_is_measured():
 
 
 def test_memory_that_would_run_out_on_a_cpu_is_foreseen(monkeypatch):
-    monkeypatch.setattr("lra.training.memory.device_bytes", lambda device: 1000)
+    monkeypatch.setattr("lra.bench.efficiency_cell.device_bytes", lambda device: 1000)
     found = measure([*SMALL, "model=lru"], seconds=0.02)
     assert found["status"] == "oom"
     assert "infer needs 0.00 GB by XLA's analysis, 0.00 GB are free" in found["reason"]

@@ -12,10 +12,10 @@ def test_sizes_are_geometric_and_end_at_the_last():
     assert perturbations.geometric_sizes(8, 8) == [8]
 
 
-def shuffled_by_loop(rows, lengths, size, seed=0):
+def shuffled_by_loop(rows, lengths, size):
     blocks = -(-rows.shape[1] // size)
     words = (
-        np.random.Philox(key=np.array([seed, size], np.uint64))
+        np.random.Philox(key=np.array([0, size], np.uint64))
         .random_raw(len(rows) * blocks)
         .reshape(-1, blocks)
     )
@@ -60,19 +60,19 @@ def test_every_order_is_equally_likely():
 def test_windows_equal_a_loop():
     rng = np.random.default_rng(0)
     rows, lengths = rng.integers(1, 1000, (5, 10, 3)), np.array([10, 9, 4, 0, 5])
-    found = perturbations.cut_windows(rows, lengths, 4, 6)
+    windows, counts, examples = perturbations.cut_windows(rows, lengths, 4, 6)
     expected = []
     for owner, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         starts = range(0, max(length, 1), 4)
         expected += [(owner, row[start : min(start + 4, length)]) for start in starts]
-    assert found.examples.tolist() == [owner for owner, _ in expected]
-    for inputs, length, (_, window) in zip(found.inputs, found.lengths, expected, strict=True):
+    assert examples.tolist() == [owner for owner, _ in expected]
+    for inputs, length, (_, window) in zip(windows, counts, expected, strict=True):
         assert inputs.shape == (6, 3)
         np.testing.assert_array_equal(inputs[:length], window)
-    assert (found.inputs[:, 4:] == 0).all()
+    assert (windows[:, 4:] == 0).all()
     logits = rng.normal(size=(len(expected), 2))
     means = [
         np.mean([logit for logit, (o, _) in zip(logits, expected, strict=True) if o == i], axis=0)
         for i in range(5)
     ]
-    np.testing.assert_allclose(perturbations.mean_by_example(logits, found.examples, 5), means)
+    np.testing.assert_allclose(perturbations.mean_by_example(logits, examples, 5), means)

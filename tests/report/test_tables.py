@@ -100,7 +100,7 @@ def test_unknown_files_and_words_are_refused(tmp_path):
 
 
 def test_without_runs_the_table_shows_published_numbers_and_a_command(tmp_path, capsys):
-    text = comparison_table([tmp_path], width=120)
+    text = comparison_table([tmp_path])
     assert "61.04" in text
     assert "lra train" in text
     assert list(make_table([], published="none").columns) == list(make_table([]).columns) == LRA

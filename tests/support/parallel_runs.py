@@ -28,7 +28,8 @@ PARALLEL_RUN = [
 
 def run_python(code, devices):
     """Returns the output of a new process with that many CPU devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -69,7 +70,6 @@ class ProcessPair:
 
     def __init__(self, code, overrides):
         members = f"coordinator:'127.0.0.1:{free_port()}',num_processes:2"
-        env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
         words = [*overrides, "trainer.distributed_timeout=120"]
         self.processes = [
             subprocess.Popen(
@@ -80,7 +80,7 @@ class ProcessPair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=env | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
             for number in range(2)
         ]
