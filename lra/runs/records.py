@@ -91,7 +91,16 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last part is empty or truncated
     except FileNotFoundError:
         return []
-    return [_metrics_row(path, number, line) for number, line in enumerate(lines, 1)]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, LookupError, TypeError):
+            raise RunFolderError(
+                f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
+            ) from None
+    return rows
 
 
 def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
@@ -162,18 +171,6 @@ def problem(record: Any) -> str | None:
     if not isinstance(record["config"], Mapping):
         return "has a config that is not an object"
     return None
-
-
-def _metrics_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        if isinstance(row["step"], int):
-            return row
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise RunFolderError(
-        f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
-    )
 
 
 def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> dict[str, Any]:
