@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lra.errors import LraError
 
+
 @contextmanager
 def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError) -> Iterator[None]:
     """Turns an OSError into one line of `kind`: file, free space and the `key` that moves it."""

@@ -15,7 +15,6 @@ from lra.runs.console import discard_stdout
 
 log = logging.getLogger(__name__)
 
-LARGE_PARAMS = 2_000_000  # for a CPU
 LOG_EVERY_S = 10.0  # between two messages about a long preparation without a terminal
 
 
@@ -74,7 +73,7 @@ class Reporter:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
         self.console.print(table)
         self.console.print(f"to beat: {_reference(record)}")
-        if device["platform"] == "cpu" and params > LARGE_PARAMS:
+        if device["platform"] == "cpu" and params > 2_000_000:
             self.console.print(
                 f"{params / 1e6:.0f} M parameters on a CPU may take minutes per step; "
                 "debug=tiny checks whether the model runs"
@@ -86,10 +85,8 @@ class Reporter:
         self, size: int, batch_size: int, needs: dict[int, int | None], eval_batch: int
     ) -> None:
         """Prints the choice of `trainer.micro_batch=auto` and the bytes each tried size needs."""
-        tried = ", ".join(
-            f"{n} needs {'?' if need is None else f'{need / 1e9:.2f} GB'}"
-            for n, need in needs.items()
-        )
+        sizes = {n: "?" if need is None else f"{need / 1e9:.2f} GB" for n, need in needs.items()}
+        tried = ", ".join(f"{n} needs {need}" for n, need in sizes.items())
         self.console.print(
             f"micro-batch {size} of {batch_size} examples ({tried}); "
             f"evaluations take {eval_batch} at a time"
