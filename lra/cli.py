@@ -13,13 +13,13 @@ from pathlib import Path
 
 from lra.config.options import CONF
 from lra.errors import ConfigError, LraError
+from lra.files import disk_errors
 from lra.runs.console import configure_logging, discard_stdout
 from lra.train_command import train_command
 from lra.training.preemption import Signals
 
 log = logging.getLogger("lra.cli")
 
-SENTENCE_END = r"(?<=\.) (?!\d)"  # not after the abbreviation in "Tay et al. 2020"
 FORMATS = ("terminal", "markdown", "latex", "csv")
 SPLITS = ("test", "val", "train")
 
@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     try:
-        code = run(argv)
+        if argv[:1] == ["train"]:
+            code = train_command(argv[1:])
+        else:
+            args = parse(argv or ["--help"])
+            with Signals():  # SIGTERM cleans up as Ctrl-C does
+                code = args.run(args)
         sys.stdout.flush()
         return code
     except LraError as error:
@@ -77,22 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(argv: list[str]) -> int:
-    if argv[:1] == ["train"]:
-        return train_command(argv[1:])
-    args = parse(argv or ["--help"])
-    with Signals():  # SIGTERM cleans up as Ctrl-C does
-        return args.run(args)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parsed arguments. KEY=VALUE may also follow options, which argparse alone rejects."""
     top = parser()
     args, rest = top.parse_known_args(argv)
-    words = [
-        word for word in rest if word[0] != "-" and ("=" in word or hasattr(args, "takes_words"))
-    ]
-    if rest and (not hasattr(args, "overrides") or words != rest):
+    valid = (word[0] != "-" and ("=" in word or hasattr(args, "takes_words")) for word in rest)
+    if rest and not (hasattr(args, "overrides") and all(valid)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
@@ -155,11 +150,14 @@ def parser() -> argparse.ArgumentParser:
     )
     diagnose.set_defaults(run=diagnose_command, takes_words=True)
 
-    table = commands.add_parser("table", help="compare runs with each other and published numbers")
-    table.add_argument(
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument(
         "paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)"
     )
-    table.add_argument("--task", action="append", help="only this task; repeatable")
+    runs.add_argument("--task", action="append", help="only this task; repeatable")
+    table = commands.add_parser(
+        "table", parents=[runs], help="compare runs with each other and published numbers"
+    )
     table.add_argument("--model", action="append", help="only this model; repeatable")
     table.add_argument("--protocol", help="only this protocol")
     table.add_argument(
@@ -178,16 +176,25 @@ def parser() -> argparse.ArgumentParser:
     )
     table.set_defaults(run=comparison_table)
 
-    plot = commands.add_parser("plot", help="plot the learning curves of finished runs")
-    plot.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs (runs)")
-    plot.add_argument("--task", action="append", help="only this task; repeatable")
+    plot = commands.add_parser(
+        "plot", parents=[runs], help="plot the learning curves of finished runs"
+    )
     plot.add_argument(
         "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
     )
     plot.set_defaults(run=plot_command)
 
+    data_root = argparse.ArgumentParser(add_help=False)
+    data_root.add_argument(
+        "--data-root",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ.get("LRA_DATA", "data")),
+        help="data folder ($LRA_DATA, else data)",
+    )
     bench = commands.add_parser(
         "bench",
+        parents=[data_root],
         help="measure speed and memory on this machine",
         description=BENCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -198,11 +205,6 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="KEY=VALUE",
         help="trainer: the config to train; efficiency: keys of conf/bench/efficiency.yaml",
-    )
-    bench.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="data: folder of the publishers' files ($LRA_DATA, else data)",
     )
     bench.add_argument(
         "--output",
@@ -216,8 +218,9 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=bench_command)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
-    doctor.add_argument("--data-root", metavar="DIR", help="data folder ($LRA_DATA, else data)")
+    doctor = commands.add_parser(
+        "doctor", parents=[data_root], help="versions, devices, data found, W&B state"
+    )
     doctor.set_defaults(run=doctor_command)
     return top
 
@@ -324,20 +327,15 @@ def diagnose_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--sizes {args.sizes}: expected whole numbers such as 1,16,256"
         ) from None
-    options = {
-        "split": args.split,
-        "examples": args.examples,
-        "weights": args.weights,
-        "sizes": sizes,
-    }
+    options = {"split": args.split, "weights": args.weights, "examples": args.examples}
     tables: dict = {}
-    for name, found, text in diagnose(args.folder, args.overrides, **options):
+    for name, found, text in diagnose(args.folder, args.overrides, sizes=sizes, **options):
         print(text, end="\n\n", flush=True)
         tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
     if args.plot:
         from lra.report.plots import plot_diagnostics
 
-        print(f"{plot_diagnostics(tables, args.plot)}")
+        print(plot_diagnostics(tables, args.plot))
     return 0
 
 
@@ -347,7 +345,8 @@ def list_options(args: argparse.Namespace) -> int:
         head = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
         about = " ".join(line.removeprefix("#").strip() for line in head)
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
-        print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
+        sentence = re.split(r"(?<=\.) (?!\d)", about)[0]  # not split at "Tay et al. 2020"
+        print(f"{file.stem:<19} {sentence}")
     return 0
 
 
@@ -395,10 +394,11 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple]:
 
 
 def data_prepare(args: argparse.Namespace) -> int:
-    from lra.files import disk_errors
+    from lra.tasks.base import Task
 
-    if args.export:
-        check_export(args)
+    for _, task in composed(args) if args.export else ():
+        if type(task).export is Task.export:  # the task has no file format
+            task.export({}, args.export)  # raises before the preparation
     for task, store, root in prepared(args):
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
         partial_data = ", PARTIAL" if store.manifest["partial"] else ""
@@ -421,24 +421,15 @@ def data_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_export(args: argparse.Namespace) -> None:
-    """Raises LraError before the preparation if a task has no file format to export to."""
-    from lra.tasks.base import Task
-
-    for _, task in composed(args):
-        if type(task).export is Task.export:
-            task.export({}, args.export)  # raises
-
-
 def data_verify(args: argparse.Namespace) -> int:
     from lra.data.inspect import verify_lines
 
-    sound = True
+    code = 0
     for task, store, _ in prepared(args):
         for line, problem in verify_lines(task, store):
             print(line)
-            sound = sound and not problem
-    return 0 if sound else 3
+            code = 3 if problem else code
+    return code
 
 
 def data_info(args: argparse.Namespace) -> int:
@@ -451,7 +442,6 @@ def data_info(args: argparse.Namespace) -> int:
 
 def data_show(args: argparse.Namespace) -> int:
     from lra.data.inspect import show_lines, write_sheet
-    from lra.files import disk_errors
 
     if args.n < 1:
         raise ConfigError(f"-n {args.n}: expected 1 or more")
@@ -475,20 +465,12 @@ def bench_command(args: argparse.Namespace) -> int:
             f"lra bench {args.suite} takes no {args.overrides[0]}; "
             f"trainer and efficiency take KEY=VALUE words"
         )
-    from lra.bench import measurement
+    from lra.bench import data, measurement, ops, trainer
 
     if args.suite == "data":
-        from lra.bench import data
-
-        measurements = data.measure(data_root_of(args))
-    elif args.suite == "ops":
-        from lra.bench import ops
-
-        measurements = ops.measure()
+        measurements = data.measure(args.data_root)
     else:
-        from lra.bench import trainer
-
-        measurements = trainer.measure(args.overrides)
+        measurements = ops.measure() if args.suite == "ops" else trainer.measure(args.overrides)
     result = measurement.make_result(args.suite, measurements, device=args.suite != "data")
     print(measurement.to_markdown(result), end="")
     if args.output:
@@ -512,14 +494,10 @@ def efficiency_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def data_root_of(args: argparse.Namespace) -> Path:
-    return Path(args.data_root or os.environ.get("LRA_DATA", "data"))
-
-
 def doctor_command(args: argparse.Namespace) -> int:
     from lra.report.doctor import report
 
-    print(report(data_root_of(args)))
+    print(report(args.data_root))
     return 0
 
 
