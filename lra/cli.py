@@ -465,11 +465,15 @@ def bench_command(args: argparse.Namespace) -> int:
             f"lra bench {args.suite} takes no {args.overrides[0]}; "
             f"trainer and efficiency take KEY=VALUE words"
         )
-    from lra.bench import data, measurement, ops, trainer
+    from lra.bench import measurement
 
-    if args.suite == "data":
+    if args.suite == "data":  # measured without JAX
+        from lra.bench import data
+
         measurements = data.measure(args.data_root)
     else:
+        from lra.bench import ops, trainer
+
         measurements = ops.measure() if args.suite == "ops" else trainer.measure(args.overrides)
     result = measurement.make_result(args.suite, measurements, device=args.suite != "data")
     print(measurement.to_markdown(result), end="")
