@@ -26,11 +26,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 @contextmanager
 def composed(overrides: Sequence[str] = ()) -> Iterator[tuple[DictConfig, dict[str, Any]]]:
-    """The unresolved config and the chosen option of each group, while Hydra is initialized.
-
-    Raises:
-        ConfigError: an unknown key or option.
-    """
+    """The unresolved config and the chosen option of each group, while Hydra is initialized."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -103,12 +99,9 @@ def finalize(
 def resolve(
     cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str], flags: Sequence[str] = ()
 ) -> DictConfig:
-    """Resolves and checks a config in place and adds `names`.
+    """Resolves a config in place, checks it, and adds the names of its options and its command.
 
-    `names` holds the chosen task, model, experiment and protocol, and the command of the run.
-
-    Raises:
-        ConfigError: an invalid value.
+    The arguments and errors are those of `finalize`.
     """
     with open_dict(cfg):
         cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
@@ -122,21 +115,13 @@ def resolve(
 
 def run_config(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as a record holds it; `names` are recorded beside it."""
-    config = to_container(cfg)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg))
     del config["names"]
     return config
 
 
-def to_container(cfg: DictConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(cfg))
-
-
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrades the config of a record: renames keys, and adds missing ones with today's defaults.
-
-    Args:
-        config: resolved, as a run recorded it.
-    """
+    """Upgrades the config of a record: renames keys and adds missing ones with today's values."""
     upgraded = {
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in config.items()
@@ -154,4 +139,4 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(compose()))
+    return run_config(compose())
