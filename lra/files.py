@@ -29,11 +29,7 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file atomically; readers and a crash see the complete old or new content.
-
-    Raises:
-        LraError: the disk is full or refuses; the file keeps its old content.
-    """
+    """Replaces a file atomically; after a crash or LraError it has its old content."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
         try:

@@ -15,11 +15,7 @@ from lra.errors import ConfigError
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The resolved config that `lra train OVERRIDES` would run.
-
-    Raises:
-        ConfigError: an unknown key, option or value; one line with the nearest valid names.
-    """
+    """The resolved config of `lra train OVERRIDES`; raises ConfigError if it is invalid."""
     with composed(overrides) as (cfg, choices):
         return finalize(cfg, choices, normalize_overrides(overrides))
 
@@ -78,10 +74,8 @@ def finalize(
     """Resolves and checks a composed config, and chooses its width if `model.param_count` is set.
 
     Args:
-        cfg: as Hydra composes it, without `hydra`.
         choices: the chosen option of each config group.
-        overrides: the overrides of the command line.
-        flags: flags of Hydra that stand before them.
+        flags: flags of Hydra that stand before `overrides` on the command line.
 
     Raises:
         ConfigError: an invalid value, or a number of parameters that no width gives.

@@ -326,11 +326,7 @@ def keys_in_eval() -> tuple[str, ...]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Checks the values of a resolved config that the harness reads.
-
-    Raises:
-        ConfigError: a value is not valid, or a required key is missing.
-    """
+    """Raises ConfigError if the harness finds a value invalid or a required key missing."""
     for key, entry in KEYS.items():
         *sections, name = key.split(".")
         node: Any = config

@@ -49,11 +49,7 @@ class Reporter:
         self.row = self.bar.add_task("", total=steps, loss=nan, accuracy=nan, rate=nan)
 
     def header(self, record: dict, rates: list[tuple], folder: Path) -> None:
-        """Prints data, model, parameter groups and folder.
-
-        Args:
-            rates: (name, learning rate, weight decay, tensors, parameters) of each parameter group.
-        """
+        """Prints data, model, folder and `rates`, one row for each parameter group."""
         data, device, config = record["data"], record["device"], record["config"]
         counts = ", ".join(f"{name} {part['count']:,}" for name, part in data["splits"].items())
         self.console.print(
@@ -100,11 +96,7 @@ class Reporter:
         self.bar.stop()
 
     def advance(self, step: int, done: int, seconds: float, tally) -> None:
-        """Updates the bar after `done` steps in `seconds`.
-
-        Args:
-            tally: sums of loss, correct and count since the last logged line.
-        """
+        """Updates the bar after `done` steps in `seconds`; `tally` sums loss, correct and count."""
         loss, correct, count = (float(x) for x in tally)
         rate = done * self.batch_size / seconds
         self.bar.update(

@@ -63,11 +63,7 @@ _REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a run, or None without one. Needs no lock.
-
-    Raises:
-        RunFolderError: the file is not a record of this schema.
-    """
+    """The record of a run, or None; raises RunFolderError if the file is no valid record."""
     path = Path(folder) / RECORD
     try:
         record = json.loads(path.read_bytes())
@@ -81,10 +77,9 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first, without a truncated last line. Needs no lock.
+    """The lines of metrics.jsonl, oldest first, without a truncated last line.
 
-    Raises:
-        RunFolderError: another line is not a JSON object with a `step`.
+    Raises RunFolderError if another line is not a JSON object with a `step`.
     """
     path = Path(folder) / METRICS
     try:
@@ -125,22 +120,13 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
 
 
 def run_path(root: str | Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> Path:
-    """The folder of a run: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of its hash>.
-
-    Args:
-        config: resolved, with a `seed`.
-        names: task, model and protocol; a slash becomes a hyphen.
-    """
+    """The folder of a run: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of its hash>."""
     task, model, protocol = (names[key].replace("/", "-") for key in ("task", "model", "protocol"))
     return Path(root) / task / model / f"{protocol}-s{config['seed']}-{config_hash(config)[:8]}"
 
 
 def to_json(value: Any) -> Any:
-    """Converts to JSON types: NaN, infinities to None, arrays to lists, paths, keys to strings.
-
-    Raises:
-        TypeError: a value has no JSON form.
-    """
+    """Converts to JSON types: NaN, infinities to None, arrays to lists, paths, keys to strings."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -35,9 +35,7 @@ LOCK_S = 0.5  # limit for taking a lock, which `is_locked` of another process ho
 class RunFolder:
     """A run folder, locked for this process until `close` or the end of a `with` block.
 
-    Raises:
-        RunFolderError: another process has locked it.
-        LraError: the folder cannot be created or written.
+    Raises RunFolderError if another process has locked it, LraError if it cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -61,13 +59,7 @@ class RunFolder:
         self.close()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact.
-
-        Raises:
-            ValueError: a required key is missing or invalid.
-            TypeError: a value has no JSON form.
-            LraError: the file cannot be written.
-        """
+        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact."""
         record = {"schema": SCHEMA, **record}
         if found := problem(record):
             raise ValueError(f"record {found}")
