@@ -43,18 +43,17 @@ def normalize_overrides(overrides: Sequence[str]) -> list[str]:
         ConfigError: null for a group that every run needs, an experiment together with a task or
             model, or a key that has a new name.
     """
-    words = list(overrides)
-    for group in OPTIONAL_GROUPS:
-        undone = max((i for i, word in enumerate(words) if word == f"{group}=null"), default=-1)
-        words = [
-            word for i, word in enumerate(words) if i > undone or not word.startswith(f"{group}=")
-        ]
-    for word in words:
-        key = word.partition("=")[0].lstrip("+~")
+    words: list[str] = []
+    for word in overrides:
+        group, _, option = word.partition("=")
+        if group in OPTIONAL_GROUPS and option == "null":
+            words = [earlier for earlier in words if not earlier.startswith(f"{group}=")]
+            continue
+        words.append(word)
+        key = group.lstrip("+~")
         for old, new in RENAMED.items():
             if key == old or key.startswith(f"{old}."):
                 raise ConfigError(f"{word}: {old} is now {new}; set {key.replace(old, new, 1)}")
-        group, _, option = word.partition("=")
         if option == "null" and (CONF / group).is_dir():
             expected = ", ".join(options(group))
             raise ConfigError(f"{word}: a run needs one; expected one of: {expected}")
