@@ -127,9 +127,7 @@ KEYS: Mapping[str, Key] = {
     "backbone.norm_position": Key(
         "Normalization before the mixer, or after the residual sum.", described("pre or post"),
     ),
-    "backbone.norm_momentum": Key(
-        "Momentum of the running statistics of batch norm.", number("[0, 1)"),
-    ),
+    "backbone.norm_momentum": Key("Momentum of batch norm's running statistics.", number("[0, 1)")),
     "backbone.final_norm": Key("One more normalization before pooling.", SWITCH),
     "backbone.activation": Key(
         "Activation after the mixer.", described("none, gelu, relu or silu"),
@@ -150,30 +148,22 @@ KEYS: Mapping[str, Key] = {
         "pair_head.",
         described("linear or mlp"),
     ),
-    "backbone.pair_head": Key(
-        "See protocol.pair_head, its default.", described("interact or concat"),
-    ),
+    "backbone.pair_head": Key("Default: protocol.pair_head.", described("interact or concat")),
     "backbone.positions": Key(
         "Position embedding; rotary belongs to the mixer, the others are added to the embeddings.",
         described("none, learned, sinusoidal or rotary"),
     ),
-    "backbone.precision": Key(
-        "See trainer.precision, its default.", described("float32, tf32 or bf16"),
-    ),
+    "backbone.precision": Key("Default: trainer.precision.", described("float32, tf32 or bf16")),
     "backbone.remat": Key(
-        "See trainer.remat, its default.",
+        "Default: trainer.remat.",
         described("none, block, dots or a policy of JAX"), "speed",
     ),
     "optim.lr": Key("Peak learning rate.", number("(0, inf)")),
-    "optim.weight_decay": Key(
-        "Decoupled weight decay of the parameters in no group.", number("[0, inf)"),
-    ),
+    "optim.weight_decay": Key("Decoupled weight decay outside the groups.", number("[0, inf)")),
     "optim.b1": Key("Decay rate of Adam's first moment.", number("[0, 1)")),
     "optim.b2": Key("Decay rate of Adam's second moment.", number("[0, 1)")),
     "optim.eps": Key("Epsilon in Adam's denominator.", number("(0, inf)")),
-    "optim.warmup": Key(
-        "Length of the linear warm-up as a fraction of all steps.", number("[0, 1]"),
-    ),
+    "optim.warmup": Key("Linear warm-up, as a fraction of all steps.", number("[0, 1]")),
     "optim.lr_start": Key("Learning rate at the start of the warm-up.", number("[0, inf)")),
     "optim.lr_end": Key(
         "Final learning rate of cosine and linear; lower bound of plateau.", number("[0, inf)"),
@@ -186,9 +176,7 @@ KEYS: Mapping[str, Key] = {
         "Validation metric of schedule=plateau, which follows PyTorch's ReduceLROnPlateau.",
         choice("accuracy", "loss"),
     ),
-    "optim.plateau.factor": Key(
-        "Factor by which plateau lowers the learning rate.", number("(0, 1)"),
-    ),
+    "optim.plateau.factor": Key("Factor by which plateau lowers the rate.", number("(0, 1)")),
     "optim.plateau.patience": Key(
         "Number of evaluations without an improvement before plateau lowers the rate.",
         number("[0, inf)", whole=True),
@@ -206,9 +194,7 @@ KEYS: Mapping[str, Key] = {
         "Parameter groups by path, such as blocks/0/mixer/m_y; the first match wins.",
         ParameterGroups(),
     ),
-    "optim.no_decay": Key(
-        "Paths of parameters in no group that have no weight decay.", OPTIONAL_PATTERN,
-    ),
+    "optim.no_decay": Key("Paths of ungrouped parameters without weight decay.", OPTIONAL_PATTERN),
     "trainer.steps": Key("Number of optimizer steps.", count()),
     "trainer.batch_size": Key("Examples of one step, over all devices and micro-batches.", count()),
     "trainer.micro_batch": Key(
@@ -235,15 +221,11 @@ KEYS: Mapping[str, Key] = {
         described("null, auto or {coordinator: HOST:PORT, num_processes: N, process_id: I}"),
         "process",
     ),
-    "trainer.distributed_timeout": Key(
-        "Seconds in which all processes have to connect.", count(), "start",
-    ),
+    "trainer.distributed_timeout": Key("Seconds for all processes to connect.", count(), "start"),
     "trainer.deterministic": Key(
         "Whether to use only GPU operations that repeat bit for bit; slower.", SWITCH, "speed",
     ),
-    "trainer.eval_every": Key(
-        "Steps between evaluations; null: a twentieth of all steps.", count(None),
-    ),
+    "trainer.eval_every": Key("Steps between evaluations; null: steps / 20.", count(None)),
     "trainer.early_stopping": Key(
         "Number of evaluations without a better validation accuracy that ends a run; null: never.",
         count(None),
