@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         help="sizes of blocks and windows (1 or 16, times 4, up to the length)",
     )
     diagnose.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also plot the tables: png, pdf or svg"
+        "--plot", metavar="FILE", type=Path, help="plot the tables: png, pdf or svg"
     )
     diagnose.set_defaults(run=diagnose_command, takes_words=True)
 
@@ -176,11 +176,9 @@ def parser() -> argparse.ArgumentParser:
     )
     table.set_defaults(run=comparison_table)
 
-    plot = commands.add_parser(
-        "plot", parents=[runs], help="plot the learning curves of finished runs"
-    )
+    plot = commands.add_parser("plot", parents=[runs], help="plot the learning curves of runs")
     plot.add_argument(
-        "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
+        "--output", metavar="FILE", default="curves.png", help="png, pdf, svg (curves.png)"
     )
     plot.set_defaults(run=plot_command)
 
@@ -213,14 +211,10 @@ def parser() -> argparse.ArgumentParser:
         help="write the result as JSON; efficiency writes bench_efficiency.json by default, "
         "with .md, .tex and .png beside it",
     )
-    bench.add_argument(
-        "--fresh", action="store_true", help="efficiency: measure again what the file holds"
-    )
+    bench.add_argument("--fresh", action="store_true", help="efficiency: measure every cell again")
     bench.set_defaults(run=bench_command)
 
-    doctor = commands.add_parser(
-        "doctor", parents=[data_root], help="versions, devices, data found, W&B state"
-    )
+    doctor = commands.add_parser("doctor", parents=[data_root], help="versions, devices, data, W&B")
     doctor.set_defaults(run=doctor_command)
     return top
 
@@ -261,23 +255,19 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
     add("info", data_info, "describe a task, its files and its packed store; prepares nothing")
     show = add("show", data_show, "print some examples; images also as a PNG")
     for action in (prepare, verify, show):
-        action.add_argument(
-            "--download", action="store_true", help="download missing files of the publisher"
-        )
+        action.add_argument("--download", action="store_true", help="download the missing files")
         action.add_argument(
             "--allow-partial", action="store_true", help="accept fewer examples than published"
         )
     prepare.add_argument(
-        "--tfds", action="store_true", help="also write a TFDS dataset under data.root/tfds"
+        "--tfds", action="store_true", help="also write TFDS data to data.root/tfds"
     )
     prepare.add_argument(
-        "--export", metavar="DIR", type=Path, help="also write the release's own file format"
+        "--export", metavar="DIR", type=Path, help="also write the release's format"
     )
     show.add_argument("-n", type=int, default=5, help="number of examples (5)")
     show.add_argument("--split", choices=SPLITS, default="train", help="split to show (train)")
-    show.add_argument(
-        "--png", metavar="FILE", type=Path, help="image file (data.root/shown/TASK.png)"
-    )
+    show.add_argument("--png", metavar="FILE", type=Path, help="image (data.root/shown/TASK.png)")
 
 
 def comparison_table(args: argparse.Namespace) -> int:

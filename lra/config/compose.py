@@ -1,5 +1,6 @@
 """Composes the config of a run from command-line overrides, and upgrades recorded configs."""
 
+import copy
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,10 +116,7 @@ def run_config(cfg: DictConfig) -> dict[str, Any]:
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Upgrades the config of a record: renames keys and adds missing ones with today's values."""
-    upgraded = {
-        name: dict(section) if isinstance(section, Mapping) else section
-        for name, section in config.items()
-    }
+    upgraded = copy.deepcopy(dict(config))
     for old, new in RENAMED.items():
         (section, old_name), new_name = old.split("."), new.split(".")[1]
         if old_name in upgraded.get(section, {}):

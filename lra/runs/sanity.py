@@ -7,7 +7,7 @@ import numpy as np
 
 
 def first_loss_problem(loss: float, num_classes: int, tolerance: float | None) -> str | None:
-    """Describes what is wrong with the loss of the first step, in nats; None if it is plausible.
+    """What is wrong with the loss of the first step, in nats; None if it is plausible.
 
     An untrained model with equal logits has loss log(C) for every label, smoothed or not.
 

@@ -51,12 +51,9 @@ class Tracker:
 
 
 class WandbTracker(Tracker):
-    """Mirrors a run to W&B. No method raises; only `finish` waits.
+    """Mirrors a run to W&B, in <folder>/wandb. No method raises; only `finish` waits.
 
-    Args:
-        folder: the run folder; W&B writes to <folder>/wandb.
-        mode: auto, online or offline.
-        run: keyword arguments of `wandb.init` (project, entity, group, name, tags, config).
+    `mode` is auto, online or offline; `run` holds keyword arguments of `wandb.init`.
     """
 
     def __init__(self, folder: Path, mode: str, run: Mapping[str, Any]):
