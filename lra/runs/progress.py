@@ -27,7 +27,7 @@ class Screen(Console):
 
 
 class Reporter:
-    """Console output of one run. The bar needs a terminal; the lines do not."""
+    """Console output of one run. `bar` is a context manager and needs a terminal."""
 
     def __init__(self, steps: int, batch_size: int, *, live: bool):
         self.steps, self.batch_size = steps, batch_size
@@ -87,13 +87,6 @@ class Reporter:
             f"micro-batch {size} of {batch_size} examples ({tried}); "
             f"evaluations take {eval_batch} at a time"
         )
-
-    def __enter__(self) -> "Reporter":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
 
     def advance(self, step: int, done: int, seconds: float, tally) -> None:
         """Updates the bar after `done` steps in `seconds`; `tally` sums loss, correct and count."""

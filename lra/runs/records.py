@@ -59,8 +59,6 @@ SCHEMA = 1
 STATUSES = ("running", "finished", "preempted", "diverged", "failed")
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
 
-_REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
-
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """The record of a run, or None; raises RunFolderError if the file is no valid record."""
@@ -113,10 +111,9 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
     Leaves out the keys that affect only one start or one process of a run (`lra.config.schema`),
     so that a resumed run may change them, and the dotted keys in `without`.
     """
-    kept = _without(to_json(config), {*keys_affecting("start", "process"), *without})
-    return hashlib.sha256(
-        json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()
-    ).hexdigest()
+    kept = _hashed(to_json(config), {*keys_affecting("start", "process"), *without})
+    text = json.dumps(kept, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_path(root: str | Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> Path:
@@ -148,7 +145,8 @@ def problem(record: Any) -> str | None:
         return f"holds a {type(record).__name__}, expected an object"
     if record.get("schema") != SCHEMA:
         return f"has schema {record.get('schema')!r}; this version reads schema {SCHEMA}"
-    if missing := [key for key in _REQUIRED if key not in record]:
+    required = ("status", "task", "model", "protocol", "seed", "config")
+    if missing := [key for key in required if key not in record]:
         return f"lacks {', '.join(missing)}"
     if record["status"] not in STATUSES:
         return f"has status {record['status']!r}, expected one of {', '.join(STATUSES)}"
@@ -159,19 +157,11 @@ def problem(record: Any) -> str | None:
     return None
 
 
-def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> dict[str, Any]:
-    """`config` without the dotted keys in `left_out`."""
-    kept = {key: value for key, value in config.items() if prefix + key not in left_out}
-    return {
-        key: _without(value, left_out, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
-
-
-def _plain_numbers(value: Any) -> Any:
-    """Replaces whole floats by integers, so that 1.0 and 1 have one hash."""
+def _hashed(value: Any, left_out: Set[str] = frozenset(), prefix: str = "") -> Any:
+    """`value` without the dotted keys in `left_out`, and with 1 for 1.0, which have one hash."""
     if isinstance(value, dict):
-        return {key: _plain_numbers(item) for key, item in value.items()}
+        kept = {key: item for key, item in value.items() if prefix + key not in left_out}
+        return {key: _hashed(item, left_out, f"{prefix}{key}.") for key, item in kept.items()}
     if isinstance(value, list):
-        return [_plain_numbers(item) for item in value]
+        return [_hashed(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 LOCK_S = 0.5  # limit for taking a lock, which `is_locked` of another process holds for microseconds
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """A run folder, locked for this process until `close` or the end of a `with` block.
 
     Raises RunFolderError if another process has locked it, LraError if it cannot be written.
@@ -51,9 +52,6 @@ class RunFolder:
 
     def close(self) -> None:
         self._lock.release()
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
