@@ -109,9 +109,13 @@ def resolve(
 
 def run_config(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as a record holds it; `names` are recorded beside it."""
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg))
+    config = to_container(cfg)
     del config["names"]
     return config
+
+
+def to_container(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
