@@ -97,20 +97,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lra", description="Long Range Arena in JAX.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
+    add = partial(add_command, commands)
 
     commands.add_parser("train", help="train a model on a task: lra train task=listops model=stu")
     add_data_commands(commands.add_parser("data", help="prepare and inspect the tasks' data"))
 
-    keys = commands.add_parser("keys", help="list the config keys: default, valid values, help")
+    keys = add("keys", keys_command, "list the config keys: default, valid values, help")
     keys.add_argument(
         "prefixes", nargs="*", metavar="PREFIX", help="keys or sections, such as optim (all)"
     )
-    keys.set_defaults(run=keys_command)
 
-    commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
-    models = commands.add_parser(
-        "models", help="list the models; with task=NAME their parameters, FLOPs and state"
-    )
+    add("tasks", list_options, "list the tasks").set_defaults(group="task")
+    models = add("models", models_command, "list the models; with task=NAME their costs")
     models.add_argument(
         "overrides",
         nargs="*",
@@ -118,19 +116,16 @@ def parser() -> argparse.ArgumentParser:
         help="task=NAME and other keys of `lra train`; model=A,B selects models",
     )
     models.add_argument("--format", choices=FORMATS, default="terminal")
-    models.set_defaults(run=models_command, group="model")
+    models.set_defaults(group="model")
 
-    evaluate = commands.add_parser(
-        "eval", help="score a run's saved weights again and compare with its record"
-    )
+    evaluate = add("eval", eval_command, "score a run's saved weights; compare with its record")
     add_saved_run(evaluate, "KEY=VALUE", "data.root, data.download, trainer.eval_batch_size, ...")
-    evaluate.set_defaults(run=eval_command)
 
-    diagnose = commands.add_parser(
+    diagnose = add(
         "diagnose",
-        help="a run's accuracy by length, depth, ...; at other lengths; on permuted or local input",
+        diagnose_command,
+        "a run's accuracy by length, depth, ...; at other lengths; on permuted or local input",
         description=DIAGNOSE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_saved_run(
         diagnose,
@@ -148,16 +143,14 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--plot", metavar="FILE", type=Path, help="plot the tables: png, pdf or svg"
     )
-    diagnose.set_defaults(run=diagnose_command, takes_words=True)
+    diagnose.set_defaults(takes_words=True)
 
     runs = argparse.ArgumentParser(add_help=False)
     runs.add_argument(
         "paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)"
     )
     runs.add_argument("--task", action="append", help="only this task; repeatable")
-    table = commands.add_parser(
-        "table", parents=[runs], help="compare runs with each other and published numbers"
-    )
+    table = add("table", comparison_table, "compare runs and published numbers", parents=[runs])
     table.add_argument("--model", action="append", help="only this model; repeatable")
     table.add_argument("--protocol", help="only this protocol")
     table.add_argument(
@@ -174,13 +167,11 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--metric", choices=("test", "val"), default="test", help="accuracy of this split (test)"
     )
-    table.set_defaults(run=comparison_table)
 
-    plot = commands.add_parser("plot", parents=[runs], help="plot the learning curves of runs")
+    plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
     plot.add_argument(
         "--output", metavar="FILE", default="curves.png", help="png, pdf, svg (curves.png)"
     )
-    plot.set_defaults(run=plot_command)
 
     data_root = argparse.ArgumentParser(add_help=False)
     data_root.add_argument(
@@ -190,12 +181,12 @@ def parser() -> argparse.ArgumentParser:
         default=Path(os.environ.get("LRA_DATA", "data")),
         help="data folder ($LRA_DATA, else data)",
     )
-    bench = commands.add_parser(
+    bench = add(
         "bench",
+        bench_command,
+        "measure speed and memory",
         parents=[data_root],
-        help="measure speed and memory on this machine",
         description=BENCH_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("suite", choices=("data", "ops", "trainer", "efficiency"))
     bench.add_argument(
@@ -212,11 +203,17 @@ def parser() -> argparse.ArgumentParser:
         "with .md, .tex and .png beside it",
     )
     bench.add_argument("--fresh", action="store_true", help="efficiency: measure every cell again")
-    bench.set_defaults(run=bench_command)
 
-    doctor = commands.add_parser("doctor", parents=[data_root], help="versions, devices, data, W&B")
-    doctor.set_defaults(run=doctor_command)
+    add("doctor", doctor_command, "versions, devices, data, W&B", parents=[data_root])
     return top
+
+
+def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
+    """Adds a subcommand that calls `run(args)`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=help, formatter_class=raw, **options)
+    command.set_defaults(run=run)
+    return command
 
 
 def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str) -> None:
@@ -234,22 +231,19 @@ def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str
 def add_data_commands(data: argparse.ArgumentParser) -> None:
     actions = data.add_subparsers(metavar="ACTION", required=True)
 
-    def add(name: str, run, help: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=help)
-        action.add_argument(
-            "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
-        )
-        action.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            help="config overrides, as for `lra train`",
-        )
-        action.set_defaults(run=run)
-        return action
-
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument(
+        "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
+    )
+    chosen.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config overrides, as for `lra train`",
+    )
+    add = partial(add_command, actions, parents=[chosen])
     prepare = add("prepare", data_prepare, "generate or read data into the packed store")
     verify = add("verify", data_verify, "recompute hashes, counts, balance; report defects")
     add("info", data_info, "describe a task, its files and its packed store; prepares nothing")
