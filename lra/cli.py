@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         help="sizes of blocks and windows (1 or 16, times 4, up to the length)",
     )
     diagnose.add_argument(
-        "--plot", metavar="FILE", type=Path, help="plot the tables: png, pdf or svg"
+        "--plot", metavar="FILE", type=Path, help="also plot the tables: png, pdf or svg"
     )
     diagnose.set_defaults(takes_words=True)
 
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
 
     plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
     plot.add_argument(
-        "--output", metavar="FILE", default="curves.png", help="png, pdf, svg (curves.png)"
+        "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
     )
 
     data_root = argparse.ArgumentParser(add_help=False)
@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     bench = add(
         "bench",
         bench_command,
-        "measure speed and memory",
+        "measure speed and memory on this machine",
         parents=[data_root],
         description=BENCH_HELP,
     )
@@ -254,10 +254,10 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
             "--allow-partial", action="store_true", help="accept fewer examples than published"
         )
     prepare.add_argument(
-        "--tfds", action="store_true", help="also write TFDS data to data.root/tfds"
+        "--tfds", action="store_true", help="also write a TFDS dataset under data.root/tfds"
     )
     prepare.add_argument(
-        "--export", metavar="DIR", type=Path, help="also write the release's format"
+        "--export", metavar="DIR", type=Path, help="also write the release's own file format"
     )
     show.add_argument("-n", type=int, default=5, help="number of examples (5)")
     show.add_argument("--split", choices=SPLITS, default="train", help="split to show (train)")
