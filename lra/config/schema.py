@@ -176,7 +176,9 @@ KEYS: Mapping[str, Key] = {
         "Validation metric of schedule=plateau, which follows PyTorch's ReduceLROnPlateau.",
         choice("accuracy", "loss"),
     ),
-    "optim.plateau.factor": Key("Factor by which plateau lowers the rate.", number("(0, 1)")),
+    "optim.plateau.factor": Key(
+        "Factor by which plateau lowers the learning rate.", number("(0, 1)"),
+    ),
     "optim.plateau.patience": Key(
         "Number of evaluations without an improvement before plateau lowers the rate.",
         number("[0, inf)", whole=True),
