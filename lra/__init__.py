@@ -41,11 +41,7 @@ def load(
 
 
 def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:
-    """Trains a config, from `compose` or a list of overrides, and returns its record.
-
-    Raises:
-        LraError: `lra train` prints it in one line.
-    """
+    """Trains a config, from `compose` or overrides; returns its record or raises LraError."""
     from omegaconf import DictConfig
 
     from lra.config.compose import compose

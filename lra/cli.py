@@ -13,13 +13,13 @@ from pathlib import Path
 
 from lra.config.options import CONF
 from lra.errors import ConfigError, LraError
+from lra.files import disk_errors
 from lra.runs.console import configure_logging, discard_stdout
 from lra.train_command import train_command
 from lra.training.preemption import Signals
 
 log = logging.getLogger("lra.cli")
 
-SENTENCE_END = r"(?<=\.) (?!\d)"  # not after the abbreviation in "Tay et al. 2020"
 FORMATS = ("terminal", "markdown", "latex", "csv")
 SPLITS = ("test", "val", "train")
 
@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     try:
-        code = run(argv)
+        if argv[:1] == ["train"]:
+            code = train_command(argv[1:])
+        else:
+            args = parse(argv or ["--help"])
+            with Signals():  # SIGTERM cleans up as Ctrl-C does
+                code = args.run(args)
         sys.stdout.flush()
         return code
     except LraError as error:
@@ -77,22 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(argv: list[str]) -> int:
-    if argv[:1] == ["train"]:
-        return train_command(argv[1:])
-    args = parse(argv or ["--help"])
-    with Signals():  # SIGTERM cleans up as Ctrl-C does
-        return args.run(args)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parsed arguments. KEY=VALUE may also follow options, which argparse alone rejects."""
     top = parser()
     args, rest = top.parse_known_args(argv)
-    words = [
-        word for word in rest if word[0] != "-" and ("=" in word or hasattr(args, "takes_words"))
-    ]
-    if rest and (not hasattr(args, "overrides") or words != rest):
+    valid = (word[0] != "-" and ("=" in word or hasattr(args, "takes_words")) for word in rest)
+    if rest and not (hasattr(args, "overrides") and all(valid)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
@@ -102,20 +97,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lra", description="Long Range Arena in JAX.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
+    add = partial(add_command, commands)
 
     commands.add_parser("train", help="train a model on a task: lra train task=listops model=stu")
     add_data_commands(commands.add_parser("data", help="prepare and inspect the tasks' data"))
 
-    keys = commands.add_parser("keys", help="list the config keys: default, valid values, help")
+    keys = add("keys", keys_command, "list the config keys: default, valid values, help")
     keys.add_argument(
         "prefixes", nargs="*", metavar="PREFIX", help="keys or sections, such as optim (all)"
     )
-    keys.set_defaults(run=keys_command)
 
-    commands.add_parser("tasks", help="list the tasks").set_defaults(run=list_options, group="task")
-    models = commands.add_parser(
-        "models", help="list the models; with task=NAME their parameters, FLOPs and state"
-    )
+    add("tasks", list_options, "list the tasks").set_defaults(group="task")
+    models = add("models", models_command, "list the models; with task=NAME their costs")
     models.add_argument(
         "overrides",
         nargs="*",
@@ -123,19 +116,16 @@ def parser() -> argparse.ArgumentParser:
         help="task=NAME and other keys of `lra train`; model=A,B selects models",
     )
     models.add_argument("--format", choices=FORMATS, default="terminal")
-    models.set_defaults(run=models_command, group="model")
+    models.set_defaults(group="model")
 
-    evaluate = commands.add_parser(
-        "eval", help="score a run's saved weights again and compare with its record"
-    )
+    evaluate = add("eval", eval_command, "score a run's saved weights; compare with its record")
     add_saved_run(evaluate, "KEY=VALUE", "data.root, data.download, trainer.eval_batch_size, ...")
-    evaluate.set_defaults(run=eval_command)
 
-    diagnose = commands.add_parser(
+    diagnose = add(
         "diagnose",
-        help="a run's accuracy by length, depth, ...; at other lengths; on permuted or local input",
+        diagnose_command,
+        "a run's accuracy by length, depth, ...; at other lengths; on permuted or local input",
         description=DIAGNOSE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_saved_run(
         diagnose,
@@ -153,13 +143,14 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--plot", metavar="FILE", type=Path, help="also plot the tables: png, pdf or svg"
     )
-    diagnose.set_defaults(run=diagnose_command, takes_words=True)
+    diagnose.set_defaults(takes_words=True)
 
-    table = commands.add_parser("table", help="compare runs with each other and published numbers")
-    table.add_argument(
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument(
         "paths", nargs="*", default=["runs"], help="folders that hold runs, or record files (runs)"
     )
-    table.add_argument("--task", action="append", help="only this task; repeatable")
+    runs.add_argument("--task", action="append", help="only this task; repeatable")
+    table = add("table", comparison_table, "compare runs and published numbers", parents=[runs])
     table.add_argument("--model", action="append", help="only this model; repeatable")
     table.add_argument("--protocol", help="only this protocol")
     table.add_argument(
@@ -176,21 +167,26 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--metric", choices=("test", "val"), default="test", help="accuracy of this split (test)"
     )
-    table.set_defaults(run=comparison_table)
 
-    plot = commands.add_parser("plot", help="plot the learning curves of finished runs")
-    plot.add_argument("paths", nargs="*", default=["runs"], help="folders that hold runs (runs)")
-    plot.add_argument("--task", action="append", help="only this task; repeatable")
+    plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
     plot.add_argument(
         "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
     )
-    plot.set_defaults(run=plot_command)
 
-    bench = commands.add_parser(
+    data_root = argparse.ArgumentParser(add_help=False)
+    data_root.add_argument(
+        "--data-root",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ.get("LRA_DATA", "data")),
+        help="data folder ($LRA_DATA, else data)",
+    )
+    bench = add(
         "bench",
-        help="measure speed and memory on this machine",
+        bench_command,
+        "measure speed and memory on this machine",
+        parents=[data_root],
         description=BENCH_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("suite", choices=("data", "ops", "trainer", "efficiency"))
     bench.add_argument(
@@ -200,26 +196,24 @@ def parser() -> argparse.ArgumentParser:
         help="trainer: the config to train; efficiency: keys of conf/bench/efficiency.yaml",
     )
     bench.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="data: folder of the publishers' files ($LRA_DATA, else data)",
-    )
-    bench.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
         help="write the result as JSON; efficiency writes bench_efficiency.json by default, "
         "with .md, .tex and .png beside it",
     )
-    bench.add_argument(
-        "--fresh", action="store_true", help="efficiency: measure again what the file holds"
-    )
-    bench.set_defaults(run=bench_command)
+    bench.add_argument("--fresh", action="store_true", help="efficiency: measure every cell again")
 
-    doctor = commands.add_parser("doctor", help="versions, devices, data found, W&B state")
-    doctor.add_argument("--data-root", metavar="DIR", help="data folder ($LRA_DATA, else data)")
-    doctor.set_defaults(run=doctor_command)
+    add("doctor", doctor_command, "versions, devices, data, W&B", parents=[data_root])
     return top
+
+
+def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
+    """Adds a subcommand that calls `run(args)`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=help, formatter_class=raw, **options)
+    command.set_defaults(run=run)
+    return command
 
 
 def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str) -> None:
@@ -237,30 +231,25 @@ def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str
 def add_data_commands(data: argparse.ArgumentParser) -> None:
     actions = data.add_subparsers(metavar="ACTION", required=True)
 
-    def add(name: str, run, help: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=help)
-        action.add_argument(
-            "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
-        )
-        action.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            help="config overrides, as for `lra train`",
-        )
-        action.set_defaults(run=run)
-        return action
-
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument(
+        "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
+    )
+    chosen.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config overrides, as for `lra train`",
+    )
+    add = partial(add_command, actions, parents=[chosen])
     prepare = add("prepare", data_prepare, "generate or read data into the packed store")
     verify = add("verify", data_verify, "recompute hashes, counts, balance; report defects")
     add("info", data_info, "describe a task, its files and its packed store; prepares nothing")
     show = add("show", data_show, "print some examples; images also as a PNG")
     for action in (prepare, verify, show):
-        action.add_argument(
-            "--download", action="store_true", help="download missing files of the publisher"
-        )
+        action.add_argument("--download", action="store_true", help="download the missing files")
         action.add_argument(
             "--allow-partial", action="store_true", help="accept fewer examples than published"
         )
@@ -272,9 +261,7 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
     )
     show.add_argument("-n", type=int, default=5, help="number of examples (5)")
     show.add_argument("--split", choices=SPLITS, default="train", help="split to show (train)")
-    show.add_argument(
-        "--png", metavar="FILE", type=Path, help="image file (data.root/shown/TASK.png)"
-    )
+    show.add_argument("--png", metavar="FILE", type=Path, help="image (data.root/shown/TASK.png)")
 
 
 def comparison_table(args: argparse.Namespace) -> int:
@@ -324,20 +311,15 @@ def diagnose_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--sizes {args.sizes}: expected whole numbers such as 1,16,256"
         ) from None
-    options = {
-        "split": args.split,
-        "examples": args.examples,
-        "weights": args.weights,
-        "sizes": sizes,
-    }
+    options = {"split": args.split, "weights": args.weights, "examples": args.examples}
     tables: dict = {}
-    for name, found, text in diagnose(args.folder, args.overrides, **options):
+    for name, found, text in diagnose(args.folder, args.overrides, sizes=sizes, **options):
         print(text, end="\n\n", flush=True)
         tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
     if args.plot:
         from lra.report.plots import plot_diagnostics
 
-        print(f"{plot_diagnostics(tables, args.plot)}")
+        print(plot_diagnostics(tables, args.plot))
     return 0
 
 
@@ -347,7 +329,8 @@ def list_options(args: argparse.Namespace) -> int:
         head = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
         about = " ".join(line.removeprefix("#").strip() for line in head)
         about = about.removeprefix(f"conf/{args.group}/{file.name} -- ")
-        print(f"{file.stem:<19} {re.split(SENTENCE_END, about)[0]}")
+        sentence = re.split(r"(?<=\.) (?!\d)", about)[0]  # not split at "Tay et al. 2020"
+        print(f"{file.stem:<19} {sentence}")
     return 0
 
 
@@ -395,10 +378,11 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple]:
 
 
 def data_prepare(args: argparse.Namespace) -> int:
-    from lra.files import disk_errors
+    from lra.tasks.base import Task
 
-    if args.export:
-        check_export(args)
+    for _, task in composed(args) if args.export else ():
+        if type(task).export is Task.export:  # the task has no file format
+            task.export({}, args.export)  # raises before the preparation
     for task, store, root in prepared(args):
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
         partial_data = ", PARTIAL" if store.manifest["partial"] else ""
@@ -421,24 +405,15 @@ def data_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_export(args: argparse.Namespace) -> None:
-    """Raises LraError before the preparation if a task has no file format to export to."""
-    from lra.tasks.base import Task
-
-    for _, task in composed(args):
-        if type(task).export is Task.export:
-            task.export({}, args.export)  # raises
-
-
 def data_verify(args: argparse.Namespace) -> int:
     from lra.data.inspect import verify_lines
 
-    sound = True
+    code = 0
     for task, store, _ in prepared(args):
         for line, problem in verify_lines(task, store):
             print(line)
-            sound = sound and not problem
-    return 0 if sound else 3
+            code = 3 if problem else code
+    return code
 
 
 def data_info(args: argparse.Namespace) -> int:
@@ -451,7 +426,6 @@ def data_info(args: argparse.Namespace) -> int:
 
 def data_show(args: argparse.Namespace) -> int:
     from lra.data.inspect import show_lines, write_sheet
-    from lra.files import disk_errors
 
     if args.n < 1:
         raise ConfigError(f"-n {args.n}: expected 1 or more")
@@ -477,18 +451,14 @@ def bench_command(args: argparse.Namespace) -> int:
         )
     from lra.bench import measurement
 
-    if args.suite == "data":
+    if args.suite == "data":  # measured without JAX
         from lra.bench import data
 
-        measurements = data.measure(data_root_of(args))
-    elif args.suite == "ops":
-        from lra.bench import ops
-
-        measurements = ops.measure()
+        measurements = data.measure(args.data_root)
     else:
-        from lra.bench import trainer
+        from lra.bench import ops, trainer
 
-        measurements = trainer.measure(args.overrides)
+        measurements = ops.measure() if args.suite == "ops" else trainer.measure(args.overrides)
     result = measurement.make_result(args.suite, measurements)
     print(measurement.to_markdown(result), end="")
     if args.output:
@@ -512,14 +482,10 @@ def efficiency_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def data_root_of(args: argparse.Namespace) -> Path:
-    return Path(args.data_root or os.environ.get("LRA_DATA", "data"))
-
-
 def doctor_command(args: argparse.Namespace) -> int:
     from lra.report.doctor import report
 
-    print(report(data_root_of(args)))
+    print(report(args.data_root))
     return 0
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from lra.errors import LraError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextmanager
 def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError) -> Iterator[None]:
@@ -19,8 +17,11 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
     try:
         yield
     except OSError as error:
-        full = error.errno in FULL
-        advice = f" ({_free_space(path)} free); make room there" if full else "; correct the path"
+        advice = "; correct the path"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
+            free = shutil.disk_usage(folder).free / 2**20
+            advice = f" ({free:,.0f} MiB free); make room there"
         raise kind(
             f"{error.filename or path}: {error.strerror or error}{advice} or set another {key}, "
             "what was written before is intact"
@@ -28,32 +29,19 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file atomically; readers and a crash see the complete old or new content.
-
-    Raises:
-        LraError: the disk is full or refuses; the file keeps its old content.
-    """
+    """Replaces a file atomically; after a crash or LraError it has its old content."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with disk_errors(path):
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                write_all(descriptor, content)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-
-
-def write_all(descriptor: int, content: bytes) -> None:
-    """Writes all of `content`; one `os.write` may write only a part."""
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,11 +56,3 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _free_space(path: Path) -> str:
-    existing = next((p for p in (path, *path.parents) if p.is_dir()), Path("."))
-    try:
-        return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
-    except OSError:
-        return "unknown space"

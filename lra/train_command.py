@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lra.config.options import CONF
+from lra.config.options import options
 from lra.errors import ConfigError, LraError, PreemptedError
 from lra.runs.console import configure_logging, discard_stdout
 
@@ -42,7 +42,9 @@ def train_command(argv: Sequence[str]) -> int:
         print(describe_keys(argv[1:]), end="")
         return 0
     if not argv or argv[0] in ("-h", "--help"):
-        print_help()
+        print(HELP)
+        for group in ("experiment", "task", "model", "protocol"):
+            print(f"  {group + '=':<12} {', '.join(options(group))}")
         return 0 if argv else 2
     import hydra
 
@@ -76,14 +78,6 @@ def train_command(argv: Sequence[str]) -> int:
     if errors:
         raise errors[0]
     return 0
-
-
-def print_help() -> None:
-    print(HELP)
-    for group in ("experiment", "task", "model", "protocol"):
-        files = (CONF / group).rglob("*.yaml")
-        names = sorted(str(file.relative_to(CONF / group).with_suffix("")) for file in files)
-        print(f"  {group + '=':<12} {', '.join(names)}")
 
 
 def sweep(start, argv: Sequence[str]) -> int:

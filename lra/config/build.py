@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,7 @@ def constructor_arguments(section: Mapping[str, Any]) -> DictConfig:
 
 
 def build_task(cfg: DictConfig):
-    """The task object of a config.
-
-    Raises:
-        ConfigError: the constructor refuses a value.
-    """
+    """The task object of a config; raises ConfigError if its constructor refuses a value."""
     return instantiate(
         "task",
         constructor_arguments(cfg.task),
@@ -67,10 +64,7 @@ def model_builder(cfg: DictConfig, task) -> Callable[..., Any]:
         "num_targets": task.num_targets,
     }
 
-    def build(rngs):
-        return instantiate("backbone", cfg.backbone, mixer=mixer, **shape, rngs=rngs)
-
-    return build
+    return partial(instantiate, "backbone", cfg.backbone, mixer=mixer, **shape)
 
 
 def instantiate(group: str, section: DictConfig, **extra):
@@ -100,14 +94,9 @@ def instantiate(group: str, section: DictConfig, **extra):
 
 
 def check_types(group: str, section: DictConfig) -> None:
-    """Checks values against the constructor's annotations that are simple types or mappings.
-
-    Raises:
-        ConfigError: a value has another type.
-    """
-    parameters = inspect.signature(
-        inspect.getattr_static(target_class(group, section), "__init__")
-    ).parameters
+    """Checks values against the constructor's annotations that are simple types or mappings."""
+    constructor = inspect.getattr_static(target_class(group, section), "__init__")
+    parameters = inspect.signature(constructor).parameters
     for key, value in ((str(key), value) for key, value in section.items()):
         hint = parameters[key].annotation if key in parameters else None
         if typing.get_origin(hint) is Mapping and not isinstance(value, Mapping):
@@ -123,11 +112,7 @@ def check_types(group: str, section: DictConfig) -> None:
 
 
 def target_class(group: str, section: DictConfig) -> type:
-    """The class that a section's `_target_` names.
-
-    Raises:
-        ConfigError: there is no such class.
-    """
+    """The class that a section's `_target_` names; raises ConfigError if there is none."""
     target = section.get("_target_")
     module, _, name = str(target).rpartition(".")
     try:

@@ -1,5 +1,6 @@
 """Composes the config of a run from command-line overrides, and upgrades recorded configs."""
 
+import copy
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,22 +16,14 @@ from lra.errors import ConfigError
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The resolved config that `lra train OVERRIDES` would run.
-
-    Raises:
-        ConfigError: an unknown key, option or value; one line with the nearest valid names.
-    """
+    """The resolved config of `lra train OVERRIDES`; raises ConfigError if it is invalid."""
     with composed(overrides) as (cfg, choices):
         return finalize(cfg, choices, normalize_overrides(overrides))
 
 
 @contextmanager
 def composed(overrides: Sequence[str] = ()) -> Iterator[tuple[DictConfig, dict[str, Any]]]:
-    """The unresolved config and the chosen option of each group, while Hydra is initialized.
-
-    Raises:
-        ConfigError: an unknown key or option.
-    """
+    """The unresolved config and the chosen option of each group, while Hydra is initialized."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -51,18 +44,17 @@ def normalize_overrides(overrides: Sequence[str]) -> list[str]:
         ConfigError: null for a group that every run needs, an experiment together with a task or
             model, or a key that has a new name.
     """
-    words = list(overrides)
-    for group in OPTIONAL_GROUPS:
-        undone = max((i for i, word in enumerate(words) if word == f"{group}=null"), default=-1)
-        words = [
-            word for i, word in enumerate(words) if i > undone or not word.startswith(f"{group}=")
-        ]
-    for word in words:
-        key = word.partition("=")[0].lstrip("+~")
+    words: list[str] = []
+    for word in overrides:
+        group, _, option = word.partition("=")
+        if group in OPTIONAL_GROUPS and option == "null":
+            words = [earlier for earlier in words if not earlier.startswith(f"{group}=")]
+            continue
+        words.append(word)
+        key = group.lstrip("+~")
         for old, new in RENAMED.items():
             if key == old or key.startswith(f"{old}."):
                 raise ConfigError(f"{word}: {old} is now {new}; set {key.replace(old, new, 1)}")
-        group, _, option = word.partition("=")
         if option == "null" and (CONF / group).is_dir():
             expected = ", ".join(options(group))
             raise ConfigError(f"{word}: a run needs one; expected one of: {expected}")
@@ -82,10 +74,8 @@ def finalize(
     """Resolves and checks a composed config, and chooses its width if `model.param_count` is set.
 
     Args:
-        cfg: as Hydra composes it, without `hydra`.
         choices: the chosen option of each config group.
-        overrides: the overrides of the command line.
-        flags: flags of Hydra that stand before them.
+        flags: flags of Hydra that stand before `overrides` on the command line.
 
     Raises:
         ConfigError: an invalid value, or a number of parameters that no width gives.
@@ -103,12 +93,9 @@ def finalize(
 def resolve(
     cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str], flags: Sequence[str] = ()
 ) -> DictConfig:
-    """Resolves and checks a config in place and adds `names`.
+    """Resolves a config in place, checks it, and adds the names of its options and its command.
 
-    `names` holds the chosen task, model, experiment and protocol, and the command of the run.
-
-    Raises:
-        ConfigError: an invalid value.
+    The arguments and errors are those of `finalize`.
     """
     with open_dict(cfg):
         cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
@@ -132,15 +119,8 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrades the config of a record: renames keys, and adds missing ones with today's defaults.
-
-    Args:
-        config: resolved, as a run recorded it.
-    """
-    upgraded = {
-        name: dict(section) if isinstance(section, Mapping) else section
-        for name, section in config.items()
-    }
+    """Upgrades the config of a record: renames keys and adds missing ones with today's values."""
+    upgraded = copy.deepcopy(dict(config))
     for old, new in RENAMED.items():
         (section, old_name), new_name = old.split("."), new.split(".")[1]
         if old_name in upgraded.get(section, {}):
@@ -154,4 +134,4 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(compose()))
+    return run_config(compose())

@@ -17,12 +17,9 @@ class Cost(NamedTuple):
     """Sizes of a model for a task.
 
     Attributes:
-        width: D.
-        depth: number of blocks.
-        params: see `parameters`.
-        flops: of one example, forward, in evaluation; None if they cannot be counted.
+        flops: of one example, forward, in evaluation; None if they cannot be counted, with the
+            reason in `note`.
         state: see `state_size`.
-        note: why `flops` is None.
     """
 
     width: int
@@ -34,11 +31,7 @@ class Cost(NamedTuple):
 
 
 def cost(cfg: DictConfig) -> Cost:
-    """The cost of a resolved config's model on its task.
-
-    Raises:
-        ConfigError: the task or the model refuses a value.
-    """
+    """The cost of a resolved config's model; raises ConfigError if the model cannot be built."""
     task = build_task(cfg)
     model = abstract_model(cfg, task)
     graph, variables = nnx.split(model)
@@ -56,22 +49,12 @@ def cost(cfg: DictConfig) -> Cost:
         operations = flops(forward, variables, inputs, lengths)
     except UncountedError as error:
         note = f"operations not counted: {error}"
-    return Cost(
-        cfg.backbone.width,
-        cfg.backbone.depth,
-        parameters(model),
-        operations,
-        state_size(model),
-        note,
-    )
+    size = (cfg.backbone.width, cfg.backbone.depth, parameters(model))
+    return Cost(*size, operations, state_size(model), note)
 
 
 def abstract_model(cfg: DictConfig, task) -> Any:
-    """The model of a config with shapes instead of arrays.
-
-    Raises:
-        ConfigError: the model refuses a value.
-    """
+    """The model of a config with shapes for arrays; raises ConfigError for a refused value."""
     build = model_builder(cfg, task)
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(params=jax.random.key(0))))
 
@@ -97,6 +80,4 @@ def state_size(model: Any) -> int | None:
         leaves = jax.tree.leaves(jax.eval_shape(states, variables))
     except ValueError:  # such as a bidirectional mixer
         return None
-    return sum(
-        leaf.size * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1) for leaf in leaves
-    )
+    return sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves)

@@ -4,7 +4,7 @@ XLA's `cost_analysis` is not used, because it counts the body of a loop once, wh
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,11 +65,11 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
-    if inner := list(_inner(params)):  # a call: jit, remat, custom derivatives
-        return _count(inner[0])
+    if inner := _inner(params):  # a call: jit, remat, custom derivatives
+        return _count(inner)
     out: Any = equation.outvars[0].aval
     sources: list[Any] = [v.aval for v in equation.invars]
-    is_complex = jnp.issubdtype(out.dtype, jnp.complexfloating)
+    is_complex = jnp.iscomplexobj(out)
     if name == "dot_general":
         ((contracted, _), _) = params["dimension_numbers"]
         each = math.prod(sources[0].shape[axis] for axis in contracted)
@@ -78,23 +78,17 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         filters = sources[1].shape[params["dimension_numbers"].rhs_spec[0]]
         return (8 if is_complex else 2) * out.size * (sources[1].size // max(filters, 1))
     if name == "fft":
-        return _count_fft(params["fft_lengths"], sources[0], out)
+        whole = max(sources[0].size, out.size)  # the real side of a real FFT has the full length
+        half = 1 if is_complex and jnp.iscomplexobj(sources[0]) else 0.5
+        return round(5 * whole * math.log2(max(math.prod(params["fft_lengths"]), 1)) * half)
     if name.startswith(("reduce_", "cum", "arg")):
-        return sources[0].size * (2 if jnp.issubdtype(sources[0].dtype, jnp.complexfloating) else 1)
+        return sources[0].size * (2 if jnp.iscomplexobj(sources[0]) else 1)
     if name.startswith("scatter"):
         return 0 if name == "scatter" else sources[2].size
     if name in ("sort", "top_k"):
         length = sources[0].shape[params.get("dimension", -1)]
         return sources[0].size * math.ceil(math.log2(max(length, 2)))
     return out.size * (COMPLEX.get(name, 2) if is_complex else 1)
-
-
-def _count_fft(lengths: tuple[int, ...], source: Any, out: Any) -> int:
-    length = math.prod(lengths)
-    is_real = not (jnp.iscomplexobj(source) and jnp.iscomplexobj(out))
-    # the real side has the full length
-    whole = max(source.size, out.size)
-    return round(5 * whole * math.log2(max(length, 1)) * (0.5 if is_real else 1))
 
 
 def _count_branches(params: dict[str, Any]) -> int:
@@ -105,11 +99,11 @@ def _count_branches(params: dict[str, Any]) -> int:
     return max(map(_count, branches))
 
 
-def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """The jaxprs among an equation's parameters, a function before its derivative rule."""
+def _inner(params: dict[str, Any]) -> core.Jaxpr | None:
+    """The first jaxpr among an equation's parameters, a function before its derivative rule."""
     for key in ("call_jaxpr", "fun_jaxpr", "jaxpr", *params):
         value = params.get(key)
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
+        value = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        if isinstance(value, core.Jaxpr):
+            return value
+    return None

@@ -13,11 +13,7 @@ from lra.errors import ConfigError
 
 
 def describe_keys(prefixes: Sequence[str] = ()) -> str:
-    """Three lines for each key below one of `prefixes`, or for every key.
-
-    Raises:
-        ConfigError: there is no key below a prefix.
-    """
+    """Three lines for each key below one of `prefixes`, or for every key."""
     chosen: dict[str, None] = {}
     for prefix in prefixes:
         below = [key for key in KEYS if f"{key}.".startswith(f"{prefix}.")]

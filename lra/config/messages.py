@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lra.config.options import CONF, NOT_ARGUMENTS, OPTIONAL_GROUPS, options
@@ -15,11 +15,7 @@ from lra.errors import ConfigError
 
 @contextmanager
 def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Raises errors of Hydra and OmegaConf as a ConfigError of one line.
-
-    Args:
-        overrides: the overrides of the command line, which the message may quote.
-    """
+    """Raises errors of Hydra and OmegaConf as a ConfigError of one line."""
     from hydra.errors import HydraException
 
     try:
@@ -53,20 +49,15 @@ def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
 
 
 def unknown_key(key: str, overrides: Sequence[str]) -> str:
-    """Message for an unknown key, with the nearest keys.
-
-    If another option of the group has the key, the message lists the arguments of the chosen one.
-    """
+    """Message for an unknown key with the nearest keys, or with those of the chosen option."""
     group, _, name = key.partition(".")
     known = known_keys()
     for option in chosen_options(group, overrides) if key in known else []:
         own = known_keys(group, option)  # empty for an option outside conf/
         if own and key not in own:
-            names = dict.fromkeys(
-                part for path in own for part in path.split(".")[1:2] if part[0] != "_"
-            )
-            arguments = ", ".join(n for n in names if n not in NOT_ARGUMENTS)
-            return f"{group}={option} has no {name}; it has: {arguments}"
+            names = dict.fromkeys(path.split(".")[1] for path in own if "." in path)
+            arguments = [n for n in names if n[0] != "_" and n not in NOT_ARGUMENTS]
+            return f"{group}={option} has no {name}; it has: {', '.join(arguments)}"
     hint = nearest(key, [other for other in known if other != key])
     return f"unknown key {key}{hint}; `lra train --help` lists the groups, --cfg job all keys"
 
@@ -84,26 +75,20 @@ def chosen_options(group: str, overrides: Sequence[str]) -> list[str]:
         files.insert(0, CONF / "experiment" / f"{chosen['experiment']}.yaml")
     if not files[0].exists():
         return []
-    for file in files:
-        section = OmegaConf.to_container(OmegaConf.load(file))
-        for choice in section.get("defaults", []) if isinstance(section, dict) else []:
-            for name, option in choice.items() if isinstance(choice, dict) else []:
-                if name.removeprefix("override ").lstrip("/") == group:
-                    return [option]
-    return []
+    lines = "".join(file.read_text() for file in files)
+    return re.findall(rf"^ *- (?:override /)?{group}: (\S+)", lines, re.MULTILINE)[:1]
 
 
 def unknown_option(group: str, option: str) -> str:
     """Message for an unknown option, with the valid ones."""
     if group == "hydra":
-        group, option = f"hydra/{option.split('/')[0]}", option.split("/")[-1]
-        message = f"no installed plugin provides {group}={option}"
-        if group == "hydra/launcher":
-            message += (
-                "; pip install -e '.[sweep]' adds hydra-joblib-launcher (joblib) and "
-                "hydra-submitit-launcher (submitit_*)"
-            )
-        return message
+        kind, _, plugin = option.partition("/")
+        sweep = (
+            "; pip install -e '.[sweep]' adds hydra-joblib-launcher (joblib) and "
+            "hydra-submitit-launcher (submitit_*)"
+        )
+        advice = sweep if kind == "launcher" else ""
+        return f"no installed plugin provides hydra/{kind}={plugin}{advice}"
     known = options(group) if (CONF / group).is_dir() else []
     if not known:
         return f"unknown config group {group or option}; `lra train --help` lists the groups"
@@ -122,19 +107,13 @@ def known_keys(group: str = "", option: str = "**/*") -> list[str]:
     for file in (CONF / group).glob(f"{option}.yaml"):
         parts = file.relative_to(CONF).parent.parts
         prefix = parts[0] if parts and parts[0] not in OPTIONAL_GROUPS else ""
-        keys |= set(dotted_keys(OmegaConf.load(file), prefix))
+        keys |= set(dotted_keys(OmegaConf.to_container(OmegaConf.load(file)), prefix))
     return sorted(keys)
 
 
 def dotted_keys(node: Any, prefix: str = "") -> list[str]:
     """Keys of an unresolved config, sections included."""
-    if not isinstance(node, DictConfig):
-        return [prefix]
     keys = [prefix] if prefix else []
-    for key in map(str, node):
-        path = f"{prefix}.{key}" if prefix else key
-        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
-            keys.append(path)
-        else:
-            keys += dotted_keys(node[key], path)
+    for key, value in node.items() if isinstance(node, dict) else ():
+        keys += dotted_keys(value, f"{prefix}.{key}" if prefix else str(key))
     return keys

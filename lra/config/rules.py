@@ -40,12 +40,9 @@ def format_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """Valid values of a key.
+    """Valid values of a key, and their description, which `verb` joins in an error message.
 
-    Attributes:
-        description: the valid values in words.
-        accepts: whether a value is valid; may raise ValueError, TypeError or re.error instead.
-        verb: joins the value and the description in an error message.
+    `accepts` may raise ValueError, TypeError or re.error instead of returning False.
     """
 
     description: str
@@ -53,7 +50,7 @@ class Rule:
     verb: str = "must be"
 
     def check(self, key: str, value: Any) -> None:
-        """Raises: ConfigError, if `value` is not valid."""
+        """Raises ConfigError if `value` is not valid."""
         reason = ""
         try:
             if self.accepts(value):
@@ -99,10 +96,8 @@ def choice(*words: str, also: Sequence[Any] = ()) -> Rule:
 
 
 def text(description: str, optional: bool = False) -> Rule:
-    return Rule(
-        f"{description} or null" if optional else description,
-        lambda value: isinstance(value, str) or (optional and value is None),
-    )
+    description += " or null" if optional else ""
+    return Rule(description, lambda value: isinstance(value, str) or (optional and value is None))
 
 
 def described(description: str) -> Rule:

@@ -41,295 +41,253 @@ class Key:
     """One key of the harness.
 
     Attributes:
-        valid: its valid values.
         affects: what another value changes.
-        help: one line.
         in_eval: whether `lra eval` may override the recorded value.
     """
 
-    valid: Rule
-    affects: Effect
     help: str
+    valid: Rule
+    affects: Effect = "result"
     in_eval: bool = False
 
 
 # fmt: off
 KEYS: Mapping[str, Key] = {
     "seed": Key(  # JAX would silently take it modulo 2^32
-        number("[0, 4294967295]", whole=True), "result",
         "Seed of the parameters, of the batch order and of dropout.",
+        number("[0, 4294967295]", whole=True),
     ),
     "resume": Key(
-        choice("never", "auto"), "start",
         "never: refuse a folder that holds a run; auto: continue it from its newest checkpoint.",
+        choice("never", "auto"), "start",
     ),
     "tuning_runs": Key(
-        count(), "start",
         "Number of runs behind the choice of these settings; tables show it beside the score.",
+        count(), "start",
     ),
     "output.root": Key(
-        text("the path of a folder"), "process",
         "Folder of the runs: ROOT/TASK/MODEL/PROTOCOL-sSEED-HASH, with the hash of the config.",
+        text("the path of a folder"), "process",
     ),
     "data.root": Key(
-        text("the path of a folder"), "process",
         "Folder of the publishers' files and of the prepared data; $LRA_DATA sets the default.",
-        in_eval=True,
+        text("the path of a folder"), "process", in_eval=True,
     ),
     "data.download": Key(
-        SWITCH, "start", "Whether to download a publisher's files that are missing.", in_eval=True,
+        "Whether to download a publisher's files that are missing.", SWITCH, "start", in_eval=True,
     ),
     "data.allow_partial": Key(
-        SWITCH, "result",
         "Whether to accept fewer examples than the task defines; the record is marked as partial.",
-        in_eval=True,
+        SWITCH, in_eval=True,
     ),
     "data.placement": Key(
-        choice("auto", "device", "host"), "start",
         "device: all data on the accelerator; host: prefetched batches; auto: device if it fits.",
+        choice("auto", "device", "host"), "start",
     ),
     "task.hparams": Key(
-        described("a mapping"), "result",
         "Customary sizes of the task, the defaults of backbone.*, trainer.* and model.*.",
+        described("a mapping"),
     ),
-    "task.sizes.train": Key(count(), "result", "Number of training examples."),
-    "task.sizes.val": Key(count(), "result", "Number of validation examples."),
-    "task.sizes.test": Key(count(), "result", "Number of test examples."),
+    "task.sizes.train": Key("Number of training examples.", count()),
+    "task.sizes.val": Key("Number of validation examples.", count()),
+    "task.sizes.test": Key("Number of test examples.", count()),
     "model.recipe": Key(
-        described("a mapping"), "result",
         "The block and the learning rates of the model's paper, the defaults of backbone.* and "
         "optim.*.",
+        described("a mapping"),
     ),
     "model.param_count": Key(
-        described("200k, 1.5M, 200000, lru (as many as that model), 200k+-5%, or null"), "start",
         "Number of parameters from which backbone.width is chosen (docs/param_count.md).",
+        described("200k, 1.5M, 200000, lru (as many as that model), 200k+-5%, or null"), "start",
     ),
-    "protocol.name": Key(
-        text("a word"), "result", "Name of the protocol; tables never mix two in one row.",
-    ),
-    "protocol.inputs": Key(
-        described("lra2020 or s4"), "result", "Tokenization and lengths of the inputs.",
-    ),
+    "protocol.name": Key("Name of the protocol; tables never mix two in one row.", text("a word")),
+    "protocol.inputs": Key("Tokenization and lengths of the inputs.", described("lra2020 or s4")),
     "protocol.validation": Key(
-        described("train or test"), "result",
         "Source of the validation split if the publisher has none: a part of train, or test.",
+        described("train or test"),
     ),
     "protocol.shuffle": Key(
-        SWITCH, "result",
-        "Whether to shuffle files (with a fixed seed) before they are divided into splits.",
+        "Whether to shuffle files (with a fixed seed) before they are divided into splits.", SWITCH,
     ),
     "protocol.pair_head": Key(
-        described("interact or concat"), "result",
         "Input of the head of a pair: interact [u, v, u-v, u*v] or concat [u, v].",
+        described("interact or concat"),
     ),
     "protocol.select": Key(
-        choice("best", "last"), "result",
         "Weights scored on test: those with the best validation accuracy, or the last.",
+        choice("best", "last"),
     ),
-    "backbone.depth": Key(count(), "result", "Number of blocks."),
-    "backbone.width": Key(count(), "result", "Width D of the residual stream."),
-    "backbone.dropout": Key(number("[0, 1)"), "result", "Dropout rate inside the blocks."),
+    "backbone.depth": Key("Number of blocks.", count()),
+    "backbone.width": Key("Width D of the residual stream.", count()),
+    "backbone.dropout": Key("Dropout rate inside the blocks.", number("[0, 1)")),
     "backbone.embedding_dropout": Key(
-        number("[0, 1)"), "result", "Dropout rate after the embeddings and their positions.",
+        "Dropout rate after the embeddings and their positions.", number("[0, 1)"),
     ),
-    "backbone.norm": Key(
-        described("batch, layer, rms or none"), "result", "Normalization of each block.",
-    ),
+    "backbone.norm": Key("Normalization of each block.", described("batch, layer, rms or none")),
     "backbone.norm_position": Key(
-        described("pre or post"), "result",
-        "Normalization before the mixer, or after the residual sum.",
+        "Normalization before the mixer, or after the residual sum.", described("pre or post"),
     ),
-    "backbone.norm_momentum": Key(
-        number("[0, 1)"), "result", "Momentum of the running statistics of batch norm.",
-    ),
-    "backbone.final_norm": Key(SWITCH, "result", "One more normalization before pooling."),
+    "backbone.norm_momentum": Key("Momentum of batch norm's running statistics.", number("[0, 1)")),
+    "backbone.final_norm": Key("One more normalization before pooling.", SWITCH),
     "backbone.activation": Key(
-        described("none, gelu, relu or silu"), "result", "Activation after the mixer.",
+        "Activation after the mixer.", described("none, gelu, relu or silu"),
     ),
     "backbone.glu": Key(
-        described("full, half1, half2 or none"), "result",
-        "Gated linear unit after the activation.",
+        "Gated linear unit after the activation.", described("full, half1, half2 or none"),
     ),
     "backbone.mlp": Key(
-        described("none, gelu, relu, silu or swiglu"), "result",
         "MLP of a second residual branch, as in a Transformer.",
+        described("none, gelu, relu, silu or swiglu"),
     ),
-    "backbone.mlp_ratio": Key(
-        number("(0, inf)"), "result", "Hidden width of the MLP divided by D.",
-    ),
+    "backbone.mlp_ratio": Key("Hidden width of the MLP divided by D.", number("(0, inf)")),
     "backbone.pool": Key(
-        described("mean, last or cls"), "result",
-        "Pooling over the positions; cls adds a class token.",
+        "Pooling over the positions; cls adds a class token.", described("mean, last or cls"),
     ),
     "backbone.head": Key(
-        described("linear or mlp"), "result",
         "Classification head; mlp has one hidden layer of width mlp_ratio * D. Pairs use "
         "pair_head.",
+        described("linear or mlp"),
     ),
-    "backbone.pair_head": Key(
-        described("interact or concat"), "result", "See protocol.pair_head, its default.",
-    ),
+    "backbone.pair_head": Key("Default: protocol.pair_head.", described("interact or concat")),
     "backbone.positions": Key(
-        described("none, learned, sinusoidal or rotary"), "result",
         "Position embedding; rotary belongs to the mixer, the others are added to the embeddings.",
+        described("none, learned, sinusoidal or rotary"),
     ),
-    "backbone.precision": Key(
-        described("float32, tf32 or bf16"), "result", "See trainer.precision, its default.",
-    ),
+    "backbone.precision": Key("Default: trainer.precision.", described("float32, tf32 or bf16")),
     "backbone.remat": Key(
+        "Default: trainer.remat.",
         described("none, block, dots or a policy of JAX"), "speed",
-        "See trainer.remat, its default.",
     ),
-    "optim.lr": Key(number("(0, inf)"), "result", "Peak learning rate."),
-    "optim.weight_decay": Key(
-        number("[0, inf)"), "result", "Decoupled weight decay of the parameters in no group.",
-    ),
-    "optim.b1": Key(number("[0, 1)"), "result", "Decay rate of Adam's first moment."),
-    "optim.b2": Key(number("[0, 1)"), "result", "Decay rate of Adam's second moment."),
-    "optim.eps": Key(number("(0, inf)"), "result", "Epsilon in Adam's denominator."),
-    "optim.warmup": Key(
-        number("[0, 1]"), "result", "Length of the linear warm-up as a fraction of all steps.",
-    ),
-    "optim.lr_start": Key(
-        number("[0, inf)"), "result", "Learning rate at the start of the warm-up.",
-    ),
+    "optim.lr": Key("Peak learning rate.", number("(0, inf)")),
+    "optim.weight_decay": Key("Decoupled weight decay outside the groups.", number("[0, inf)")),
+    "optim.b1": Key("Decay rate of Adam's first moment.", number("[0, 1)")),
+    "optim.b2": Key("Decay rate of Adam's second moment.", number("[0, 1)")),
+    "optim.eps": Key("Epsilon in Adam's denominator.", number("(0, inf)")),
+    "optim.warmup": Key("Linear warm-up, as a fraction of all steps.", number("[0, 1]")),
+    "optim.lr_start": Key("Learning rate at the start of the warm-up.", number("[0, inf)")),
     "optim.lr_end": Key(
-        number("[0, inf)"), "result",
-        "Final learning rate of cosine and linear; lower bound of plateau.",
+        "Final learning rate of cosine and linear; lower bound of plateau.", number("[0, inf)"),
     ),
     "optim.schedule": Key(
-        choice("cosine", "linear", "rsqrt", "constant", "plateau"), "result",
         "Schedule after the warm-up; rsqrt is lr * sqrt(warm-up steps / step).",
+        choice("cosine", "linear", "rsqrt", "constant", "plateau"),
     ),
     "optim.plateau.metric": Key(
-        choice("accuracy", "loss"), "result",
         "Validation metric of schedule=plateau, which follows PyTorch's ReduceLROnPlateau.",
+        choice("accuracy", "loss"),
     ),
     "optim.plateau.factor": Key(
-        number("(0, 1)"), "result", "Factor by which plateau lowers the learning rate.",
+        "Factor by which plateau lowers the learning rate.", number("(0, 1)"),
     ),
     "optim.plateau.patience": Key(
-        number("[0, inf)", whole=True), "result",
         "Number of evaluations without an improvement before plateau lowers the rate.",
+        number("[0, inf)", whole=True),
     ),
     "optim.plateau.threshold": Key(
-        number("[0, 1)"), "result", "Smallest relative change that counts as an improvement.",
+        "Smallest relative change that counts as an improvement.", number("[0, 1)"),
     ),
     "optim.ema": Key(
-        number("(0, 1)", None), "result",
         "Decay of the moving average of the weights, which is evaluated, selected and saved.",
+        number("(0, 1)", None),
     ),
-    "optim.label_smoothing": Key(
-        number("[0, 1)"), "result", "Label smoothing of the training loss.",
-    ),
-    "optim.clip": Key(
-        number("(0, inf)", None), "result", "Largest global norm of the gradient.",
-    ),
+    "optim.label_smoothing": Key("Label smoothing of the training loss.", number("[0, 1)")),
+    "optim.clip": Key("Largest global norm of the gradient.", number("(0, inf)", None)),
     "optim.groups": Key(
-        ParameterGroups(), "result",
         "Parameter groups by path, such as blocks/0/mixer/m_y; the first match wins.",
+        ParameterGroups(),
     ),
-    "optim.no_decay": Key(
-        OPTIONAL_PATTERN, "result", "Paths of parameters in no group that have no weight decay.",
-    ),
-    "trainer.steps": Key(count(), "result", "Number of optimizer steps."),
-    "trainer.batch_size": Key(
-        count(), "result", "Examples of one step, over all devices and micro-batches.",
-    ),
+    "optim.no_decay": Key("Paths of ungrouped parameters without weight decay.", OPTIONAL_PATTERN),
+    "trainer.steps": Key("Number of optimizer steps.", count()),
+    "trainer.batch_size": Key("Examples of one step, over all devices and micro-batches.", count()),
     "trainer.micro_batch": Key(
-        count("auto", None), "result",
         "Examples of one forward and backward pass, a divisor of batch_size; null: batch_size; "
         "auto: the largest that fits.",
+        count("auto", None),
     ),
     "trainer.remat": Key(
+        "Rematerialization of each block in the backward pass: block: all; dots: all but products "
+        "with weights; or a policy of jax.checkpoint_policies.",
         choice(
             *("none", "block", "dots", "everything_saveable", "nothing_saveable"),
             *("dots_saveable", "dots_with_no_batch_dims_saveable"),
         ), "speed",
-        "Rematerialization of each block in the backward pass: block: all; dots: all but products "
-        "with weights; or a policy of jax.checkpoint_policies.",
     ),
     "trainer.precision": Key(
-        choice("float32", "tf32", "bf16"), "result",
         "Precision of the blocks; with bf16, parameters, statistics, states, spectra and losses "
         "stay float32.",
+        choice("float32", "tf32", "bf16"),
     ),
-    "trainer.devices": Key(
-        count(None), "start", "Number of devices of each process; null: all.",
-    ),
+    "trainer.devices": Key("Number of devices of each process; null: all.", count(None), "start"),
     "trainer.distributed": Key(
+        "Several processes of one run; auto reads SLURM, Open MPI or a TPU pod.",
         described("null, auto or {coordinator: HOST:PORT, num_processes: N, process_id: I}"),
-        "process", "Several processes of one run; auto reads SLURM, Open MPI or a TPU pod.",
+        "process",
     ),
-    "trainer.distributed_timeout": Key(
-        count(), "start", "Seconds in which all processes have to connect.",
-    ),
+    "trainer.distributed_timeout": Key("Seconds for all processes to connect.", count(), "start"),
     "trainer.deterministic": Key(
-        SWITCH, "speed", "Whether to use only GPU operations that repeat bit for bit; slower.",
+        "Whether to use only GPU operations that repeat bit for bit; slower.", SWITCH, "speed",
     ),
-    "trainer.eval_every": Key(
-        count(None), "result", "Steps between evaluations; null: a twentieth of all steps.",
-    ),
+    "trainer.eval_every": Key("Steps between evaluations; null: steps / 20.", count(None)),
     "trainer.early_stopping": Key(
-        count(None), "result",
         "Number of evaluations without a better validation accuracy that ends a run; null: never.",
+        count(None),
     ),
     "trainer.checkpoint_every": Key(
-        count(None), "speed", "Steps between checkpoints; null: eval_every.",
+        "Steps between checkpoints; null: eval_every.", count(None), "speed",
     ),
     "trainer.log_every": Key(
-        count(None), "speed",
         "Steps averaged in one line of metrics.jsonl; null: a hundredth of all steps.",
+        count(None), "speed",
     ),
     "trainer.eval_batch_size": Key(
-        count(), "speed", "Examples of one evaluation batch.", in_eval=True,
+        "Examples of one evaluation batch.", count(), "speed", in_eval=True,
     ),
     "trainer.eval_examples": Key(
-        count(None), "result",
         "Examples of validation and of test that are scored; null: all; a number marks the record "
         "as partial.",
+        count(None),
     ),
     "trainer.train_eval_examples": Key(
-        count(), "result", "Training examples on which the selected weights are scored.",
+        "Training examples on which the selected weights are scored.", count(),
     ),
     "trainer.first_loss_tolerance": Key(
-        number("(1, inf)", None), "speed",
         "Factor between the first loss and log(classes) above which a run warns; null: never.",
+        number("(1, inf)", None), "speed",
     ),
     "trainer.chance_after": Key(
-        number("[0, 1]", None), "speed",
         "Fraction of the steps after which validation accuracy at chance is a warning; null: "
         "never.",
+        number("[0, 1]", None), "speed",
     ),
     "trainer.call_seconds": Key(
-        number("(0, inf)"), "speed",
         "Seconds of training in one jitted call; progress and signals are handled between calls.",
+        number("(0, inf)"), "speed",
     ),
     "trainer.time_limit": Key(
-        DURATION, "start",
         "Wall time of this start; the run saves a checkpoint in time and exits with code 75.",
+        DURATION, "start",
     ),
     "trainer.profile": Key(
-        described("A:B, the steps as in a Python slice, or null"), "start",
         "Steps to trace with the JAX profiler, such as 10:20 (docs/speed.md).",
+        described("A:B, the steps as in a Python slice, or null"), "start",
     ),
     "trainer.compilation_cache": Key(
-        SWITCH, "speed", "Whether to keep compiled programs in ~/.cache/lra/xla.",
+        "Whether to keep compiled programs in ~/.cache/lra/xla.", SWITCH, "speed",
     ),
-    "trainer.progress": Key(SWITCH, "speed", "Whether to show a progress bar."),
-    "tracker.wandb": Key(
-        choice("auto", "online", "offline", "off", also=[False]),  # YAML reads a bare off as false
-        "start", "Weights & Biases; auto: online if logged in and reachable, else offline.",
+    "trainer.progress": Key("Whether to show a progress bar.", SWITCH, "speed"),
+    "tracker.wandb": Key(  # YAML reads a bare off as false
+        "Weights & Biases; auto: online if logged in and reachable, else offline.",
+        choice("auto", "online", "offline", "off", also=[False]), "start",
     ),
-    "tracker.project": Key(text("a word"), "start", "Project on Weights & Biases."),
+    "tracker.project": Key("Project on Weights & Biases.", text("a word"), "start"),
     "tracker.entity": Key(
-        text("a word", optional=True), "start", "User or team on Weights & Biases.",
+        "User or team on Weights & Biases.", text("a word", optional=True), "start",
     ),
     "tracker.group": Key(
-        text("a word", optional=True), "start",
         "Group on Weights & Biases; null: TASK-MODEL-PROTOCOL.",
+        text("a word", optional=True), "start",
     ),
-    "tracker.tags": Key(WORDS, "start", "Tags on Weights & Biases."),
+    "tracker.tags": Key("Tags on Weights & Biases.", WORDS, "start"),
 }
 # fmt: on
 
@@ -352,11 +310,7 @@ def keys_in_eval() -> tuple[str, ...]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Checks the values of a resolved config that the harness reads.
-
-    Raises:
-        ConfigError: a value is not valid, or a required key is missing.
-    """
+    """Raises ConfigError if the harness finds a value invalid or a required key missing."""
     for key, entry in KEYS.items():
         *sections, name = key.split(".")
         node: Any = config

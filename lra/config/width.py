@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -21,68 +21,49 @@ from lra.config.rules import format_value
 from lra.config.schema import check_config
 from lra.errors import ConfigError
 
-GRAMMAR = re.compile(r"(?P<target>[\w./-]+?)(\+-(?P<percent>\d+(\.\d+)?)%)?")
-NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kM]?)")
-TOLERANCE = 0.1
 SMALLEST = 512  # a model that accepts some widths accepts one up to here, and its multiples
-WIDEST = 2**16
 COMPOSITE = 2**6 * 3**2 * 5 * 7  # a multiple of every customary number of heads
 
 
-class ParamCount(NamedTuple):
-    """A parsed `model.param_count`.
+def parse(value: Any) -> tuple[int | str, float]:
+    """Parses `model.param_count`; raises ConfigError if it has another form.
 
-    Attributes:
-        target: number of parameters, or the name of the model that has them.
-        tolerance: largest relative deviation.
-    """
-
-    target: int | str
-    tolerance: float
-
-
-def parse(value: Any) -> ParamCount:
-    """Parses `model.param_count`.
-
-    Raises:
-        ConfigError: the value has another form.
+    Returns the number of parameters or the name of the model that has them, and the largest
+    relative deviation.
     """
     shown = f"model.param_count={format_value(value)}"
     text = "" if isinstance(value, bool) else str(value)
     if text.startswith("params:"):
         new = text.removeprefix("params:")
         raise ConfigError(f"{shown} has an old form; set model.param_count={new}")
-    match = GRAMMAR.fullmatch(text)
+    match = re.fullmatch(r"(?P<target>[\w./-]+?)(\+-(?P<percent>\d+(\.\d+)?)%)?", text)
     if match is None:
         raise ConfigError(
             f"{shown} must be a number of parameters or the name of a model, and a tolerance if "
             "other than 10 %: 200k, lru or 200k+-5%"
         )
     target: int | str = match["target"]
-    if number := NUMBER.fullmatch(match["target"]):
+    if number := re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", match["target"]):
         target = round(float(number[1]) * {"": 1, "k": 1e3, "M": 1e6}[number[2]])
-    tolerance = float(match["percent"]) / 100 if match["percent"] else TOLERANCE
+    tolerance = float(match["percent"] or 10) / 100
     if target == 0 or not 0 < tolerance < 1:
         raise ConfigError(
             f"{shown}: expected at least 1 parameter, and a tolerance above 0 and below 100 %"
         )
-    return ParamCount(target, tolerance)
+    return target, tolerance
 
 
 def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Sets `backbone.width` of an unresolved config to the width nearest to `model.param_count`.
 
-    Args:
-        cfg: as Hydra composes it; Hydra is still initialized.
-        choices: the chosen option of each config group.
-        overrides: the overrides of the command line.
+    Hydra must be initialized. See `finalize` for the arguments.
 
     Raises:
         ConfigError: an invalid value, no width within the tolerance, or a width on the command
             line as well.
     """
     value = OmegaConf.select(cfg, "model.param_count")
-    wanted, shown = parse(value), f"model.param_count={value}"
+    (target, tolerance), shown = parse(value), f"model.param_count={value}"
     typed = [word for word in overrides if word.lstrip("+").startswith("backbone.width=")]
     if typed:
         raise ConfigError(
@@ -91,7 +72,6 @@ def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequenc
     with translated_errors(overrides):
         default = resolved(cfg)
     task, guess = build_task(default), default.backbone.width
-    target = wanted.target
     if isinstance(target, str):
         try:
             target = count(default_model(default, target, choices), task)
@@ -100,7 +80,6 @@ def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequenc
 
     @cache
     def params(width: int) -> int | None:
-        """Parameters at a width; None if the model refuses the width."""
         try:
             return count(resolved(cfg, width), task)
         except ConfigError:
@@ -112,10 +91,10 @@ def choose_width(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequenc
     if not near:
         raise ConfigError(f"{shown}: the model accepts no backbone.width up to {SMALLEST}")
     best = min(near, key=lambda width: abs(near[width] - target))
-    if abs(near[best] - target) > wanted.tolerance * target:
+    if abs(near[best] - target) > tolerance * target:
         found = " and ".join(f"{width} ({num:,})" for width, num in near.items())
         raise ConfigError(
-            f"{shown}: no backbone.width is within {100 * wanted.tolerance:g} % of "
+            f"{shown}: no backbone.width is within {100 * tolerance:g} % of "
             f"{target:,} parameters; the nearest: {found}"
         )
     cfg.backbone.width = best
@@ -149,7 +128,7 @@ def nearest_widths(
         return width is None or cast(int, params(width)) > target
 
     low, high = 1, max(guess // step, 1)
-    while high * step < WIDEST and not beyond(high):
+    while high * step < 2**16 and not beyond(high):
         low, high = high, 2 * high
     above = low + bisect.bisect_left(range(low, high + 1), True, key=beyond)
     found = [first(k) for k in (above - 1, above) if k]

@@ -7,24 +7,17 @@ from contextlib import suppress
 
 
 class StderrHandler(logging.Handler):
-    """Prints `lra: LEVEL: message` on one line of the current `sys.stderr`; info omits the level.
-
-    Drops a message that stderr refuses, so that a closed terminal or pipe ends no run.
-    """
+    """Prints `lra: LEVEL: message` on one line of stderr; info omits the level."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         message = " ".join(line.strip() for line in self.format(record).splitlines())
-        with suppress(OSError, ValueError):  # closed
+        with suppress(OSError, ValueError):  # a closed terminal or pipe ends no run
             print(f"lra: {level}{message}", file=sys.stderr, flush=True)
 
 
 def configure_logging() -> None:
-    """Adds the handler to the `lra` logger unless it has one.
-
-    Every process that runs a command or a Hydra job calls this. The root logger keeps Hydra's
-    configuration.
-    """
+    """Adds the handler to the `lra` logger unless it has one, in each process that runs a job."""
     logger = logging.getLogger("lra")
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())

@@ -25,10 +25,8 @@ def git_commit() -> str | None:
     None unless git tracks this file; a virtual environment may lie inside another repository.
     """
     root = Path(__file__).resolve().parents[2]
-    if _git(root, "ls-files", "--error-unmatch", "lra/runs/machine.py") is None:
-        return None
-    commit = _git(root, "rev-parse", "--short", "HEAD")
-    if commit is None:
+    tracked = _git(root, "ls-files", "lra/runs/machine.py")
+    if not tracked or not (commit := _git(root, "rev-parse", "--short", "HEAD")):
         return None
     changed = _git(root, "status", "--porcelain", "--", "lra", "models", "conf")
     return commit + ("+dirty" if changed else "")
@@ -39,12 +37,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     # without optional locks, because hundreds of runs may start at once
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, env=environment, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=10, env=environment
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def peak_bytes() -> int | None:

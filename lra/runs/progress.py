@@ -15,7 +15,6 @@ from lra.runs.console import discard_stdout
 
 log = logging.getLogger(__name__)
 
-LARGE_PARAMS = 2_000_000  # for a CPU
 LOG_EVERY_S = 10.0  # between two messages about a long preparation without a terminal
 
 
@@ -28,7 +27,7 @@ class Screen(Console):
 
 
 class Reporter:
-    """Console output of one run. The bar needs a terminal; the lines do not."""
+    """Console output of one run. `bar` is a context manager and needs a terminal."""
 
     def __init__(self, steps: int, batch_size: int, *, live: bool):
         self.steps, self.batch_size = steps, batch_size
@@ -50,11 +49,7 @@ class Reporter:
         self.row = self.bar.add_task("", total=steps, loss=nan, accuracy=nan, rate=nan)
 
     def header(self, record: dict, rates: list[tuple], folder: Path) -> None:
-        """Prints data, model, parameter groups and folder.
-
-        Args:
-            rates: (name, learning rate, weight decay, tensors, parameters) of each parameter group.
-        """
+        """Prints data, model, folder and `rates`, one row for each parameter group."""
         data, device, config = record["data"], record["device"], record["config"]
         counts = ", ".join(f"{name} {part['count']:,}" for name, part in data["splits"].items())
         self.console.print(
@@ -74,7 +69,7 @@ class Reporter:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
         self.console.print(table)
         self.console.print(f"to beat: {_reference(record)}")
-        if device["platform"] == "cpu" and params > LARGE_PARAMS:
+        if device["platform"] == "cpu" and params > 2_000_000:
             self.console.print(
                 f"{params / 1e6:.0f} M parameters on a CPU may take minutes per step; "
                 "debug=tiny checks whether the model runs"
@@ -86,28 +81,15 @@ class Reporter:
         self, size: int, batch_size: int, needs: dict[int, int | None], eval_batch: int
     ) -> None:
         """Prints the choice of `trainer.micro_batch=auto` and the bytes each tried size needs."""
-        tried = ", ".join(
-            f"{n} needs {'?' if need is None else f'{need / 1e9:.2f} GB'}"
-            for n, need in needs.items()
-        )
+        sizes = {n: "?" if need is None else f"{need / 1e9:.2f} GB" for n, need in needs.items()}
+        tried = ", ".join(f"{n} needs {need}" for n, need in sizes.items())
         self.console.print(
             f"micro-batch {size} of {batch_size} examples ({tried}); "
             f"evaluations take {eval_batch} at a time"
         )
 
-    def __enter__(self) -> "Reporter":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
-
     def advance(self, step: int, done: int, seconds: float, tally) -> None:
-        """Updates the bar after `done` steps in `seconds`.
-
-        Args:
-            tally: sums of loss, correct and count since the last logged line.
-        """
+        """Updates the bar after `done` steps in `seconds`; `tally` sums loss, correct and count."""
         loss, correct, count = (float(x) for x in tally)
         rate = done * self.batch_size / seconds
         self.bar.update(

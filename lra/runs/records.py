@@ -59,15 +59,9 @@ SCHEMA = 1
 STATUSES = ("running", "finished", "preempted", "diverged", "failed")
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
 
-_REQUIRED = ("status", "task", "model", "protocol", "seed", "config")
-
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The record of a run, or None without one. Needs no lock.
-
-    Raises:
-        RunFolderError: the file is not a record of this schema.
-    """
+    """The record of a run, or None; raises RunFolderError if the file is no valid record."""
     path = Path(folder) / RECORD
     try:
         record = json.loads(path.read_bytes())
@@ -81,17 +75,25 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first, without a truncated last line. Needs no lock.
+    """The lines of metrics.jsonl, oldest first, without a truncated last line.
 
-    Raises:
-        RunFolderError: another line is not a JSON object with a `step`.
+    Raises RunFolderError if another line is not a JSON object with a `step`.
     """
     path = Path(folder) / METRICS
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # the last part is empty or truncated
     except FileNotFoundError:
         return []
-    return [_metrics_row(path, number, line) for number, line in enumerate(lines, 1)]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, LookupError, TypeError):
+            raise RunFolderError(
+                f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
+            ) from None
+    return rows
 
 
 def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
@@ -109,29 +111,19 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
     Leaves out the keys that affect only one start or one process of a run (`lra.config.schema`),
     so that a resumed run may change them, and the dotted keys in `without`.
     """
-    kept = _without(to_json(config), {*keys_affecting("start", "process"), *without})
-    return hashlib.sha256(
-        json.dumps(_plain_numbers(kept), sort_keys=True, allow_nan=False).encode()
-    ).hexdigest()
+    kept = _hashed(to_json(config), {*keys_affecting("start", "process"), *without})
+    text = json.dumps(kept, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_path(root: str | Path, config: Mapping[str, Any], names: Mapping[str, Any]) -> Path:
-    """The folder of a run: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of its hash>.
-
-    Args:
-        config: resolved, with a `seed`.
-        names: task, model and protocol; a slash becomes a hyphen.
-    """
+    """The folder of a run: root/<task>/<model>/<protocol>-s<seed>-<first 8 digits of its hash>."""
     task, model, protocol = (names[key].replace("/", "-") for key in ("task", "model", "protocol"))
     return Path(root) / task / model / f"{protocol}-s{config['seed']}-{config_hash(config)[:8]}"
 
 
 def to_json(value: Any) -> Any:
-    """Converts to JSON types: NaN, infinities to None, arrays to lists, paths, keys to strings.
-
-    Raises:
-        TypeError: a value has no JSON form.
-    """
+    """Converts to JSON types: NaN, infinities to None, arrays to lists, paths, keys to strings."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -153,7 +145,8 @@ def problem(record: Any) -> str | None:
         return f"holds a {type(record).__name__}, expected an object"
     if record.get("schema") != SCHEMA:
         return f"has schema {record.get('schema')!r}; this version reads schema {SCHEMA}"
-    if missing := [key for key in _REQUIRED if key not in record]:
+    required = ("status", "task", "model", "protocol", "seed", "config")
+    if missing := [key for key in required if key not in record]:
         return f"lacks {', '.join(missing)}"
     if record["status"] not in STATUSES:
         return f"has status {record['status']!r}, expected one of {', '.join(STATUSES)}"
@@ -164,31 +157,11 @@ def problem(record: Any) -> str | None:
     return None
 
 
-def _metrics_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        if isinstance(row["step"], int):
-            return row
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise RunFolderError(
-        f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
-    )
-
-
-def _without(config: dict[str, Any], left_out: Set[str], prefix: str = "") -> dict[str, Any]:
-    """`config` without the dotted keys in `left_out`."""
-    kept = {key: value for key, value in config.items() if prefix + key not in left_out}
-    return {
-        key: _without(value, left_out, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
-
-
-def _plain_numbers(value: Any) -> Any:
-    """Replaces whole floats by integers, so that 1.0 and 1 have one hash."""
+def _hashed(value: Any, left_out: Set[str] = frozenset(), prefix: str = "") -> Any:
+    """`value` without the dotted keys in `left_out`, and with 1 for 1.0, which have one hash."""
     if isinstance(value, dict):
-        return {key: _plain_numbers(item) for key, item in value.items()}
+        kept = {key: item for key, item in value.items() if prefix + key not in left_out}
+        return {key: _hashed(item, left_out, f"{prefix}{key}.") for key, item in kept.items()}
     if isinstance(value, list):
-        return [_plain_numbers(item) for item in value]
+        return [_hashed(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import filelock
 import numpy as np
 
 from lra.errors import RunFolderError
-from lra.files import disk_errors, write_all, write_atomically
+from lra.files import disk_errors, write_atomically
 from lra.runs.records import (
     LOCK,
     METRICS,
@@ -32,12 +33,10 @@ log = logging.getLogger(__name__)
 LOCK_S = 0.5  # limit for taking a lock, which `is_locked` of another process holds for microseconds
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """A run folder, locked for this process until `close` or the end of a `with` block.
 
-    Raises:
-        RunFolderError: another process has locked it.
-        LraError: the folder cannot be created or written.
+    Raises RunFolderError if another process has locked it, LraError if it cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -47,25 +46,18 @@ class RunFolder:
             self._lock = _locked(self.path)
             for leftover in self.path.glob(".*.tmp"):  # of a writer killed before its rename
                 leftover.unlink()
-            _drop_truncated_line(self.path / METRICS)
+            metrics = self.path / METRICS
+            if metrics.exists() and not (content := metrics.read_bytes()).endswith(b"\n"):
+                os.truncate(metrics, content.rfind(b"\n") + 1)  # after a crash during an append
 
     def close(self) -> None:
         self._lock.release()
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact.
-
-        Raises:
-            ValueError: a required key is missing or invalid.
-            TypeError: a value has no JSON form.
-            LraError: the file cannot be written.
-        """
+        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact."""
         record = {"schema": SCHEMA, **record}
         if found := problem(record):
             raise ValueError(f"record {found}")
@@ -80,14 +72,15 @@ class RunFolder:
         with disk_errors(path), open(path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             try:
-                write_all(file.fileno(), line)
+                while line:  # one write may write only a part
+                    line = line[file.write(line) :]
             except OSError:
                 file.truncate(start)
                 raise
 
     def truncate_metrics(self, step: int) -> None:
         """Atomically removes the lines after `step`, which a run resumed at `step` writes again."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         if (self.path / METRICS).exists():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(self.path / METRICS, text.encode())
@@ -99,28 +92,13 @@ class RunFolder:
             logits: (n, C), or (n, T, C) for T labels per example.
             labels: (n,) or (n, T).
             rows: (n,), the row of the split of each example.
-        Raises:
-            ValueError: the shapes do not match.
         """
-        logits, labels, rows = np.asarray(logits, np.float32), np.asarray(labels), np.asarray(rows)
-        if (
-            logits.ndim not in (2, 3)
-            or labels.shape != logits.shape[:-1]
-            or rows.shape != logits.shape[:1]
-        ):
-            raise ValueError(
-                f"expected logits (n[, T], C), labels (n[, T]), rows (n,); "
-                f"got {logits.shape}, {labels.shape}, {rows.shape}"
-            )
         buffer = io.BytesIO()
-        np.savez(buffer, logits=logits, labels=labels, rows=rows)
+        np.savez(buffer, logits=np.asarray(logits, np.float32), labels=labels, rows=rows)
         write_atomically(self.path / PREDICTIONS, buffer.getvalue())
 
     def read_record(self) -> dict[str, Any] | None:
         return read_record(self.path)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path)
 
 
 def is_locked(folder: str | Path) -> bool:
@@ -159,13 +137,6 @@ def _locked(folder: Path) -> filelock.FileLock:
 
 def _holder(path: Path) -> str:
     return path.read_text(errors="replace").strip() if path.exists() else ""
-
-
-def _drop_truncated_line(path: Path) -> None:
-    """Removes a last line without a newline, which a crash during an append leaves."""
-    if not path.exists() or not (content := path.read_bytes()) or content.endswith(b"\n"):
-        return
-    os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def load_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

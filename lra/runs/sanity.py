@@ -5,11 +5,9 @@ from typing import Any
 
 import numpy as np
 
-STANDARD_ERRORS = 3.0  # above chance; one in 700 runs at chance exceeds it
-
 
 def first_loss_problem(loss: float, num_classes: int, tolerance: float | None) -> str | None:
-    """Describes what is wrong with the loss of the first step, in nats; None if it is plausible.
+    """What is wrong with the loss of the first step, in nats; None if it is plausible.
 
     An untrained model with equal logits has loss log(C) for every label, smoothed or not.
 
@@ -21,20 +19,13 @@ def first_loss_problem(loss: float, num_classes: int, tolerance: float | None) -
     expected = math.log(num_classes)
     if tolerance is None or expected / tolerance <= loss <= expected * tolerance:
         return None
-    cause = (
-        "check the initialization scale of the weights and the head"
-        if loss > expected
-        else "check whether the inputs contain the labels"
-    )
+    cause = "check whether the inputs contain the labels"
+    if loss > expected:
+        cause = "check the initialization scale of the weights and the head"
     return (
         f"initial loss {loss:.3f} is far from log({num_classes}) = {expected:.3f}; {cause} "
         f"(trainer.first_loss_tolerance={tolerance:g})"
     )
-
-
-def evaluations_without_gain(step: int, best_step: int, every: int) -> int:
-    """Number of evaluations, one each `every` steps, after `best_step` up to `step`."""
-    return step // every - best_step // every
 
 
 def stopped_early(
@@ -42,15 +33,13 @@ def stopped_early(
 ) -> dict[str, Any] | None:
     """{step, reason} after `patience` evaluations in a row without a better accuracy; else None.
 
-    Depends only on values that a checkpoint holds, so that a resumed run stops at the same step.
+    An evaluation follows each `every` steps. All values are in a checkpoint, so that a resumed run
+    stops at the same step.
     """
-    if patience is None or evaluations_without_gain(step, best_step, every) < patience:
+    if patience is None or step // every - best_step // every < patience:
         return None
-    return {
-        "step": step,
-        "reason": f"trainer.early_stopping={patience}: "
-        f"no better validation accuracy than that of step {best_step}",
-    }
+    better = f"no better validation accuracy than that of step {best_step}"
+    return {"step": step, "reason": f"trainer.early_stopping={patience}: {better}"}
 
 
 def chance(labels: np.ndarray, num_classes: int) -> float:
@@ -65,8 +54,11 @@ def chance(labels: np.ndarray, num_classes: int) -> float:
 
 
 def is_at_chance(accuracy: float, level: float, count: int) -> bool:
-    """Whether the accuracy over `count` labels is within `STANDARD_ERRORS` of chance or below."""
-    return accuracy <= level + STANDARD_ERRORS * math.sqrt(level * (1 - level) / count)
+    """Whether the accuracy over `count` labels is at most 3 standard errors above chance.
+
+    One in 700 runs at chance exceeds this limit.
+    """
+    return accuracy <= level + 3.0 * math.sqrt(level * (1 - level) / count)
 
 
 def chance_warning(accuracy: float, level: float, step: int, steps: int) -> str:

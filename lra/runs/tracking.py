@@ -39,27 +39,21 @@ _MODES |= dict.fromkeys(("disabled", "off"), "off")
 
 
 class Tracker:
-    """Receives a run's metrics beside the run folder. This one discards them."""
+    """Receives a run's metrics, final values and status. This one discards them."""
 
     sync_hint: str | None = None
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the values of one step."""
+    def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Adds final values."""
+    def summary(self, values: Mapping[str, Any]) -> None: ...
 
-    def finish(self, status: str) -> None:
-        """Ends the mirror with the run's status."""
+    def finish(self, status: str) -> None: ...
 
 
 class WandbTracker(Tracker):
-    """Mirrors a run to W&B. No method raises; only `finish` waits.
+    """Mirrors a run to W&B, in <folder>/wandb. No method raises; only `finish` waits.
 
-    Args:
-        folder: the run folder; W&B writes to <folder>/wandb.
-        mode: auto, online or offline.
-        run: keyword arguments of `wandb.init` (project, entity, group, name, tags, config).
+    `mode` is auto, online or offline; `run` holds keyword arguments of `wandb.init`.
     """
 
     def __init__(self, folder: Path, mode: str, run: Mapping[str, Any]):
@@ -123,9 +117,9 @@ def make_tracker(
     """The tracker that conf/tracker selects, started.
 
     Args:
-        options: {wandb: auto | online | offline | off, project, entity, group, tags}; the default
-            group is the seeds of one (task, model, protocol).
-        config: resolved; its hash begins the W&B id, which a resumed run keeps.
+        options: {wandb, project, entity, group, tags}; the default group is the seeds of one
+            (task, model, protocol).
+        config: resolved.
         names: task, model, protocol.
     """
     mode = wanted_mode(options["wandb"])
@@ -158,12 +152,9 @@ def wanted_mode(option: str | bool) -> str:
 
 
 def run_id(folder: Path, config: Mapping[str, Any]) -> str:
-    """W&B's id of the run in `folder`, stored there so that a resumed run keeps it.
-
-    The config's hash and a random part, because W&B refuses the id of a deleted run.
-    """
+    """W&B's id of the run in `folder`, stored there so that a resumed run keeps it."""
     path = folder / "wandb" / "id"
-    if not path.exists():
+    if not path.exists():  # with a random part, because W&B refuses the id of a deleted run
         path.write_text(f"{config_hash(config)[:8]}-{secrets.token_hex(4)}\n")
     return path.read_text().strip()
 
@@ -205,13 +196,9 @@ def _import_wandb() -> Any:
 
 
 def _open_run(wandb: Any, mode: str, run: Mapping[str, Any]) -> Any:
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        init_timeout=INIT_S,
-        finish_timeout=UPLOAD_S,
-        reinit="create_new",  # leaves a W&B run of the calling program alone
-    )
+    # create_new leaves a W&B run of the calling program alone
+    limits = {"init_timeout": INIT_S, "finish_timeout": UPLOAD_S}
+    settings = wandb.Settings(silent=True, console="off", reinit="create_new", **limits)
     if mode != "offline":
         try:
             if (obstacle := _obstacle(wandb)) is None:
@@ -227,8 +214,7 @@ def _open_run(wandb: Any, mode: str, run: Mapping[str, Any]) -> Any:
 def _obstacle(wandb: Any, *, verify: bool = False) -> str | None:
     """The reason in W&B's settings or login that rules out online runs; None without one.
 
-    Args:
-        verify: also log in to the server, which may take 10 s.
+    `verify` also logs in to the server, which may take 10 s.
     """
     mode = wandb.setup().settings.mode
     if _MODES.get(mode) != "online":

@@ -121,7 +121,7 @@ class Trainer:
             self.batches.start(int(state.step))
             with (
                 signals.deferred(),
-                self.recorder.console,
+                self.recorder.console.bar,
                 closing(self.batches),
                 closing(self.profile),
             ):

@@ -45,7 +45,6 @@ def build(model, *overrides):
         (["model=lru", "model.state_size=0"], "model.state_size=0 must be at least 1"),
         (["model=lru", "model.max_phase=-1"], "model.max_phase=-1 must be an angle above 0"),
         (["model=transformer", "model.num_heads=0"], "model.num_heads=0 must be at least 1"),
-        (["model=transformer", "model.num_heads=-1"], "model.num_heads=-1 must be at least 1"),
         (
             ["model=transformer", "backbone.width=18", "model.num_heads=6"],
             "model.positions=rotary needs an even head width",

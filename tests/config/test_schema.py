@@ -21,7 +21,7 @@ def default():
 
 
 def leaves(config):
-    keys = dotted_keys(OmegaConf.create(config))
+    keys = dotted_keys(config)
     return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
 
 
@@ -47,7 +47,7 @@ def test_every_entry_is_a_key_of_conf(default):
 @pytest.mark.parametrize("group", ["tracker", "protocol"])
 def test_every_option_of_a_group_has_the_same_keys(default, group):
     for option in options(group):
-        config = OmegaConf.load(CONF / group / f"{option}.yaml")
+        config = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
         assert leaves({group: config}) == leaves({group: default[group]})
 
 
