@@ -1,8 +1,5 @@
 """Finds, unpacks or downloads a publisher's files.
 
-    source = Source("IMDB", "aclImdb", ("train/pos", "test/neg"), (IMDB.filename,), IMDB)
-    folder = obtain(source, data_root, download=True)
-
 `pooch` verifies the hash of a download and gives it its final name. The downloader in this module
 adds what pooch lacks: an interrupted download stays as `<name>.part` and is resumed, and a server
 that does not answer ends the command within seconds.
@@ -49,11 +46,11 @@ def obtain(
         return found
     try:
         archive = find_archive(source, data_root)
-        if archive is not None and source.remote:
+        if archive is not None:
             _check_hash(archive, source.remote)
-        if archive is None and download and source.remote:
+        elif download and source.remote:
             archive = fetch_file(source.remote, data_root, on_progress)
-        if archive is None:
+        else:
             raise _missing(source, data_root)
         return extract(archive, source, data_root, on_progress)
     except DataError as error:
@@ -62,9 +59,8 @@ def obtain(
         raise DataError(f"{error}; or {source.alternative}") from error
 
 
-def _check_hash(archive: Path, remote: Remote) -> None:
-    """Raises DataError unless the archive has the published hash, or none is published."""
-    if remote.sha256 is None:
+def _check_hash(archive: Path, remote: Remote | None) -> None:
+    if remote is None or remote.sha256 is None:
         return
     with disk_errors(archive, "data.root", DataError):
         found = file_hash(archive)
@@ -179,9 +175,6 @@ def _request(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
 
     A thread sends the request, because a timeout of `requests` covers neither the look-up of the
     name nor the sum over all addresses of a host.
-
-    Raises:
-        DataError: no answer, or an error.
     """
     import requests
 

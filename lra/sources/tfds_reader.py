@@ -32,11 +32,9 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
     $TFDS_DATA_DIR and ~/tensorflow_datasets; the first of them with any version decides.
     """
     root = Path(data_root)
-    places = [root, root / "tfds", root / "tensorflow_datasets"]
-    if "TFDS_DATA_DIR" in os.environ:
-        places.append(Path(os.environ["TFDS_DATA_DIR"]).expanduser())
-    places.append(Path("~/tensorflow_datasets").expanduser())
-    for place in places:
+    others = filter(None, (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets"))
+    others = (Path(place).expanduser() for place in others)
+    for place in (root, root / "tfds", root / "tensorflow_datasets", *others):
         versions = [
             path.parent
             for path in (place / name).glob("*/dataset_info.json")
@@ -89,13 +87,11 @@ def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
     if split not in lengths:
         raise DataError(f"{info_path}: no split {split!r}, it has {', '.join(lengths)}")
     counts = [int(length) for length in lengths[split]]
-    shards = [
-        (folder / f"{prefix}-{i:05d}-of-{len(counts):05d}", count) for i, count in enumerate(counts)
-    ]
-    for path, _ in shards:
+    paths = [folder / f"{prefix}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
+    for path in paths:
         if not path.is_file():
             raise _damaged(path, "missing")
-    return file_format, shards
+    return file_format, list(zip(paths, counts, strict=True))
 
 
 def _read_tfrecord(path: Path) -> Iterator[bytes]:

@@ -41,10 +41,11 @@ class Task(abc.ABC):
     """A classification task over integer sequences.
 
     Subclasses set the attributes below in the class or in `__init__`. `__init__` takes `protocol`
-    and `data_root` from the harness and the other arguments from the YAML file. The protocol has
-    the keys `inputs` ("lra2020" or "s4": the encoding), `validation` ("train" or "test": the origin
-    of validation examples if the publisher provides none) and `shuffle` (whether one set of files
-    is cut into splits in random order). `data_root` is the folder of the publishers' files.
+    and `data_root` from the harness and the other arguments from the YAML file; it raises
+    ConfigError if a value is not valid. The protocol has the keys `inputs` ("lra2020" or "s4": the
+    encoding), `validation` ("train" or "test": the origin of validation examples if the publisher
+    provides none) and `shuffle` (whether one set of files is cut into splits in random order).
+    `data_root` is the folder of the publishers' files.
     """
 
     name: str
@@ -77,8 +78,7 @@ class Task(abc.ABC):
         """All examples of `split` in their fixed order.
 
         Raises:
-            DataError: a source file is missing or malformed; the message names file, row and
-                remedy.
+            DataError: a source file is missing or malformed.
         """
 
     @abc.abstractmethod
@@ -92,9 +92,8 @@ class Task(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """The settings that change the stored bytes, as JSON values; part of the store's name.
 
-        Contains every constructor argument unless `unused_arguments` lists it (`name` is in the
-        store's name already). A task whose examples depend on the protocol adds the relevant
-        settings of the protocol.
+        Contains every constructor argument that `unused_arguments` does not list. A task whose
+        examples depend on the protocol adds the relevant settings of the protocol.
         """
         ignored = {"protocol", "data_root", "name", *self.unused_arguments()}
         found = {
@@ -129,7 +128,7 @@ class Task(abc.ABC):
         """Unpack the archive of the source files, after downloading it if `download` is true.
 
         Raises:
-            DataError: nothing is found; the message names the file to get and where to put it.
+            DataError: nothing is found.
         """
         if self.publisher is not None:
             obtain(self.publisher, self.data_root, download=download, on_progress=on_progress)
@@ -184,10 +183,8 @@ class Task(abc.ABC):
     def factors(self, split: Any) -> dict[str, np.ndarray]:
         """Properties of each example by which `lra diagnose` groups accuracy: name -> values (n,).
 
-        The default is the label, and the length if it varies. A task adds its own.
-
-        Args:
-            split: packed examples with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`.
+        The default is the label, and the length if it varies. A task adds its own. `split` is a
+        `lra.data.store.Split`.
         """
         lengths, labels = np.asarray(split.lengths), np.asarray(split.labels)
         found = {"label": labels} if labels.ndim == 1 else {}
@@ -199,20 +196,15 @@ class Task(abc.ABC):
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """Test accuracies (fractions) of simple baselines that a model has to beat.
 
-        `majority` predicts the most frequent label of train. A task adds its own.
-
-        Args:
-            splits: packed splits by name, with `inputs (n, L)`, `lengths (n,)`, `labels (n,)`.
+        `majority` predicts the most frequent label of train. A task adds its own. `splits` maps
+        names to `lra.data.store.Split`s.
         """
         counts = np.bincount(np.asarray(splits["train"].labels).ravel(), minlength=self.num_classes)
         return {"majority": float(np.mean(np.asarray(splits["test"].labels) == counts.argmax()))}
 
 
 def _record_arguments(init: Any) -> Any:
-    """`init` of a task class, which stores its arguments as `arguments` before it runs.
-
-    Only the outermost call stores them: `super().__init__` finds them already stored.
-    """
+    """Wraps `__init__`: the outermost call stores its arguments as `arguments` first."""
     parameters = inspect.signature(init)
 
     @functools.wraps(init)

@@ -54,12 +54,9 @@ class Cifar10(PictureTask):
     """CIFAR-10 from the publisher's Python batches or, if they are missing, from TFDS's `cifar10`.
 
     Args:
-        protocol: mapping with `inputs`, which decides the grey values, and `shuffle`, whether
-            validation is a random tenth of the training files or their end.
-        data_root: where the files are searched.
         colour: three values per pixel instead of one.
-        mean, std: of a pixel in units of 0..255, one number or one per colour.
-        data_seed: of the random tenth; independent of a run's seed.
+        data_seed: of the random tenth that is validation; independent of a run's seed.
+        mean, std: see `PictureTask`.
     """
 
     source = "release"
@@ -132,20 +129,16 @@ def read_batch(path: Path) -> Pictures:
     """Pictures and labels of a publisher's file: {b"data": planar RGB, b"labels": list, ...}.
 
     Raises:
-        DataError: naming the file, and the row if one is malformed.
+        DataError: the file or a row is malformed.
     """
     content = restricted_pickle(path)
     data, labels = content.get(b"data"), content.get(b"labels")
     values = SHAPE[0] * SHAPE[1] * 3
-    if not isinstance(data, np.ndarray):
+    is_array = isinstance(data, np.ndarray)
+    if not is_array or data.dtype != np.uint8 or data.shape[1:] != (values,):
+        found = f"{data.dtype} {data.shape}" if is_array else type(data).__name__
         raise DataError(
-            f"{path}: b'data' is {type(data).__name__}, expected uint8 (rows, {values}); fetch it "
-            "again"
-        )
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
-        raise DataError(
-            f"{path}: b'data' is {data.dtype} {data.shape}, expected uint8 (rows, {values}); fetch "
-            "it again"
+            f"{path}: b'data' is {found}, expected uint8 (rows, {values}); fetch it again"
         )
     if not isinstance(labels, list) or len(labels) != len(data):
         found = f"{len(labels)} long" if isinstance(labels, list) else f"a {type(labels).__name__}"
@@ -163,7 +156,7 @@ def read_prepared(folder: Path, part: str) -> Pictures:
     """Pictures and labels of a split that TFDS prepared; records have a PNG `image` and a `label`.
 
     Raises:
-        DataError: naming the folder, the split and the record.
+        DataError: a record is malformed.
     """
     pictures, labels = [], []
     for record, example in enumerate(read_tfds(folder, part)):

@@ -28,15 +28,14 @@ BLOCK_BYTES = 2**26  # of pictures that `mean_pixels` reads at once
 class PictureTask(Task):
     """A task of pictures of one size.
 
+    The encoding "lra2020" embeds grey values; it has no colour task, so colour pictures are values
+    as in "s4".
+
     Args:
-        protocol: mapping with `inputs` and `shuffle`. "lra2020" embeds grey values; it has no
-            colour task, so colour pictures are values as in "s4".
         shape: height and width.
         num_features: 1 for grey, 3 for colour pictures.
         mean, std: of a pixel in units of 0..255, one number or one per feature; the model's input
-            is (x - mean) / std. Applied after reading, so no stored byte depends on them.
-    Raises:
-        ConfigError: a value is not valid.
+            is (x - mean) / std.
     """
 
     inputs = "pixels"
@@ -151,8 +150,6 @@ def decode_png(
     content: bytes, shape: tuple[int, int], mode: str, where: str
 ) -> UInt8[np.ndarray, "*picture"]:
     """Pixels of a PNG, 8 bits each: (H, W) in mode "L", (H, W, 3) in mode "RGB".
-
-    Pillow converts pictures in other modes.
 
     Raises:
         DataError: not a PNG of this size; the message names `where`, its origin.

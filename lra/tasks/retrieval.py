@@ -43,12 +43,10 @@ class Pair(NamedTuple):
 class Retrieval(Task):
     """AAN pairs, encoded as `protocol.inputs` states; a longer document is cut at its end.
 
+    The encoding is "lra2020" (bytes + 1) or "s4" (characters, one eos).
+
     Args:
-        protocol: mapping with `inputs`: "lra2020" (bytes + 1) or "s4" (characters, one eos).
-        data_root: where the folder of the three files, or the release's archive, is searched.
         seq_len: padded length of each document; None for the protocols' own.
-    Raises:
-        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -156,7 +154,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
     """The rows of one file with their numbers, starting at 1.
 
     Raises:
-        DataError: naming the file and the row of the first error.
+        DataError: a row is malformed.
     """
     with open(path, "rb") as file:  # text mode would also end lines at other characters
         for row, line in enumerate(file, start=1):
@@ -170,8 +168,7 @@ def parse_row(line: bytes) -> Pair:
     """The five columns of a line without its end.
 
     Raises:
-        ValueError: the number of columns is not five, the label is not 0 or 1, a text is empty, or
-            a CSV writer has quoted it.
+        ValueError: a column is missing or malformed, or a CSV writer has quoted it.
     """
     fields = line.split(b"\t")
     if len(fields) != len(COLUMNS):
@@ -180,18 +177,18 @@ def parse_row(line: bytes) -> Pair:
         )
     label, id1, id2, text1, text2 = fields
     try:
-        value = float(label)
+        value = (0.0, 1.0).index(float(label))
     except ValueError:
-        value = -1.0
-    if value not in (0.0, 1.0):
         found = label[:20].decode(errors="replace")
-        raise ValueError(f"found the label {found!r}, expected 0.0 or 1.0; {REMEDY}")
+        raise ValueError(f"found the label {found!r}, expected 0.0 or 1.0; {REMEDY}") from None
     for column, text in (("text1", text1), ("text2", text2)):
         if not text:
             raise ValueError(f"{column} is empty; take the file from {LRA_RELEASE.filename}")
-        if _is_csv_quoted(text):
+        inner = text[1:-1]
+        is_quoted = text.startswith(b'"') and text.endswith(b'"')
+        if is_quoted and b'""' in inner and b'"' not in inner.replace(b'""', b""):
             raise ValueError(f"{column} is in quotes, and the quotes in it are doubled; {REMEDY}")
-    return Pair(int(value), (id1, id2), (text1, text2))
+    return Pair(value, (id1, id2), (text1, text2))
 
 
 def ends_in_newline(path: Path) -> bool:
@@ -200,11 +197,3 @@ def ends_in_newline(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"\n", b"")
-
-
-def _is_csv_quoted(text: bytes) -> bool:
-    """Whether a CSV writer has quoted the text because of quotes in it, which it has doubled."""
-    if not (text.startswith(b'"') and text.endswith(b'"')):
-        return False
-    inner = text[1:-1]
-    return b'""' in inner and b'"' not in inner.replace(b'""', b"")

@@ -51,15 +51,11 @@ class Review(NamedTuple):
 class Text(Task):
     """IMDB reviews, encoded as `protocol.inputs` states; a longer review is cut at its end.
 
+    The encoding is "lra2020" (bytes + 1) or "s4" (characters, one eos).
+
     Args:
-        protocol: mapping with `inputs`: "lra2020" (bytes + 1) or "s4" (characters, one eos); and
-            `validation`: "train" (a tenth of train) or "test" (test itself).
-        data_root: where the publisher's folder, its archive or TFDS's folder is searched.
-        data_seed: of the choice of validation reviews, independent of a run's seed; unused if test
-            is the validation split.
+        data_seed: of the choice of validation reviews, independent of a run's seed.
         seq_len: padded length; None for the protocol's own.
-    Raises:
-        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -169,8 +165,7 @@ def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     """The reviews of one folder ordered by number, and a SHA-256 of their names and contents.
 
     Raises:
-        DataError: a .txt file is not named <id>_<rating>.txt, or its rating belongs to the other
-            class.
+        DataError: a .txt file has another form of name, or its rating belongs to the other class.
     """
     names = [
         name for name in os.listdir(folder) if name.endswith(".txt") and not name.startswith(".")
