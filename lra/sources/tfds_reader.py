@@ -33,8 +33,8 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
     """
     root = Path(data_root)
     others = filter(None, (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets"))
-    others = (Path(place).expanduser() for place in others)
-    for place in (root, root / "tfds", root / "tensorflow_datasets", *others):
+    places = [root, root / "tfds", root / "tensorflow_datasets"]
+    for place in places + [Path(other).expanduser() for other in others]:
         versions = [
             path.parent
             for path in (place / name).glob("*/dataset_info.json")

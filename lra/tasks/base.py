@@ -21,6 +21,7 @@ from lra.errors import ConfigError, LraError
 from lra.sources.download import obtain
 from lra.sources.locate import Progress, Source, file_hash, locate, located, signature
 from lra.sources.tfds_reader import find_tfds
+from lra.tasks.random_words import random_stream
 
 SPLITS = ("train", "val", "test")
 ENCODINGS = ("lra2020", "s4")  # valid values of protocol.inputs
@@ -235,7 +236,7 @@ def check_at_least(key: str, found: int, least: int) -> None:
 
 
 def check_data_seed(seed: int) -> None:
-    """Raises ConfigError unless `seed` fits the 64-bit half of a Philox key."""
+    """Raises ConfigError unless `seed` fits the half of a Philox key."""
     if not 0 <= seed < 2**64:
         raise ConfigError(f"task.data_seed={seed} is outside 0..2^64-1")
 
@@ -257,5 +258,4 @@ def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def permutation(count: int, seed: int) -> np.ndarray:
     """A permutation of 0..count-1 (int64) that depends on `seed` alone, not on NumPy's version."""
-    words = np.random.Philox(key=np.array([seed, count], np.uint64)).random_raw(count)
-    return np.argsort(words, kind="stable")
+    return np.argsort(random_stream(seed, count).random_raw(count), kind="stable")

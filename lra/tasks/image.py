@@ -91,8 +91,7 @@ class Cifar10(PictureTask):
             seed = self.data_seed if self.shuffle else None
             kept = cut(len(labels), {name: SIZES[name] for name in ("train", "val")}, seed)[split]
             rgb, labels = rgb[kept], labels[kept]
-        for pixels, label in zip(self._pixels(rgb), labels.tolist(), strict=True):
-            yield Example(pixels, label)
+        yield from map(Example, self._pixels(rgb), labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return SIZES
@@ -132,8 +131,8 @@ def read_batch(path: Path) -> Pictures:
         DataError: the file or a row is malformed.
     """
     content = restricted_pickle(path)
-    data, labels = content.get(b"data"), content.get(b"labels")
-    values = SHAPE[0] * SHAPE[1] * 3
+    data: Any = content.get(b"data")
+    labels, values = content.get(b"labels"), SHAPE[0] * SHAPE[1] * 3
     is_array = isinstance(data, np.ndarray)
     if not is_array or data.dtype != np.uint8 or data.shape[1:] != (values,):
         found = f"{data.dtype} {data.shape}" if is_array else type(data).__name__

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8, UInt32
 
 from lra.errors import ConfigError
+from lra.tasks.random_words import random_stream, words32
 
 TOKENS = (*"0123456789", "[MAX", "[MED", "[MIN", "[SM", "]")  # sorted
 FIRST_OPERATOR, CLOSE = 10, 14
@@ -58,20 +59,18 @@ class Rows:
 
 def join(parts: list[Rows]) -> Rows:
     """The rows of all parts, in order."""
-    lengths = [np.diff(part.offsets) for part in parts]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))])
-    offsets = offsets.astype(np.int64)
+    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
     empty = np.zeros(0, np.uint8)
     tokens = np.concatenate([empty, *(part.tokens for part in parts)])
-    return Rows(tokens, offsets, np.concatenate([empty, *(part.labels for part in parts)]))
+    labels = np.concatenate([empty, *(part.labels for part in parts)])
+    return Rows(tokens, np.cumsum(np.concatenate(lengths)), labels)
 
 
 def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
     """The answer of one row by a stack machine, independent of the generator so as to check it.
 
     Raises:
-        ValueError: brackets do not match, an operator has no argument, or the row is not exactly
-            one expression.
+        ValueError: the row is not exactly one expression.
     """
     outer: list[list[int]] = []
     current: list[int] = []  # an operator and its arguments; outside of operators: answers
@@ -135,20 +134,18 @@ class Grammar(NamedTuple):
 
     def check(self) -> None:
         """Raises ConfigError if no row meets the limits or the random words cannot express them."""
-        if self.max_depth < 2:
+        depth, min_args, max_args, shortest, longest = self
+        if depth < 2:
             raise ConfigError(
-                f"max_depth={self.max_depth} leaves single digits only; set task.max_depth to 2 or "
-                "more"
+                f"max_depth={depth} leaves single digits only; set task.max_depth to 2 or more"
             )
-        if not 1 <= self.min_args <= self.max_args <= 16:
+        if not 1 <= min_args <= max_args <= 16:
             raise ConfigError(
-                f"min_args={self.min_args}, max_args={self.max_args}: expected 1 <= min <= max <= "
-                "16"
+                f"min_args={min_args}, max_args={max_args}: expected 1 <= min <= max <= 16"
             )
-        if not 1 <= self.min_length <= self.max_length:
+        if not 1 <= shortest <= longest:
             raise ConfigError(
-                f"min_length={self.min_length}, max_length={self.max_length}: expected 1 <= min <= "
-                "max"
+                f"min_length={shortest}, max_length={longest}: expected 1 <= min <= max"
             )
 
 
@@ -173,11 +170,8 @@ def generate(
     """Distinct rows for each split, from `seed` alone.
 
     The last split is cut first, so that the test and validation rows do not depend on the size of
-    train.
+    train. The limits are those of `Grammar`.
 
-    Args:
-        sizes: rows of each split.
-        min_length, max_length: inclusive, in tokens.
     Raises:
         ConfigError: the limits admit too few distinct rows.
     """
@@ -226,7 +220,7 @@ def _drop_seen(rows: Rows, seen: set[bytes]) -> Rows:
 
 def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
     """The rows within the limits among `DRAWS_PER_CHUNK` draws, with their answers."""
-    levels = _grow(np.random.Philox(key=np.array([seed, chunk], np.uint64)), grammar)
+    levels = _grow(random_stream(seed, chunk), grammar)
     values, sizes = _evaluate_levels(levels)
     offsets = np.concatenate([[0], np.cumsum(sizes[0])])
     return Rows(_lay_out(levels, sizes, offsets), offsets, values)
@@ -234,7 +228,7 @@ def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
 
 def _grow(bits: np.random.Philox, grammar: Grammar) -> list[Level]:
     """Draw trees level by level; keep those with an operator as root and a length in the limits."""
-    words = _draw(bits, DRAWS_PER_CHUNK)
+    words = words32(bits, DRAWS_PER_CHUNK)
     words = words[words < 2**30]  # drop trees that are a single digit
     tree = np.arange(len(words))
     length = np.ones(len(words), np.int64)  # tokens drawn so far
@@ -248,14 +242,9 @@ def _grow(bits: np.random.Philox, grammar: Grammar) -> list[Level]:
         drawn.append((words, tree, operators, args))
         growing = length[tree[operators]] <= grammar.max_length
         tree = np.repeat(tree[operators[growing]], args[growing])
-        words = _draw(bits, len(tree))
+        words = words32(bits, len(tree))
     kept = (grammar.min_length <= length) & (length <= grammar.max_length)
     return [_level(*level, kept, grammar) for level in drawn]
-
-
-def _draw(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
-    raw = bits.random_raw((count + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
 
 
 def _scale(words: UInt32[np.ndarray, " M"], span: int) -> UInt32[np.ndarray, " M"]:

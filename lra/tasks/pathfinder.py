@@ -20,9 +20,11 @@ builder stores them in another order), otherwise by a seeded permutation (S4 dra
 generator: the same shares, other pictures).
 """
 
+import collections
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import zipfile
@@ -79,14 +81,11 @@ def read_metadata(path: Path) -> Batch:
     """Read a metadata file, plain text or a binary array of strings.
 
     Raises:
-        DataError: naming the file and the row.
+        DataError: the file or a row is malformed.
     """
     content = path.read_bytes()
-    rows = (
-        _binary_rows(path, content)
-        if content.startswith(b"\x93NUMPY")
-        else _text_rows(path, content)
-    )
+    read = _binary_rows if content.startswith(b"\x93NUMPY") else _text_rows
+    rows = read(path, content)
     files, labels = [], []
     for number, row in enumerate(rows):
         if len(row) < 4 or row[3] not in ("0", "1"):
@@ -158,7 +157,7 @@ def read_pictures(
     """The pictures of some files, and the SHA-256 of the concatenated files.
 
     Raises:
-        DataError: a file is missing, empty or not a PNG of that size; the message names it.
+        DataError: a file is missing, empty or not a PNG of that size.
     """
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
@@ -262,19 +261,14 @@ class Pathfinder(PictureTask):
     """Pathfinder, generated or released, at one size and level.
 
     Args:
-        protocol: mapping with `inputs` and `shuffle`, whether the release is cut into splits in a
-            seeded random order.
-        data_root: where the release is searched, and where finished parts of an interrupted
-            generation are kept.
+        data_root: holds the release, and finished parts of an interrupted generation.
         source: "generated" or "release".
         size: height and width, 32, 64, 128 (Path-X) or 256 (Path-256).
         level: "easy", "intermediate" or "hard".
         sizes: pictures of train, val and test; a release has to hold their sum.
         data_seed: of the generator, or of the random order of the release; independent of a run's
             seed.
-        mean, std: of a pixel in units of 0..255.
-    Raises:
-        ConfigError: a value is not valid.
+        mean, std: see `PictureTask`.
     """
 
     num_classes = 2
@@ -315,8 +309,7 @@ class Pathfinder(PictureTask):
         parts = self._drawn(split) if self.source == "generated" else self._read(split)
         for pictures, labels in parts:
             rows = pictures.reshape(len(pictures), -1)
-            for row, label in zip(rows, labels.tolist(), strict=True):
-                yield Example(row, label)
+            yield from map(Example, rows, labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
@@ -368,11 +361,10 @@ class Pathfinder(PictureTask):
 
     def source_hashes(self) -> list[dict[str, str]]:
         """One per metadata file, and one per split: a hash of the hashes of its picture files."""
-        pictures = [
+        return super().source_hashes() + [
             {"name": f"pictures of {split}", "sha256": digest}
             for split, digest in self._hashes.items()
         ]
-        return super().source_hashes() + pictures
 
     def notes(self) -> list[str]:
         if self.source == "generated":
@@ -412,12 +404,11 @@ class Pathfinder(PictureTask):
                 f"task.sizes={self.sizes}"
             )
         members = cut(count, self.sizes, self.data_seed if self.shuffle else None)
+        starts = bounds - [len(batch.files) for batch in batches]
         parts = {}
         for split, numbers in members.items():
-            groups = np.split(numbers, np.searchsorted(numbers, bounds[:-1]))
-            parts[split] = [
-                group - first for group, first in zip(groups, [0, *bounds[:-1]], strict=True)
-            ]
+            groups = np.split(numbers, np.searchsorted(numbers, starts[1:]))
+            parts[split] = [group - start for group, start in zip(groups, starts, strict=True)]
         return batches, parts
 
     def _read(self, split: str) -> Iterator[Pictures]:
@@ -491,23 +482,17 @@ class Pathfinder(PictureTask):
             f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} "
             f"{drawn.paddle_length} {drawn.paddle_thickness} {margins} {drawn.contrasts}"
         )
-        pictures = (
-            pair
-            for split in SPLITS
-            for pair in zip(splits[split].inputs, splits[split].labels, strict=True)
+        lines: dict[int, str] = collections.defaultdict(str)
+        pictures = itertools.chain.from_iterable(
+            zip(splits[split].inputs, splits[split].labels, strict=True) for split in SPLITS
         )
-        lines: dict[int, list[str]] = {}
         for number, (pixels, label) in enumerate(pictures):
             batch, k = divmod(number, PICTURES_PER_BATCH)
-            place = level / "imgs" / str(batch)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(
-                place / f"sample_{k}.png"
-            )
-            lines.setdefault(batch, []).append(
-                f"imgs/{batch} sample_{k}.png {k} {label} {parameters}\n"
-            )
-        (level / "metadata").mkdir(exist_ok=True)
+            file = level / "imgs" / str(batch) / f"sample_{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(file)
+            lines[batch] += f"imgs/{batch} {file.name} {k} {label} {parameters}\n"
+        (level / "metadata").mkdir()
         for batch, rows in lines.items():
-            (level / "metadata" / f"{batch}.npy").write_text("".join(rows), encoding="ascii")
+            (level / "metadata" / f"{batch}.npy").write_text(rows, encoding="ascii")
         return Path(folder)

@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import grey_dilation
 
 from lra.errors import ConfigError
+from lra.tasks.random_words import random_stream, words32
 
 SEGMENTS = {"easy": 6, "intermediate": 9, "hard": 14}  # of a target contour, by level
 SCALE = 2  # strokes and dots are drawn at this scale, then reduced with Lanczos
@@ -370,11 +371,6 @@ def _scale(words: np.ndarray | np.uint32, span: np.ndarray | int):
     return (words.astype(np.int64) * span) >> 32
 
 
-def _words(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
-    raw = bits.random_raw((count + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
-
-
 # --- Pictures ---
 
 
@@ -426,7 +422,7 @@ def _targets(tables: Tables, streams: list[np.random.Philox]) -> tuple[Contours,
     todo = np.arange(len(streams))
     while len(todo):
         attempts = max(1, LANE_BYTES // (2 * area * len(todo)))
-        words = np.concatenate([_words(streams[i], attempts * words_per_attempt) for i in todo])
+        words = np.concatenate([words32(streams[i], attempts * words_per_attempt) for i in todo])
         words = words.reshape(len(todo) * attempts, words_per_attempt)
         occupied = _blank(tables, len(words))
         growth = words[:, TAIL_WORDS:].reshape(len(words), length - 1, 2, SEGMENT_TRIALS)
@@ -568,10 +564,7 @@ def draw(
     labels = np.zeros(last - first, np.uint8)
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        streams = [
-            np.random.Philox(key=np.array([seed, first + i], np.uint64))
-            for i in range(len(labels))[part]
-        ]
+        streams = [random_stream(seed, first + i) for i in range(len(labels))[part]]
         images[part], labels[part] = _draw_batch(setting, streams)
     return images, labels
 
@@ -579,7 +572,7 @@ def draw(
 def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
     per_trial = TAIL_WORDS + (setting.distractor_length - 1) * SEGMENT_TRIALS
     shape = (setting.distractors, CONTOUR_TRIALS, per_trial)
-    words = np.stack([_words(bits, PICTURE_WORDS + int(np.prod(shape))) for bits in streams])
+    words = np.stack([words32(bits, PICTURE_WORDS + int(np.prod(shape))) for bits in streams])
     labels, margins, origins = (
         _scale(words[:, i], span) for i, span in enumerate((2, len(setting.margins), 2))
     )

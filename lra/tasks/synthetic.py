@@ -35,6 +35,7 @@ from lra.tasks.base import (
     check_option,
     check_sizes,
 )
+from lra.tasks.random_words import random_stream
 
 Words = UInt64[np.ndarray, "n words"]  # the random words of n rows
 Rows = tuple[Int[np.ndarray, "n L"], Int[np.ndarray, "n *targets"]]  # ids and labels
@@ -49,13 +50,11 @@ class Synthetic(Task):
     Args:
         sizes: rows of train, val and test; no split depends on the size of another.
         data_seed: of the generator, independent of a run's seed.
-        bounds: name -> (value, minimum) of the task's other arguments.
-    Raises:
-        ConfigError: a value is too small, or `sizes` does not name the three splits.
     """
 
     inputs = "tokens"
     vocab: tuple[str, ...]
+    minimums: Mapping[str, int]  # least values of the task's own arguments
     words_per_row: int
     first_label: int | None = None  # the id of class 0; None if classes are not tokens
 
@@ -65,11 +64,10 @@ class Synthetic(Task):
         name: str,
         sizes: Mapping[str, int],
         data_seed: int,
-        **bounds: tuple[int, int],
     ):
         check_option("protocol.inputs", protocol["inputs"], ENCODINGS)
-        for key, (value, least) in bounds.items():
-            check_at_least(f"task.{key}", value, least)
+        for key, least in self.minimums.items():
+            check_at_least(f"task.{key}", self.arguments[key], least)
         check_data_seed(data_seed)
         self.name, self.sizes, self.data_seed = name, check_sizes(sizes), data_seed
 
@@ -79,13 +77,13 @@ class Synthetic(Task):
 
     def examples(self, split: str) -> Iterator[Example]:
         """All rows of `split`, in the order of the generator."""
-        bits = np.random.Philox(key=np.array([self.data_seed, SPLITS.index(split)], np.uint64))
+        bits = random_stream(self.data_seed, SPLITS.index(split))
         for first in range(0, self.sizes[split], ROWS_PER_DRAW):
             count = min(ROWS_PER_DRAW, self.sizes[split] - first)
             words = bits.random_raw(count * self.words_per_row).reshape(count, -1)
             inputs, labels = self.rows(words)
-            for row, label in zip(inputs, labels.astype(np.int32), strict=True):
-                yield Example(row, label if self.num_targets > 1 else int(label))
+            labels = labels.astype(np.int32)
+            yield from map(Example, inputs, labels if self.num_targets > 1 else labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes
@@ -113,6 +111,7 @@ class Copying(Synthetic):
 
     BLANK, MARK = 1, 2
     first_label = 3
+    minimums: Mapping[str, int] = {"categories": 2, "copy_len": 2, "blank_len": 0}
 
     def __init__(
         self,
@@ -125,19 +124,10 @@ class Copying(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol,
-            name,
-            sizes,
-            data_seed,
-            categories=(categories, 2),
-            copy_len=(copy_len, 2),
-            blank_len=(blank_len, 0),
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         self.num_classes, self.num_targets = categories, copy_len
         self.body_len = copy_len + blank_len
-        self.seq_len = self.body_len + copy_len
-        self.words_per_row = copy_len + self.body_len
+        self.seq_len = self.words_per_row = self.body_len + copy_len
         self.vocab = (PAD, ".", "?", *map(str, range(categories)))
 
     @abc.abstractmethod
@@ -187,6 +177,7 @@ class Adding(Synthetic):
     """
 
     num_classes = 19
+    minimums: Mapping[str, int] = {"length": 2}
 
     def __init__(
         self,
@@ -197,7 +188,7 @@ class Adding(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(protocol, name, sizes, data_seed, length=(length, 2))
+        super().__init__(protocol, name, sizes, data_seed)
         self.seq_len, self.words_per_row = length, length + 2
         self.vocab = (PAD, *(f"{digit}{mark}" for mark in ("", "*") for digit in range(10)))
 
@@ -223,6 +214,7 @@ class InductionHeads(Synthetic):
 
     SPECIAL = 1
     first_label = 2
+    minimums: Mapping[str, int] = {"num_tokens": 2, "length": 3}
 
     def __init__(
         self,
@@ -234,9 +226,7 @@ class InductionHeads(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol, name, sizes, data_seed, num_tokens=(num_tokens, 2), length=(length, 3)
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         self.num_classes, self.seq_len, self.words_per_row = num_tokens, length, length + 1
         self.vocab = (PAD, "!", *map(str, range(num_tokens)))
 
@@ -265,6 +255,7 @@ class AssociativeRecall(Synthetic):
     """
 
     FIRST_KEY = 1
+    minimums: Mapping[str, int] = {"num_pairs": 1, "num_keys": 1, "num_values": 2}
 
     def __init__(
         self,
@@ -277,15 +268,7 @@ class AssociativeRecall(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol,
-            name,
-            sizes,
-            data_seed,
-            num_pairs=(num_pairs, 1),
-            num_keys=(num_keys, 1),
-            num_values=(num_values, 2),
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         if num_keys < num_pairs:
             raise ConfigError(
                 f"task.num_keys={num_keys} is too few for different keys in "
