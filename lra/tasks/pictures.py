@@ -99,9 +99,8 @@ class PictureTask(Task):
             (mean_pixels(splits[name].inputs, self.num_features), np.asarray(splits[name].labels))
             for name in ("train", "test")
         )
-        return super().reference_lines(splits) | {
-            "mean_pixel": linear_accuracy(train, test, self.num_classes)
-        }
+        accuracy = linear_accuracy(train, test, self.num_classes)
+        return super().reference_lines(splits) | {"mean_pixel": accuracy}
 
 
 def _per_feature(key: str, found: Any, num_features: int) -> Float32[np.ndarray, "1 1 F"]:
