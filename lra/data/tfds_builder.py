@@ -15,14 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import (
-    Store,
-    check_count,
-    inputs_dtype,
-    inputs_shape,
-    pad_into,
-    store_name,
-)
+from lra.data.inspect import content_hashes
+from lra.data.store import Store, check_count, inputs_dtype, inputs_shape, pad_into, store_name
 from lra.tasks.base import SPLITS, Task
 
 FEATURES_VERSION = "1.0.0"  # of the features; other examples have another config name
@@ -53,12 +47,11 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
         def _info(self):
             description = (type(task).__doc__ or task.name).splitlines()[0]
-            # no shuffling: record i is row i of the packed store
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=description,
                 features=_features(task),
-                disable_shuffling=True,
+                disable_shuffling=True,  # record i is row i of the packed store
                 metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
             )
 
@@ -85,39 +78,25 @@ def _features(task: Task) -> Any:
 
 def _origin(store: Store) -> dict[str, Any]:
     """Content of TFDS's metadata.json: the origin of the examples and the hash of each split."""
-    known = {
-        key: store.manifest[key]
-        for key in ("source", "partial", "source_files", "notes", "versions")
-    }
-    return known | {
-        "splits": {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
-    }
+    keys = ("source", "partial", "source_files", "notes", "versions")
+    return {key: store.manifest[key] for key in keys} | {"splits": content_hashes(store)}
 
 
 def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = _rows_read(task, split) if store is None else _rows_packed(store, split)
+    if store is None:
+        rows = _rows_read(task, split)
+    else:
+        packed = store.splits[split]
+        rows = zip(packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True)
     for key, (inputs, length, label) in enumerate(rows):
-        yield key, {"inputs": inputs, "length": length, "label": label}
-
-
-def _rows_packed(store: Store, split: str) -> Iterator[tuple[Any, Any, Any]]:
-    packed = store.splits[split]
-    for inputs, length, label in zip(
-        packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True
-    ):
-        yield np.asarray(inputs), length, label
+        yield key, {"inputs": np.asarray(inputs), "length": length, "label": label}
 
 
 def _rows_read(task: Task, split: str) -> Iterator[tuple[Any, Any, Any]]:
-    dtype, shape = inputs_dtype(task), inputs_shape(task)
     count = 0
     for example in task.examples(split):
-        inputs = np.zeros(shape, dtype)
+        inputs = np.zeros(inputs_shape(task), inputs_dtype(task))
         length = pad_into(inputs, example, task)
         count += 1
-        yield (
-            inputs,
-            length,
-            np.asarray(example.label, np.int32) if task.num_targets > 1 else example.label,
-        )
+        yield inputs, length, np.asarray(example.label, np.int32)[()]
     check_count(task, split, count)
