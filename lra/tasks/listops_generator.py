@@ -1,8 +1,7 @@
 """Generates and evaluates ListOps expressions.
 
-Random stream: chunk c of a seed draws from Philox with the 128-bit key (seed, c), whose raw stream
-NumPy guarantees. A 64-bit word gives two 32-bit words, the low half first. Each node takes one
-32-bit word, level by level (a level starts with a new 64-bit word): it is an operator if bits 30
+Random stream: chunk c of a seed draws 32-bit words from `random_stream(seed, c)`. Each node takes
+one word, level by level (a level starts with a new 64-bit word): it is an operator if bits 30
 and 31 are zero; bits 28 and 29 choose the operator; bits 0 to 27, as a fraction of 2^28, are scaled
 to the number of arguments or to the digit (each probability is exact to 2^-28). A tree grows no
 further level once it is known to be too long. The rest is integer arithmetic, so the rows depend on

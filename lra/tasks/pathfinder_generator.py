@@ -21,11 +21,10 @@ first target is never marked as occupied; and coordinates are rounded up after t
 original, pixel by pixel. One property is left out: the original stops adding distractors if less
 than 1 % of the picture is free, which no setting here can reach.
 
-Random stream: picture i of a seed draws from Philox with the 128-bit key (seed, i), whose raw
-stream NumPy guarantees; a 64-bit word gives two 32-bit words, the low half first. The picture's own
-words come first (label, margin, marked contour), then those of all distractors, tried or not, then
-one attempt at the targets after the other, each with a fixed number of words. Everything drawn from
-them is integer arithmetic.
+Random stream: picture i of a seed draws 32-bit words from `random_stream(seed, i)`. The picture's
+own words come first (label, margin, marked contour), then those of all distractors, tried or not,
+then one attempt at the targets after the other, each with a fixed number of words. Everything drawn
+from them is integer arithmetic.
 """
 
 import functools
@@ -85,13 +84,10 @@ class Setting(NamedTuple):
 
 
 _SETTINGS = {
-    row.size: row
-    for row in (
-        Setting(32, (1,), 1, 2, 1.5, 0.5, 7, 1.0, 20, 2.0, 0.75),
-        Setting(64, (1,), 1, 5, 2.5, 1.0, 12, 1.8, 22, 0.8, 1.0),
-        Setting(128, (2, 3), 1, 5, 3.0, 1.5, 20, 1.8, 35, 0.9, 1.0),
-        Setting(256, (3,), 22, 5, 5.0, 2.0, 27, 1.8, 30, 1.0, 1.0),
-    )
+    32: Setting(32, (1,), 1, 2, 1.5, 0.5, 7, 1.0, 20, 2.0, 0.75),
+    64: Setting(64, (1,), 1, 5, 2.5, 1.0, 12, 1.8, 22, 0.8, 1.0),
+    128: Setting(128, (2, 3), 1, 5, 3.0, 1.5, 20, 1.8, 35, 0.9, 1.0),
+    256: Setting(256, (3,), 22, 5, 5.0, 2.0, 27, 1.8, 30, 1.0, 1.0),
 }
 
 
@@ -160,16 +156,14 @@ def _tables(setting: Setting, margin: int) -> Tables:
 
     arc = np.arange(0, 360, 360 / (2 * np.pi * reach)) * np.pi / 180  # one pixel apart
     circle = np.unique(np.floor(_offset(arc, reach)).astype(int), axis=0)
-    angles = np.concatenate(
-        [np.arange(-180, 180) * np.pi / 180, np.arctan2(circle[:, 0], circle[:, 1])]
-    )
+    degrees = np.arange(-180, 180) * np.pi / 180
+    angles = np.concatenate([degrees, np.arctan2(circle[:, 0], circle[:, 1])])
     turns = np.abs(angles[:, None] - angles[DEGREES:])
     turns = np.minimum(np.minimum(turns, 2 * np.pi - turns) * setting.continuity, np.pi / 2)
 
     backwards = np.where(angles < 0, angles + np.pi, angles - np.pi)
-    drawn = [
-        _stencil(angle, setting, margin) for angle in (*angles[:DEGREES], *backwards[DEGREES:])
-    ]
+    directions = (*angles[:DEGREES], *backwards[DEGREES:])
+    drawn = [_stencil(angle, setting, margin) for angle in directions]
     strokes, bodies = (np.stack(part) for part in zip(*drawn, strict=True))
     grown = np.pad(bodies, ((0, 0), (margin, margin), (margin, margin)))
     halos = grey_dilation(grown, footprint=_disc(margin)[None], mode="constant")
@@ -253,10 +247,9 @@ def _room(body, half, reach):
     """Offsets of pixels that have to be free around a tail; None if the original rejects it."""
     offsets = np.argwhere(body == 255) - half + 1
     offsets = offsets[(np.abs(offsets) <= reach).all(axis=1)]
-    quadrants = [
-        (offsets * signs >= 0).all(axis=1).any() for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1))
-    ]
-    return offsets if all(quadrants) else None
+    signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # of the quadrants
+    is_valid = all((offsets * sign >= 0).all(axis=1).any() for sign in signs)
+    return offsets if is_valid else None
 
 
 def _first_tails(rooms, size, border):
@@ -306,19 +299,17 @@ def _start(tables: Tables, heading, tail) -> Ends:
 
 def _tail_pivot(tables: Tables, heading, tail):
     """The end of the stroke from `tail`, and the pivot whose circle it is on."""
-    head = _moved(tail, tables.angles[heading], tables.setting.paddle_length)
-    return head, _moved(
-        head, tables.backwards[heading], tables.setting.paddle_length + tables.margin
-    )
+    length = tables.setting.paddle_length
+    head = _moved(tail, tables.angles[heading], length)
+    return head, _moved(head, tables.backwards[heading], length + tables.margin)
 
 
 def _occupy(tables: Tables, pictures: Lanes, lanes, ends: Ends) -> None:
     """Mark a segment as occupied."""
     for picture, stencils in ((pictures.mask, tables.body), (pictures.wide, tables.halo)):
         flat = picture.reshape(-1)
-        at = (lanes * picture.shape[1] + ends.anchor)[:, None] + stencils.at.take(
-            ends.heading, axis=0
-        )
+        anchors = (lanes * picture.shape[1] + ends.anchor)[:, None]
+        at = anchors + stencils.at.take(ends.heading, axis=0)
         flat[at] = np.maximum(flat.take(at), stencils.grey.take(ends.heading, axis=0))
 
 
@@ -338,14 +329,12 @@ def _extend(
     """
     area = pictures.mask.shape[1]
     first = lanes * area
-    pivot = _moved(
-        ends.pivot, tables.angles[ends.heading], tables.setting.paddle_length + 2 * tables.margin
-    )
+    step = tables.setting.paddle_length + 2 * tables.margin
+    pivot = _moved(ends.pivot, tables.angles[ends.heading], step)
     heads = tables.place(pivot)[:, None] + tables.candidates
     closed = pictures.wide.reshape(-1).take(first[:, None] + heads)
-    reached = np.cumsum(
-        (255 - closed) * tables.weights.take(ends.heading, axis=0), axis=1, dtype=np.int32
-    )
+    weights = (255 - closed) * tables.weights.take(ends.heading, axis=0)
+    reached = np.cumsum(weights, axis=1, dtype=np.int32)
     total = reached[:, -1].astype(np.int64)
 
     chosen = np.full(len(lanes), -1)
@@ -354,9 +343,8 @@ def _extend(
         drawn = _scale(words[trying, trial], total[trying])
         choice = (reached[trying] <= drawn[:, None]).sum(axis=1)
         at = (first[trying] + heads[trying, choice])[:, None] + tables.core.at.take(choice, axis=0)
-        collides = (
-            pictures.mask.reshape(-1).take(at) >= tables.core.grey.take(choice, axis=0)
-        ).any(axis=1)
+        occupied = pictures.mask.reshape(-1).take(at)
+        collides = (occupied >= tables.core.grey.take(choice, axis=0)).any(axis=1)
         chosen[trying[~collides]] = choice[~collides]
         trying = trying[collides]
 
@@ -435,10 +423,7 @@ def _targets(tables: Tables, streams: list[np.random.Philox]) -> tuple[Contours,
 
 
 def _blank(tables: Tables, count: int) -> Lanes:
-    shape = count, len(tables.mask)
-    return Lanes(
-        np.broadcast_to(tables.mask, shape).copy(), np.broadcast_to(tables.wide, shape).copy()
-    )
+    return Lanes(np.tile(tables.mask, (count, 1)), np.tile(tables.wide, (count, 1)))
 
 
 def _copy_rows(to: tuple, where, other: tuple, which) -> None:
@@ -450,9 +435,8 @@ def _copy_rows(to: tuple, where, other: tuple, which) -> None:
 def _target_tails(tables: Tables, words: UInt32[np.ndarray, "N W"]) -> list[Ends]:
     """The first tail near the middle, the second at the seed distance from it."""
     heading, row, rows, column, columns = tables.first[_scale(words[:, 0], len(tables.first))].T
-    first = np.stack(
-        [row + _scale(words[:, 1], rows), column + _scale(words[:, 2], columns)], axis=-1
-    )
+    tail = row + _scale(words[:, 1], rows), column + _scale(words[:, 2], columns)
+    first = np.stack(tail, axis=-1)
     direction = _scale(words[:, 3], DEGREES) * np.pi / 180
     second = np.rint(first + _offset(direction, tables.setting.seed_distance)).astype(int)
     return [_start(tables, heading, first), _start(tables, _scale(words[:, 4], DEGREES), second)]
@@ -468,19 +452,16 @@ def _distractors(
     for contour in range(number):
         todo = np.arange(count)
         for trial in range(trials):
-            tails = [_tail(tables, pictures.mask[i], words[i, contour, trial]) for i in todo]
-            started = np.array([tail is not None for tail in tails], bool)
-            which = todo[started]
+            tails = {i: _tail(tables, pictures.mask[i], words[i, contour, trial]) for i in todo}
+            which = np.array([i for i in todo if tails[i]], int)
             if not len(which):
                 continue
-            heading, place = np.array([tail for tail in tails if tail is not None]).T
+            heading, place = np.array([tails[i] for i in which]).T
             tried = Lanes(pictures.mask[which], pictures.wide[which])
-            growth = words[which, contour, trial, TAIL_WORDS:].reshape(
-                len(which), length - 1, 1, SEGMENT_TRIALS
-            )
-            lanes, grown = _grow(
-                tables, tried, [_start(tables, heading, tables.pixels(place))], growth
-            )
+            growth = words[which, contour, trial, TAIL_WORDS:]
+            growth = growth.reshape(len(which), length - 1, 1, SEGMENT_TRIALS)
+            tail = _start(tables, heading, tables.pixels(place))
+            lanes, grown = _grow(tables, tried, [tail], growth)
             contours.heading[which[lanes], contour] = grown.heading[:, 0]
             contours.anchor[which[lanes], contour] = grown.anchor[:, 0]
             _copy_rows(pictures, which[lanes], tried, lanes)
@@ -581,9 +562,8 @@ def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
         which = np.flatnonzero(margins == choice)
         tables = _tables(setting, margin)
         targets, pictures = _targets(tables, [streams[i] for i in which])
-        distractors = _distractors(
-            tables, pictures, words[which, PICTURE_WORDS:].reshape(-1, *shape)
-        )
+        own_words = words[which, PICTURE_WORDS:].reshape(-1, *shape)
+        distractors = _distractors(tables, pictures, own_words)
         for i, picture in enumerate(which):
             origin, end = origins[picture], origins[picture] ^ 1 ^ labels[picture]
             dots = [int(targets.anchor[i, origin, 0]), int(targets.anchor[i, end, -1])]
