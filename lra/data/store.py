@@ -19,13 +19,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from jaxtyping import Int, Integer
 
 from lra.errors import DataError
@@ -171,11 +172,9 @@ def prepare(
 
 def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
     """Build under a lock; returns `partial` if given and examples are missing, else `path`."""
-    from filelock import FileLock
-
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.building-"
-    with _acquired(FileLock(path.parent / f".{path.name}.lock"), on_progress):
+    with _acquire(FileLock(path.parent / f".{path.name}.lock"), on_progress):
         for built in (path, partial):
             if built is not None and built.exists():  # built by another process during the wait
                 return built
@@ -195,19 +194,13 @@ def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Pro
     return built
 
 
-@contextmanager
-def _acquired(lock: Any, on_progress: Progress) -> Iterator[None]:
-    """Hold a lock; reports progress while another process holds it."""
+def _acquire(lock: FileLock, on_progress: Progress) -> AbstractContextManager:
+    """A context manager that releases the acquired lock; reports while another process holds it."""
     while True:
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
-            break
+            return lock.acquire(timeout=LOCK_SECONDS)
         except TimeoutError:
             on_progress("(another process prepares it: waiting)", 0, None)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _move_or_link(building: Path, path: Path) -> None:

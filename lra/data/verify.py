@@ -39,22 +39,22 @@ def verify(store: Store) -> Verification:
         for what, found in describe_split(split, store.manifest["num_classes"]).items():
             if found != entry[what]:
                 problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")
-    overlaps, documents = {}, {}
-    rows = {name: _digests(split.inputs, split.lengths) for name, split in distinct.items()}
-    for one, other in itertools.combinations(rows, 2):
-        known = set(rows[one])
-        overlaps[f"{one}/{other}"] = sum(digest in known for digest in rows[other])
-    if store.manifest["dual"]:
-        sides = {
-            name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
-            for name, split in distinct.items()
-        }
-        for one, other in itertools.combinations(sides, 2):
-            known = {digest for side in sides[one] for digest in side}
-            documents[f"{one}/{other}"] = sum(
-                u in known or v in known for u, v in zip(*sides[other], strict=True)
-            )
-    return Verification(tuple(problems), overlaps, documents)
+    rows = {name: [_digests(split.inputs, split.lengths)] for name, split in distinct.items()}
+    sides = {
+        name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
+        for name, split in (distinct if store.manifest["dual"] else {}).items()
+    }
+    return Verification(tuple(problems), _shared(rows), _shared(sides))
+
+
+def _shared(digests: Mapping[str, list[list[bytes]]]) -> dict[str, int]:
+    """For each two splits, the rows of the second with a digest that the first has too."""
+    counts = {}
+    for one, other in itertools.combinations(digests, 2):
+        known = set(itertools.chain.from_iterable(digests[one]))
+        rows = zip(*digests[other], strict=True)
+        counts[f"{one}/{other}"] = sum(not known.isdisjoint(row) for row in rows)
+    return counts
 
 
 def changed_sources(task: Task, store: Store) -> list[str]:

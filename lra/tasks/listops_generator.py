@@ -93,14 +93,11 @@ def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
 
 
 def _apply(operator: str, values: list[int]) -> int:
-    if operator == "MAX":
-        return max(values)
-    if operator == "MIN":
-        return min(values)
     if operator == "SM":
         return sum(values) % 10
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+    ordered, count = sorted(values), len(values)
+    median = (ordered[(count - 1) // 2] + ordered[count // 2]) // 2
+    return {"MIN": ordered[0], "MED": median, "MAX": ordered[-1]}[operator]
 
 
 def parse_text(text: str) -> UInt8[np.ndarray, " L"]:

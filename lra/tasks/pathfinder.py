@@ -10,9 +10,8 @@ of the release,
     pathfinder32/curv_contour_length_14/metadata/<batch>.npy, .../imgs/<batch>/sample_<k>.png
 
 with one row of metadata per picture: folder, file, number, LABEL, continuity, contour length,
-distractor length, paddle length, paddle thickness, margin, number of contrasts. The release's files
-are plain text despite their name; the upstream generator writes a binary array of strings. Both are
-read.
+distractor length, paddle length, paddle thickness, margin, number of contrasts. The rows are plain
+text in the release and a binary array of strings from the upstream generator.
 
 Splits: generated pictures are independent, so consecutive blocks of one stream serve every
 protocol. The release is cut 80/10/10: in the order of its files under lra2020 (the original's TFDS
@@ -36,7 +35,7 @@ from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from lra.errors import DataError, LraError
 from lra.sources.locate import LRA_RELEASE, Source, locate_all
@@ -83,11 +82,8 @@ def read_metadata(path: Path) -> Batch:
     Raises:
         DataError: the file or a row is malformed.
     """
-    content = path.read_bytes()
-    read = _binary_rows if content.startswith(b"\x93NUMPY") else _text_rows
-    rows = read(path, content)
     files, labels = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(path, path.read_bytes())):
         if len(row) < 4 or row[3] not in ("0", "1"):
             found = f"label {row[3]!r} in column 3" if len(row) > 3 else f"{len(row)} columns"
             raise DataError(
@@ -126,16 +122,14 @@ def select(batch: Batch, is_kept: Callable[[str], bool]) -> Batch:
     return Batch(batch.path, [batch.files[i] for i in kept], batch.labels[kept])
 
 
-def _text_rows(path: Path, content: bytes) -> list[list[str]]:
-    try:
-        return [line.split() for line in content.decode("ascii").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again"
-        ) from error
-
-
-def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
+def _rows(path: Path, content: bytes) -> list[list[str]]:
+    if not content.startswith(b"\x93NUMPY"):
+        try:
+            return [line.split() for line in content.decode("ascii").splitlines()]
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again"
+            ) from error
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
@@ -180,8 +174,7 @@ def parallel_map(
 ) -> Iterator[Any]:
     """Yield `function(*call)` for each call in order, computed on all cores.
 
-    A single call runs in this process. At most `at_once` results are in memory; joblib's own
-    generators do not wait for the consumer.
+    At most `at_once` results are in memory; joblib's own generators do not wait for the consumer.
 
     Raises:
         DataError: a worker process was killed.
@@ -247,10 +240,9 @@ def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pict
     images, labels = np.zeros((n, size, size), np.uint8), np.zeros(n, np.uint8)
     ranges = chunk_ranges(0, n, min(PICTURES_PER_CHUNK, 2**21 // size**2))
     calls = [(first, last, size, level, seed) for first, last in ranges]
-    for (first, last), drawn in zip(
-        ranges, parallel_map(draw, calls, 2 * joblib.cpu_count()), strict=True
-    ):
-        images[first:last], labels[first:last] = drawn
+    drawn = parallel_map(draw, calls, 2 * joblib.cpu_count())
+    for (first, last), part in zip(ranges, drawn, strict=True):
+        images[first:last], labels[first:last] = part
     return images, labels
 
 
@@ -383,11 +375,8 @@ class Pathfinder(PictureTask):
         return notes
 
     @cached_property
-    def _batches(self) -> tuple[list[Batch], dict[str, list[Int[np.ndarray, " k"]]]]:
-        """The rows of all metadata files, and for each split the indices of its rows per file.
-
-        With `allow_partial`, rows without a picture are left out before the splits are cut.
-        """
+    def _batches(self) -> list[Batch]:
+        """The rows of all metadata files; with `allow_partial`, only those that have a picture."""
         batches = [read_metadata(path) for path in self.source_files()]
         refuse_repeats(batches)
         if self._has_empty:
@@ -396,40 +385,32 @@ class Pathfinder(PictureTask):
             named = sum(len(batch.files) for batch in batches)
             batches = [without_missing(self._folders[0], batch) for batch in batches]
             self._left_out = named - sum(len(batch.files) for batch in batches)
-        bounds = np.cumsum([len(batch.files) for batch in batches])
-        count, expected = int(bounds[-1]), sum(self.sizes.values())
+        count, expected = sum(len(batch.files) for batch in batches), sum(self.sizes.values())
         if count > expected:
             raise DataError(
                 f"{self._folders[0]}: {count:,} pictures, more than the {expected:,} of "
                 f"task.sizes={self.sizes}"
             )
-        members = cut(count, self.sizes, self.data_seed if self.shuffle else None)
-        starts = bounds - [len(batch.files) for batch in batches]
-        parts = {}
-        for split, numbers in members.items():
-            groups = np.split(numbers, np.searchsorted(numbers, starts[1:]))
-            parts[split] = [group - start for group, start in zip(groups, starts, strict=True)]
-        return batches, parts
+        return batches
 
     def _read(self, split: str) -> Iterator[Pictures]:
         """The pictures of `split` in the order of the files; reads no others."""
-        batches, parts = self._batches
+        files = [file for batch in self._batches for file in batch.files]
+        labels = np.concatenate([batch.labels for batch in self._batches])
+        rows = cut(len(files), self.sizes, self.data_seed if self.shuffle else None)[split]
+        ends = np.cumsum([len(batch.files) for batch in self._batches])
         step = max(1, CALL_BYTES // self.seq_len)
         groups = [
-            (batch, rows[first : first + step])
-            for batch, rows in zip(batches, parts[split], strict=True)
-            for first in range(0, len(rows), step)
+            part[first : first + step]
+            for part in np.split(rows, np.searchsorted(rows, ends[:-1]))  # of one metadata file
+            for first in range(0, len(part), step)
         ]
-        calls = [
-            (self._folders[0], [batch.files[row] for row in rows], self.size)
-            for batch, rows in groups
-        ]
+        calls = [(self._folders[0], [files[row] for row in group], self.size) for group in groups]
+        results = parallel_map(read_pictures, calls, CALLS)
         digest = hashlib.sha256()
-        for (batch, rows), (pictures, sha256) in zip(
-            groups, parallel_map(read_pictures, calls, CALLS), strict=True
-        ):
+        for group, (pictures, sha256) in zip(groups, results, strict=True):
             digest.update(sha256.encode())
-            yield pictures, batch.labels[rows]
+            yield pictures, labels[group]
         self._hashes[split] = digest.hexdigest()
 
     # --- The generator ---
@@ -450,9 +431,8 @@ class Pathfinder(PictureTask):
         ranges = chunk_ranges(begin, begin + self.sizes[split], PICTURES_PER_CHUNK)
         drawn = (self.size, self.level, self.data_seed)
         calls = [(self._finished, first, last, *drawn) for first, last in ranges]
-        for (first, last), path in zip(
-            ranges, parallel_map(save_chunk, calls, 2 * joblib.cpu_count()), strict=True
-        ):
+        paths = parallel_map(save_chunk, calls, 2 * joblib.cpu_count())
+        for (first, last), path in zip(ranges, paths, strict=True):
             pictures = load_chunk(path, last - first, self.size)
             # None if another process has completed the same store and removed the chunks
             yield pictures or draw(first, last, *drawn)
