@@ -67,9 +67,6 @@ class Store:
     splits: Mapping[str, Split]
 
 
-# --- Names ---
-
-
 def settings_key(task: Task) -> str:
     """SHA-256 of the settings that change the bytes of the store, as hexadecimal digits."""
     return _digest(
@@ -125,9 +122,6 @@ def settings_name(task: Task) -> str:
 def _digest(value: Any) -> str:
     content = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-# --- Building ---
 
 
 def prepare(
@@ -370,9 +364,6 @@ def pad_into(
     return lengths if task.dual else lengths.reshape(())
 
 
-# --- Files ---
-
-
 def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Write an .npy header; NumPy pads it, so that the final number of rows can overwrite it."""
     file.seek(0)
@@ -394,9 +385,6 @@ def _open_split(folder: Path, name: str) -> Split:
     # an empty array cannot be mapped
     inputs = np.load(inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False)
     return Split(inputs, lengths, labels)
-
-
-# --- Opening and checking ---
 
 
 def open_store(path: str | Path) -> Store:

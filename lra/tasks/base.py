@@ -109,8 +109,6 @@ class Task(abc.ABC):
         """V: number of ids that the model embeds; None if it takes the values themselves."""
         return None if self.vocab is None else len(self.vocab)
 
-    # --- Source files ---
-
     def source_folder(self) -> Path:
         """The folder with the publisher's files, else the one prepared by TFDS; sets `source`.
 
@@ -161,8 +159,6 @@ class Task(abc.ABC):
 
     def packed(self) -> None:
         """Called once the store is complete: delete what was kept to resume the preparation."""
-
-    # --- Use of the examples ---
 
     def decode(self, inputs: jax.Array) -> jax.Array:
         """Map stored integers (B, ..., L[, F]) to the model's input, on the device.
@@ -218,9 +214,6 @@ def _record_arguments(init: Any) -> Any:
         init(self, *args, **kwargs)
 
     return recorded
-
-
-# --- Checks of arguments ---
 
 
 def check_option(key: str, found: Any, allowed: Sequence[str]) -> None:

@@ -116,9 +116,6 @@ def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n
     return found
 
 
-# --- The release ---
-
-
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
     """Rows (tokens, answer) of one released file, each checked by evaluating it.
 
@@ -155,9 +152,6 @@ def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
     if answer != int(target):
         raise ValueError(f"the answer is given as {target}, but the row evaluates to {answer}")
     return tokens, answer
-
-
-# --- The task ---
 
 
 class ListOps(Task):

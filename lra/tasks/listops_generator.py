@@ -28,9 +28,6 @@ DRAWS_PER_CHUNK = 8192
 BARREN_CHUNKS = 256  # give up after so many consecutive chunks without a new row
 
 
-# --- Rows ---
-
-
 @dataclass(frozen=True)
 class Rows:
     """Rows of unequal length, concatenated.
@@ -114,9 +111,6 @@ def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
 
 
 _TOKEN_IDS = {token: i for i, token in enumerate(TOKENS)}
-
-
-# --- Generator ---
 
 
 class Grammar(NamedTuple):

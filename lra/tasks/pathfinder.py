@@ -65,9 +65,6 @@ REMEDY = "unpack the release again, or data.allow_partial=true leaves such pictu
 Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
 
 
-# --- The release ---
-
-
 class Batch(NamedTuple):
     """The rows of one metadata file."""
 
@@ -166,9 +163,6 @@ def read_pictures(
     return pictures, digest.hexdigest()
 
 
-# --- Parallel work ---
-
-
 def parallel_map(
     function: Callable[..., Any], calls: Sequence[tuple], at_once: int
 ) -> Iterator[Any]:
@@ -246,9 +240,6 @@ def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pict
     return images, labels
 
 
-# --- The task ---
-
-
 class Pathfinder(PictureTask):
     """Pathfinder, generated or released, at one size and level.
 
@@ -312,8 +303,6 @@ class Pathfinder(PictureTask):
 
     def fingerprint(self) -> dict[str, Any]:
         return {"data_seed": None} | super().fingerprint()
-
-    # --- The release ---
 
     @cached_property
     def _folders(self) -> list[Path]:
@@ -412,8 +401,6 @@ class Pathfinder(PictureTask):
             digest.update(sha256.encode())
             yield pictures, labels[group]
         self._hashes[split] = digest.hexdigest()
-
-    # --- The generator ---
 
     @property
     def _finished(self) -> Path:
