@@ -174,16 +174,15 @@ def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Pro
                 return built
         for stale in path.parent.glob(f"{prefix}*"):  # of a killed process
             shutil.rmtree(stale, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+        ) as name:
+            building = Path(name)
             is_partial = _build(task, building, partial is not None, on_progress)
-            building.chmod(0o755)  # mkdtemp's folder is readable by its owner only
+            building.chmod(0o755)  # it is readable by its owner only
             built = partial if partial is not None and is_partial else path
             _move_or_link(building, built)
             sync_folder(path.parent)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
     task.packed()
     return built
 
@@ -209,7 +208,6 @@ def _move_or_link(building: Path, path: Path) -> None:
     for other in sorted(path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*")):
         if not other.is_symlink() and _content(other) == content:
             path.symlink_to(other.name)
-            shutil.rmtree(building)
             return
     building.rename(path)
 

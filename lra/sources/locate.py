@@ -96,22 +96,6 @@ def locate(source: Source, data_root: str | Path) -> Path | None:
     return next(iter(locate_all(source, data_root)), None)
 
 
-def located(source: Source, data_root: str | Path, task_name: str) -> Path:
-    """`locate`, with an error that names the command to run.
-
-    Raises:
-        DataError: the source's files are not found.
-    """
-    folder = locate(source, data_root)
-    if folder is None:
-        or_else = f", or {source.alternative}" if source.alternative else ""
-        raise DataError(
-            f"{source.title}: no folder {source.folder} under {data_root}; run `lra data prepare "
-            f"{task_name}`{or_else}"
-        )
-    return folder
-
-
 def locate_all(source: Source, data_root: str | Path) -> list[Path]:
     """Every folder under `data_root` (itself included) with the source's files, the best first.
 

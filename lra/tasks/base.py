@@ -1,8 +1,7 @@
 """The interface of a task, which is all that the data store, the trainer and the tables know of it.
 
-A task states where its examples come from, how a protocol encodes them, and which reference
-accuracies a model has to beat. Each task is one file; `conf/task/<name>.yaml` names the class in
-`_target_` and lists every constructor argument.
+Each task is one file; `conf/task/<name>.yaml` names the class in `_target_` and lists every
+constructor argument.
 """
 
 import abc
@@ -17,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lra.errors import ConfigError, LraError
+from lra.errors import ConfigError, DataError, LraError
 from lra.sources.download import obtain
-from lra.sources.locate import Progress, Source, file_hash, locate, located, signature
+from lra.sources.locate import Progress, Source, file_hash, locate, signature
 from lra.sources.tfds_reader import find_tfds
 from lra.tasks.random_words import random_stream
 
@@ -115,16 +114,22 @@ class Task(abc.ABC):
         Raises:
             DataError: neither is found.
         """
-        assert self.publisher is not None
+        source = self.publisher
+        assert source is not None
         self.source = "release"
-        folder = locate(self.publisher, self.data_root)
-        if folder is None and self.tfds_name:
-            folder = find_tfds(self.data_root, self.tfds_name)
-            self.source = "tfds" if folder else "release"
-        return folder or located(self.publisher, self.data_root, self.name)
+        if folder := locate(source, self.data_root):
+            return folder
+        if self.tfds_name and (folder := find_tfds(self.data_root, self.tfds_name)):
+            self.source = "tfds"
+            return folder
+        or_else = f", or {source.alternative}" if source.alternative else ""
+        raise DataError(
+            f"{source.title}: no folder {source.folder} under {self.data_root}; run `lra data "
+            f"prepare {self.name}`{or_else}"
+        )
 
     def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        """Unpack the archive of the source files, after downloading it if `download` is true.
+        """Unpack the source files, after downloading them if `download` is true.
 
         Raises:
             DataError: nothing is found.
@@ -133,7 +138,7 @@ class Task(abc.ABC):
             obtain(self.publisher, self.data_root, download=download, on_progress=on_progress)
 
     def source_files(self) -> Sequence[Path]:
-        """Files or folders whose names, sizes and times identify the sources; reads none of them.
+        """Files or folders whose names, sizes and times identify the sources.
 
         Raises:
             DataError: they are missing.

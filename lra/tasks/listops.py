@@ -208,7 +208,7 @@ class ListOps(Task):
 
     @cached_property
     def _generated(self) -> dict[str, Rows]:
-        return generate(self.sizes, seed=self.data_seed, **self.grammar._asdict())
+        return generate(self.sizes, self.data_seed, self.grammar)
 
     def examples(self, split: str) -> Iterator[Example]:
         """All rows of `split`, in the order of the file or of the generator."""

@@ -147,25 +147,15 @@ class Level(NamedTuple):
     args: Int[np.ndarray, " P"]  # and their numbers of children in the next level
 
 
-def generate(
-    sizes: Mapping[str, int],
-    *,
-    seed: int,
-    max_depth: int,
-    max_args: int,
-    min_length: int,
-    max_length: int,
-    min_args: int = 2,
-) -> dict[str, Rows]:
+def generate(sizes: Mapping[str, int], seed: int, grammar: Grammar) -> dict[str, Rows]:
     """Distinct rows for each split, from `seed` alone.
 
     The last split is cut first, so that the test and validation rows do not depend on the size of
-    train. The limits are those of `Grammar`.
+    train.
 
     Raises:
         ConfigError: the limits admit too few distinct rows.
     """
-    grammar = Grammar(max_depth, min_args, max_args, min_length, max_length)
     grammar.check()
     rows = _distinct_rows(sum(sizes.values()), seed, grammar)
     splits, first = {}, 0
@@ -176,10 +166,7 @@ def generate(
 
 
 def _distinct_rows(wanted: int, seed: int, grammar: Grammar) -> Rows:
-    """The first `wanted` distinct rows of chunks 0, 1, 2, ...
-
-    Uses one thread, since two were only 1.15 times as fast.
-    """
+    """The first `wanted` distinct rows of chunks 0, 1, 2, ..."""
     parts: list[Rows] = []
     seen: set[bytes] = set()
     barren = 0

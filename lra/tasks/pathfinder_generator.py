@@ -5,21 +5,20 @@ Source of the algorithm and of all constants: drewlinsley/pathfinder (`snakes2.p
 ("snakes" there) grow segment by segment from tails near the middle; shorter distractors fill the
 rest. Dots mark a tail and a far end, of the same target (label 1) or of both targets (label 0).
 
-The order of the work is ours. The original redraws whole pictures for each segment. But there are
-few headings (360 whole degrees at a tail, about 40 pixels of a circle afterwards), so `_tables`
-draws all stencils once, and a segment is a handful of table rows. Most attempts at two targets fail
-early (1 of 27 succeeds at size 32, 1 of 290 at 128), so NumPy grows hundreds of attempts of many
-pictures in parallel, each in a `lane` of two small pictures. A picture takes its first successful
-attempt, so the number of lanes affects speed only.
+The original redraws whole pictures for each segment. But there are few headings (360 whole degrees
+at a tail, about 40 pixels of a circle afterwards), so `_tables` draws all stencils once. Most
+attempts at two targets fail early (1 of 27 succeeds at size 32, 1 of 290 at 128), so NumPy grows
+hundreds of attempts of many pictures in parallel, each in a `lane` of two small pictures. A picture
+takes its first successful attempt, so the number of lanes affects speed only.
 
-We keep the properties of the original that shape its pictures: a tail's orientation is valid only
+The properties of the original that shape its pictures are kept: a tail's orientation is valid only
 if its stencil has a pixel in all four quadrants (otherwise OpenCV's dilation sees beyond the border
 and the search fails; at size 32 that excludes 330 of 360 degrees, and so most distractors); the
 free room for a tail is searched one pixel down and to the right of it; the last segment of the
 first target is never marked as occupied; and coordinates are rounded up after the sum, so that near
 0 rounding errors of floats move segments. With the same random numbers, targets grow as in the
-original, pixel by pixel. One property is left out: the original stops adding distractors if less
-than 1 % of the picture is free, which no setting here can reach.
+original, pixel by pixel. The original also stops adding distractors if less than 1 % of the picture
+is free, which no setting here can reach.
 
 Random stream: picture i of a seed draws 32-bit words from `random_stream(seed, i)`. The picture's
 own words come first (label, margin, marked contour), then those of all distractors, tried or not,
@@ -305,7 +304,6 @@ def _tail_pivot(tables: Tables, heading, tail):
 
 
 def _occupy(tables: Tables, pictures: Lanes, lanes, ends: Ends) -> None:
-    """Mark a segment as occupied."""
     for picture, stencils in ((pictures.mask, tables.body), (pictures.wide, tables.halo)):
         flat = picture.reshape(-1)
         anchors = (lanes * picture.shape[1] + ends.anchor)[:, None]
@@ -319,13 +317,9 @@ def _extend(
     """Grow a contour by one segment in each of `lanes`.
 
     The next head is drawn from the candidates on a circle around the new pivot; free and straight
-    ones are more likely. Up to `SEGMENT_TRIALS` are drawn until one does not collide. In lanes that
-    succeed, the previous segment is marked as occupied.
-
-    Args:
-        words: 32-bit random numbers (N, SEGMENT_TRIALS).
-    Returns:
-        a mask of the lanes that succeeded, and the new ends of those lanes.
+    ones are more likely. Up to `SEGMENT_TRIALS` are drawn (one word each) until one does not
+    collide. In lanes that succeed, the previous segment is marked as occupied. Returns a mask of
+    these lanes, and their new ends.
     """
     area = pictures.mask.shape[1]
     first = lanes * area
@@ -379,14 +373,10 @@ def _grow(
 ) -> tuple[Int[np.ndarray, " M"], Contours]:
     """Grow one or two contours in each lane to their full length, in turns.
 
-    As in the original, the last segment is marked as occupied for the last contour only.
-
-    Args:
-        words: 32-bit random numbers (N, L - 1, contours, SEGMENT_TRIALS).
-    Returns:
-        the indices of the lanes that succeeded, ascending, and their contours.
+    Returns the ascending indices of the lanes that succeeded, and their contours. As in the
+    original, the last segment is marked as occupied for the last contour only.
     """
-    count, steps, turns, _ = words.shape
+    count, steps, turns, _ = words.shape  # the last axis has SEGMENT_TRIALS words
     contours = _no_contours(count, turns, steps + 1)
     lanes = np.arange(count)
     for turn, end in enumerate(ends):
@@ -427,7 +417,6 @@ def _blank(tables: Tables, count: int) -> Lanes:
 
 
 def _copy_rows(to: tuple, where, other: tuple, which) -> None:
-    """`to[where] = other[which]` for each array of the two tuples."""
     for target, source in zip(to, other, strict=True):
         target[where] = source[which]
 
@@ -533,12 +522,9 @@ def _ink(tables: Tables, heading, anchor) -> UInt8[np.ndarray, "S S"]:
 def draw(
     first: int, last: int, size: int, level: str, seed: int
 ) -> tuple[UInt8[np.ndarray, "n S S"], UInt8[np.ndarray, " n"]]:
-    """Pictures first..last-1 and their labels; picture i depends on size, level, seed, i alone.
+    """Pictures first..last-1 and their labels (1: both dots are on the same contour).
 
-    Label 1: both dots are on the same contour.
-
-    Raises:
-        ConfigError: the size or the level is unknown.
+    Picture i depends on size, level, seed and i alone.
     """
     setting = settings(size, level)
     images = np.zeros((last - first, size, size), np.uint8)

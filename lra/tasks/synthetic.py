@@ -1,19 +1,14 @@
 """Five small generated tasks that test memory: copy, select, add, look back and associate.
 
-They train on a CPU in minutes: copying (Arjovsky et al. 2016, arXiv 1511.06464), selective copying
-(Jing et al. 2019, arXiv 1706.02761; Gu & Dao 2023, arXiv 2312.00752), adding (Hochreiter &
-Schmidhuber 1997), induction heads (Olsson et al. 2022, arXiv 2209.11895; Dao et al. 2023, arXiv
-2212.14052) and associative recall (Ba et al. 2016, arXiv 1610.06258; Arora et al. 2023, arXiv
-2312.04927). Lengths and alphabets are ours, so scores are not comparable with published ones. All
-rows of a task have the same length, without padding, and are the same under every protocol.
+They train on a CPU in minutes. Lengths and alphabets are ours, so scores are not comparable with
+published ones. All rows of a task have the same length, without padding, and are the same under
+every protocol.
 
-Random stream: a split draws from Philox with the 128-bit key (data_seed, split), split 0, 1, 2 for
-train, val, test, whose raw stream NumPy guarantees. Row i takes the i-th `words_per_row` 64-bit
-words. A choice scales the high half of a word, as a fraction of 2^32, to the number of options
-(each probability is exact to 2^-32); a choice of several distinct items takes those with the
-smallest words. So a row depends on the seed, its split, its index and the task's arguments alone.
-Rows are independent: if the arguments admit only few distinct rows, splits share some, which
-`lra data verify` counts.
+Random stream: split 0, 1, 2 (train, val, test) draws from `random_stream(data_seed, split)`. Row i
+takes the i-th `words_per_row` 64-bit words. A choice scales the high half of a word, as a fraction
+of 2^32, to the number of options (each probability is exact to 2^-32); a choice of several distinct
+items takes those with the smallest words. Rows are independent: if the arguments admit only few
+distinct rows, splits share some, which `lra data verify` counts.
 """
 
 import abc
@@ -146,7 +141,8 @@ class Copying(Synthetic):
 class Copy(Copying):
     """Copy: the symbols precede the blanks, so the model remembers a sequence over a gap.
 
-    Source: Arjovsky et al. 2016, with one mark and then blanks; here each answer has its own mark.
+    Source: Arjovsky et al. 2016 (arXiv 1511.06464), with one mark and then blanks; here each answer
+    has its own mark.
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -156,8 +152,8 @@ class Copy(Copying):
 class SelectiveCopy(Copying):
     """Selective copy: the symbols are at random positions among the blanks.
 
-    The token, not its position, decides what to remember. Source: Jing et al. 2019 (there called
-    denoising); Gu & Dao 2023.
+    The token, not its position, decides what to remember. Source: Jing et al. 2019 (arXiv
+    1706.02761, there called denoising); Gu & Dao 2023 (arXiv 2312.00752).
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -209,7 +205,8 @@ class InductionHeads(Synthetic):
     Args:
         num_tokens: C, number of ordinary tokens.
         length: L, including the special token at the end.
-    Source: Olsson et al. 2022; with a special token as in Dao et al. 2023.
+    Source: Olsson et al. 2022 (arXiv 2209.11895); with a special token as in Dao et al. 2023 (arXiv
+    2212.14052).
     """
 
     SPECIAL = 1
@@ -251,7 +248,8 @@ class AssociativeRecall(Synthetic):
         num_pairs: pairs per row; L = 2 num_pairs + 1.
         num_keys: number of keys, each at most once per row; at least `num_pairs`.
         num_values: C, number of values, drawn independently for each key; no value is a key.
-    Source: Ba et al. 2016; one query per row, whereas Arora et al. 2023 have several.
+    Source: Ba et al. 2016 (arXiv 1610.06258); one query per row, whereas Arora et al. 2023 (arXiv
+    2312.04927) have several.
     """
 
     FIRST_KEY = 1
