@@ -1,12 +1,11 @@
 """A TensorFlow Datasets (TFDS) builder for any task, without TensorFlow.
 
-`builder(task)` is an ordinary TFDS builder over the task's own reader, so that example i of a split
-is row i of the packed store. It writes array_record files. Reading them with `as_data_source` needs
-no TensorFlow; `as_dataset` and `tfds.load` need it.
+The builder writes array_record files. Reading them with `as_data_source` needs no TensorFlow;
+`as_dataset` and `tfds.load` need it.
 
     dataset = builder(task)
     dataset.download_and_prepare()
-    train = dataset.as_data_source("train")  # train[i]["inputs"], train[i]["length"], ["label"]
+    train = dataset.as_data_source("train")  # train[i] is row i of the packed store
 """
 
 from collections.abc import Iterator
@@ -31,8 +30,7 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
     Args:
         data_dir: TFDS's data folder; None for its default.
-        store: the packed store of this task, if it exists. The records are then its rows, and no
-            source is read or generated again.
+        store: the packed store of this task, if it exists; no source is then read again.
     """
     import tensorflow_datasets as tfds
 

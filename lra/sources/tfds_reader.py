@@ -70,7 +70,7 @@ def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
 
 
 def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
-    """The file format, and the path and the number of records of each shard."""
+    """The file format, and each shard's path and number of records."""
     info_path = folder / "dataset_info.json"
     try:
         info = json.loads(info_path.read_text("utf-8"))

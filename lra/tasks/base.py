@@ -6,11 +6,10 @@ constructor argument.
 
 import abc
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +65,15 @@ class Task(abc.ABC):
     tfds_name: str | None = None  # dataset of TFDS that replaces missing publisher's files
     data_root: Path
     reader_version: int = 1  # increase it if the same sources and arguments give other examples
-    arguments: Mapping[str, Any]  # of the constructor, with defaults; recorded by this class
+    arguments: Mapping[str, Any]  # of the constructor, with defaults
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = _record_arguments(cls.__init__)  # type: ignore[method-assign]
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        task = super().__new__(cls)
+        with contextlib.suppress(TypeError):  # `__init__` raises the same with a clearer message
+            bound = inspect.signature(cls.__init__).bind(task, *args, **kwargs)
+            bound.apply_defaults()
+            task.arguments = dict(list(bound.arguments.items())[1:])
+        return task
 
     @abc.abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
@@ -203,22 +205,6 @@ class Task(abc.ABC):
         """
         counts = np.bincount(np.asarray(splits["train"].labels).ravel(), minlength=self.num_classes)
         return {"majority": float(np.mean(np.asarray(splits["test"].labels) == counts.argmax()))}
-
-
-def _record_arguments(init: Any) -> Any:
-    """Wraps `__init__`: the outermost call stores its arguments as `arguments` first."""
-    parameters = inspect.signature(init)
-
-    @functools.wraps(init)
-    def recorded(self: Task, *args: Any, **kwargs: Any) -> None:
-        if "arguments" not in vars(self):
-            with contextlib.suppress(TypeError):  # `init` raises the same with a clearer message
-                bound = parameters.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                self.arguments = dict(list(bound.arguments.items())[1:])
-        init(self, *args, **kwargs)
-
-    return recorded
 
 
 def check_option(key: str, found: Any, allowed: Sequence[str]) -> None:

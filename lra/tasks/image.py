@@ -56,7 +56,6 @@ class Cifar10(PictureTask):
     Args:
         colour: three values per pixel instead of one.
         data_seed: of the random tenth that is validation; independent of a run's seed.
-        mean, std: see `PictureTask`.
     """
 
     source = "release"
@@ -85,7 +84,6 @@ class Cifar10(PictureTask):
         self.grey = "tensorflow" if protocol["inputs"] == "lra2020" else "pillow"
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pictures of `split`, in the order of the files."""
         rgb, labels = self._read("test" if split == "test" else "train")
         if split != "test":
             seed = self.data_seed if self.shuffle else None

@@ -36,7 +36,6 @@ from lra.tasks.listops_generator import (
 
 SPECIAL = {"lra2020": ("<pad>",), "s4": ("<pad>", "<unk>", "<eos>")}
 EOS = 2  # s4 only
-
 RELEASE_MAX_LENGTH = 1999
 RELEASE_SEQ_LEN = {"lra2020": 2000, "s4": 2048}
 RELEASE = Source(
@@ -99,11 +98,9 @@ def rows_of(split: Any, vocab: tuple[str, ...]) -> Rows:
 
 
 def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n"]:
-    """Depth of the deepest node of each row; the root has depth 1, as for `max_depth`.
+    """Depth of the deepest node of each padded row, whose tokens follow `special` other ids.
 
-    Args:
-        ids: padded rows as a model sees them.
-        special: number of ids that precede the tokens.
+    The root has depth 1, as for `max_depth`.
     """
     found = np.empty(len(ids), np.int64)
     for first in range(0, len(ids), ROWS_PER_COUNT):
@@ -211,7 +208,6 @@ class ListOps(Task):
         return generate(self.sizes, self.data_seed, self.grammar)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All rows of `split`, in the order of the file or of the generator."""
         if self.source == "generated":
             rows = self._generated[split]
             found: Iterator = ((rows[i], int(rows.labels[i])) for i in range(len(rows)))

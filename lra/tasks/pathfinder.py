@@ -244,14 +244,12 @@ class Pathfinder(PictureTask):
     """Pathfinder, generated or released, at one size and level.
 
     Args:
-        data_root: holds the release, and finished parts of an interrupted generation.
         source: "generated" or "release".
         size: height and width, 32, 64, 128 (Path-X) or 256 (Path-256).
         level: "easy", "intermediate" or "hard".
         sizes: pictures of train, val and test; a release has to hold their sum.
         data_seed: of the generator, or of the random order of the release; independent of a run's
             seed.
-        mean, std: see `PictureTask`.
     """
 
     num_classes = 2
@@ -288,7 +286,6 @@ class Pathfinder(PictureTask):
         self._left_out = 0  # missing pictures of an incomplete release
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pictures of `split`, in the order of the generator or of the release's files."""
         parts = self._drawn(split) if self.source == "generated" else self._read(split)
         for pictures, labels in parts:
             rows = pictures.reshape(len(pictures), -1)
@@ -410,10 +407,7 @@ class Pathfinder(PictureTask):
         return self.data_root / "generated" / name
 
     def _drawn(self, split: str) -> Iterator[Pictures]:
-        """The pictures of `split`.
-
-        The last split is first in the stream, so that the others do not depend on train's size.
-        """
+        # the last split is first in the stream, so that the others do not depend on train's size
         begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
         ranges = chunk_ranges(begin, begin + self.sizes[split], PICTURES_PER_CHUNK)
         drawn = (self.size, self.level, self.data_seed)

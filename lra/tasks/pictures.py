@@ -7,6 +7,8 @@ lra2020 grey values as ids 0..255 to embed, otherwise one or three standardized 
 """
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,6 @@ class PictureTask(Task):
 
     @property
     def num_tokens(self) -> int | None:
-        """256 if grey values are embedded, else None."""
         return 256 if self.embeds else None
 
     def decode(self, inputs: jax.Array) -> jax.Array:
@@ -153,9 +154,6 @@ def decode_png(
     Raises:
         DataError: not a PNG of this size; the message names `where`, its origin.
     """
-    import struct
-    import zlib
-
     from PIL import Image
 
     height, width = shape

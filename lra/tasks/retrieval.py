@@ -25,7 +25,6 @@ SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 SEQ_LEN = 4000  # of each document, in both protocols
 ROWS_PER_COUNT = 1024
-
 REMEDY = (
     "a CSV reader with default quoting writes such files, because it joins rows at an open quote "
     f"and doubles quotes; take the file from {LRA_RELEASE.filename}"
@@ -33,8 +32,6 @@ REMEDY = (
 
 
 class Pair(NamedTuple):
-    """A row of the files."""
-
     label: int
     ids: tuple[bytes, bytes]
     texts: tuple[bytes, bytes]
@@ -79,7 +76,6 @@ class Retrieval(Task):
         self._last_row: dict[str, str] = {}  # if its line has no end
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pairs of `split`, in the order of the file."""
         path = self.source_files()[SPLITS.index(split)]
         self._ids[split], self._unknown[split], self._total[split] = [], 0, 0
         for row, pair in read_pairs(path):

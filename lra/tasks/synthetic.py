@@ -71,7 +71,6 @@ class Synthetic(Task):
         """Ids and labels of rows from their random words."""
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All rows of `split`, in the order of the generator."""
         bits = random_stream(self.data_seed, SPLITS.index(split))
         for first in range(0, self.sizes[split], ROWS_PER_DRAW):
             count = min(ROWS_PER_DRAW, self.sizes[split] - first)

@@ -2,7 +2,7 @@
 
 Source: the publisher's `aclImdb/{train,test}/{neg,pos}/<id>_<rating>.txt`, in this order: neg
 (label 0) before pos (label 1), by number within each. If only the folder prepared by TFDS is
-present (`imdb_reviews/plain_text`), it is read in TFDS's order; the reviews are the same.
+present (`imdb_reviews/plain_text`), the same reviews are read in TFDS's order.
 
 IMDB has no validation split. A protocol uses test instead or takes a tenth of each class of train
 (1,250 of 12,500), chosen by `data_seed` and the text of the reviews alone. So the choice is the
@@ -41,9 +41,7 @@ SEQ_LEN = {"lra2020": 4000, "s4": 4096}
 
 
 class Review(NamedTuple):
-    """A review as read; `place` is the file or the record, for messages."""
-
-    place: str
+    place: str  # the file or the record, for messages
     text: bytes
     label: int
 
@@ -93,7 +91,6 @@ class Text(Task):
         self._train: list[Review] = []  # kept until the store is complete, because val needs it
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All reviews of `split`, in the order of the files."""
         for review in self._reviews(self.same.get(split, split)):
             yield Example(self._encode(review), review.label)
 
