@@ -134,8 +134,7 @@ class Tables(NamedTuple):
     body: Stencils  # pixels that a segment occupies
     core: Stencils  # pixels of `body` that can collide, with the least grey they collide with
     halo: Stencils  # `body` dilated by the margin: pixels forbidden for heads
-    mask: UInt8[np.ndarray, " P"]  # occupied pixels of a picture without segments
-    wide: UInt8[np.ndarray, " P"]  # pixels forbidden for heads in a picture without segments
+    blank: UInt8[np.ndarray, "2 P"]  # of `Lanes`, without segments
     outside: Bool[np.ndarray, " P"]  # the rim
 
     def place(self, pixels):
@@ -192,8 +191,7 @@ def _tables(setting: Setting, margin: int) -> Tables:
         body=body,
         core=core,
         halo=_stencils(halos, 1, stride),
-        mask=np.pad(mask, rim).ravel(),
-        wide=np.pad(wide, rim, constant_values=255).ravel(),
+        blank=np.stack([np.pad(mask, rim), np.pad(wide, rim, constant_values=255)]).reshape(2, -1),
         outside=np.pad(np.zeros((size, size), bool), rim, constant_values=True).ravel(),
     )
 
@@ -274,11 +272,10 @@ def _dot(radius: float, row: int, column: int, size: int) -> UInt8[np.ndarray, "
 # --- Growth ---
 
 
-class Lanes(NamedTuple):
-    """Unfinished pictures: the occupied pixels, and those forbidden for heads."""
-
-    mask: UInt8[np.ndarray, "N P"]
-    wide: UInt8[np.ndarray, "N P"]
+# unfinished pictures: the occupied pixels of each, and those forbidden for heads
+Lanes = UInt8[np.ndarray, "N 2 P"]
+# L segments of S contours in each of N pictures: heading and anchor; anchor 0 if there is none
+Contours = Int[np.ndarray, "N S L 2"]
 
 
 class Ends(NamedTuple):
@@ -304,9 +301,9 @@ def _tail_pivot(tables: Tables, heading, tail):
 
 
 def _occupy(tables: Tables, pictures: Lanes, lanes, ends: Ends) -> None:
-    for picture, stencils in ((pictures.mask, tables.body), (pictures.wide, tables.halo)):
-        flat = picture.reshape(-1)
-        anchors = (lanes * picture.shape[1] + ends.anchor)[:, None]
+    flat, area = pictures.reshape(-1), pictures.shape[2]
+    for i, stencils in enumerate((tables.body, tables.halo)):
+        anchors = ((2 * lanes + i) * area + ends.anchor)[:, None]
         at = anchors + stencils.at.take(ends.heading, axis=0)
         flat[at] = np.maximum(flat.take(at), stencils.grey.take(ends.heading, axis=0))
 
@@ -321,12 +318,12 @@ def _extend(
     collide. In lanes that succeed, the previous segment is marked as occupied. Returns a mask of
     these lanes, and their new ends.
     """
-    area = pictures.mask.shape[1]
-    first = lanes * area
+    flat, area = pictures.reshape(-1), pictures.shape[2]
+    first = 2 * lanes * area
     step = tables.setting.paddle_length + 2 * tables.margin
     pivot = _moved(ends.pivot, tables.angles[ends.heading], step)
     heads = tables.place(pivot)[:, None] + tables.candidates
-    closed = pictures.wide.reshape(-1).take(first[:, None] + heads)
+    closed = flat.take((first + area)[:, None] + heads)
     weights = (255 - closed) * tables.weights.take(ends.heading, axis=0)
     reached = np.cumsum(weights, axis=1, dtype=np.int32)
     total = reached[:, -1].astype(np.int64)
@@ -337,8 +334,7 @@ def _extend(
         drawn = _scale(words[trying, trial], total[trying])
         choice = (reached[trying] <= drawn[:, None]).sum(axis=1)
         at = (first[trying] + heads[trying, choice])[:, None] + tables.core.at.take(choice, axis=0)
-        occupied = pictures.mask.reshape(-1).take(at)
-        collides = (occupied >= tables.core.grey.take(choice, axis=0)).any(axis=1)
+        collides = (flat.take(at) >= tables.core.grey.take(choice, axis=0)).any(axis=1)
         chosen[trying[~collides]] = choice[~collides]
         trying = trying[collides]
 
@@ -356,18 +352,6 @@ def _scale(words: np.ndarray | np.uint32, span: np.ndarray | int):
 # --- Pictures ---
 
 
-class Contours(NamedTuple):
-    """L segments of S contours in each of N pictures: heading and anchor of their stencils."""
-
-    heading: Int[np.ndarray, "N S L"]
-    anchor: Int[np.ndarray, "N S L"]  # 0 if there is no contour
-
-
-def _no_contours(pictures: int, contours: int, length: int) -> Contours:
-    shape = pictures, contours, length
-    return Contours(np.zeros(shape, int), np.zeros(shape, int))
-
-
 def _grow(
     tables: Tables, pictures: Lanes, ends: list[Ends], words
 ) -> tuple[Int[np.ndarray, " M"], Contours]:
@@ -377,48 +361,38 @@ def _grow(
     original, the last segment is marked as occupied for the last contour only.
     """
     count, steps, turns, _ = words.shape  # the last axis has SEGMENT_TRIALS words
-    contours = _no_contours(count, turns, steps + 1)
+    contours = np.zeros((count, turns, steps + 1, 2), int)
     lanes = np.arange(count)
     for turn, end in enumerate(ends):
-        contours.heading[:, turn, 0], contours.anchor[:, turn, 0], _ = end
+        contours[:, turn, 0] = np.stack([end.heading, end.anchor], axis=-1)
     for step in range(steps):
         for turn in range(turns):
             grown, end = _extend(tables, pictures, lanes, ends[turn], words[lanes, step, turn])
             lanes = lanes[grown]
             ends = [end if i == turn else other.take(grown) for i, other in enumerate(ends)]
-            contours.heading[lanes, turn, step + 1], contours.anchor[lanes, turn, step + 1], _ = end
+            contours[lanes, turn, step + 1] = np.stack([end.heading, end.anchor], axis=-1)
     _occupy(tables, pictures, lanes, ends[-1])
-    return lanes, Contours(contours.heading[lanes], contours.anchor[lanes])
+    return lanes, contours[lanes]
 
 
 def _targets(tables: Tables, streams: list[np.random.Philox]) -> tuple[Contours, Lanes]:
     """Two targets for each picture (its stream's first success) and the pixels they occupy."""
-    length, area = tables.setting.contour_length, len(tables.mask)
+    length = tables.setting.contour_length
     words_per_attempt = TAIL_WORDS + (length - 1) * 2 * SEGMENT_TRIALS
-    contours = _no_contours(len(streams), 2, length)
-    pictures = _blank(tables, len(streams))
+    contours = np.zeros((len(streams), 2, length, 2), int)
+    pictures = np.tile(tables.blank, (len(streams), 1, 1))
     todo = np.arange(len(streams))
     while len(todo):
-        attempts = max(1, LANE_BYTES // (2 * area * len(todo)))
+        attempts = max(1, LANE_BYTES // (tables.blank.size * len(todo)))
         words = np.concatenate([words32(streams[i], attempts * words_per_attempt) for i in todo])
         words = words.reshape(len(todo) * attempts, words_per_attempt)
-        occupied = _blank(tables, len(words))
+        occupied = np.tile(tables.blank, (len(words), 1, 1))
         growth = words[:, TAIL_WORDS:].reshape(len(words), length - 1, 2, SEGMENT_TRIALS)
         lanes, grown = _grow(tables, occupied, _target_tails(tables, words[:, :TAIL_WORDS]), growth)
         done, first = np.unique(lanes // attempts, return_index=True)
-        _copy_rows(contours, todo[done], grown, first)
-        _copy_rows(pictures, todo[done], occupied, lanes[first])
+        contours[todo[done]], pictures[todo[done]] = grown[first], occupied[lanes[first]]
         todo = np.delete(todo, done)
     return contours, pictures
-
-
-def _blank(tables: Tables, count: int) -> Lanes:
-    return Lanes(np.tile(tables.mask, (count, 1)), np.tile(tables.wide, (count, 1)))
-
-
-def _copy_rows(to: tuple, where, other: tuple, which) -> None:
-    for target, source in zip(to, other, strict=True):
-        target[where] = source[which]
 
 
 def _target_tails(tables: Tables, words: UInt32[np.ndarray, "N W"]) -> list[Ends]:
@@ -437,23 +411,21 @@ def _distractors(
     """Add shorter contours where they fit; each is left out after `CONTOUR_TRIALS` trials."""
     count, number, trials, _ = words.shape
     length = tables.setting.distractor_length
-    contours = _no_contours(count, number, length)
+    contours = np.zeros((count, number, length, 2), int)
     for contour in range(number):
         todo = np.arange(count)
         for trial in range(trials):
-            tails = {i: _tail(tables, pictures.mask[i], words[i, contour, trial]) for i in todo}
+            tails = {i: _tail(tables, pictures[i, 0], words[i, contour, trial]) for i in todo}
             which = np.array([i for i in todo if tails[i]], int)
             if not len(which):
                 continue
             heading, place = np.array([tails[i] for i in which]).T
-            tried = Lanes(pictures.mask[which], pictures.wide[which])
+            tried = pictures[which]
             growth = words[which, contour, trial, TAIL_WORDS:]
             growth = growth.reshape(len(which), length - 1, 1, SEGMENT_TRIALS)
             tail = _start(tables, heading, tables.pixels(place))
             lanes, grown = _grow(tables, tried, [tail], growth)
-            contours.heading[which[lanes], contour] = grown.heading[:, 0]
-            contours.anchor[which[lanes], contour] = grown.anchor[:, 0]
-            _copy_rows(pictures, which[lanes], tried, lanes)
+            contours[which[lanes], contour], pictures[which[lanes]] = grown[:, 0], tried[lanes]
             todo = np.setdiff1d(todo, which[lanes])
     return contours
 
@@ -493,7 +465,7 @@ def _paint(
     for contours, contrast in zip((targets, distractors), contrasts, strict=True):
         # float32 as in the original, because it decides ties
         grey = (np.arange(256) / 255 * contrast).astype(np.float32)
-        picture = np.maximum(picture, grey[_ink(tables, contours.heading[i], contours.anchor[i])])
+        picture = np.maximum(picture, grey[_ink(tables, contours[i])])
     reach = int(np.ceil(setting.marker_radius)) + 4  # includes the three pixels of Lanczos
     width = 2 * reach + 1
     for place in dots:
@@ -508,11 +480,10 @@ def _paint(
     return (picture * (255 / picture.max()) + 0.4999).astype(np.uint8)
 
 
-def _ink(tables: Tables, heading, anchor) -> UInt8[np.ndarray, "S S"]:
+def _ink(tables: Tables, segments: Int[np.ndarray, "S L 2"]) -> UInt8[np.ndarray, "S S"]:
     half = tables.stroke.shape[1] // 2
     ink = np.zeros((tables.stride, tables.stride), np.uint8)
-    drawn = anchor > 0
-    for stroke, place in zip(heading[drawn].tolist(), anchor[drawn].tolist(), strict=True):
+    for stroke, place in segments[segments[..., 1] > 0].tolist():
         row, column = divmod(place, tables.stride)
         window = ink[row - half : row + half + 1, column - half : column + half + 1]
         np.maximum(window, tables.stroke[stroke], out=window)
@@ -552,6 +523,6 @@ def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
         distractors = _distractors(tables, pictures, own_words)
         for i, picture in enumerate(which):
             origin, end = origins[picture], origins[picture] ^ 1 ^ labels[picture]
-            dots = [int(targets.anchor[i, origin, 0]), int(targets.anchor[i, end, -1])]
+            dots = [int(targets[i, origin, 0, 1]), int(targets[i, end, -1, 1])]
             images[picture] = _paint(tables, targets, distractors, i, dots)
     return images, labels.astype(np.uint8)
