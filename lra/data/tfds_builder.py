@@ -36,6 +36,16 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
     # the sources of an existing store may be missing
     config = store_name(task) if store is None else store.path.resolve().name
+    label = tfds.features.ClassLabel(num_classes=task.num_classes)
+    if task.num_targets > 1:
+        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
+    features = {
+        "inputs": tfds.features.Tensor(
+            shape=inputs_shape(task), dtype=inputs_dtype(task).type, encoding="zlib"
+        ),
+        "length": tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32),
+        "label": label,
+    }
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = f"lra_{task.name}"
@@ -48,7 +58,7 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=description,
-                features=_features(task),
+                features=tfds.features.FeaturesDict(features),
                 disable_shuffling=True,  # record i is row i of the packed store
                 metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
             )
@@ -60,18 +70,6 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
             raise NotImplementedError
 
     return Builder(data_dir=data_dir, file_format="array_record")
-
-
-def _features(task: Task) -> Any:
-    import tensorflow_datasets as tfds
-
-    shape = inputs_shape(task)
-    inputs = tfds.features.Tensor(shape=shape, dtype=inputs_dtype(task).type, encoding="zlib")
-    length = tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32)
-    label = tfds.features.ClassLabel(num_classes=task.num_classes)
-    if task.num_targets > 1:
-        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
-    return tfds.features.FeaturesDict({"inputs": inputs, "length": length, "label": label})
 
 
 def _origin(store: Store) -> dict[str, Any]:

@@ -41,8 +41,7 @@ def obtain(
         DataError: nothing is found and `download` is false, the archive on disk does not have the
             published hash, or the download or the unpacking fails.
     """
-    found = locate(source, data_root)
-    if found is not None:
+    if (found := locate(source, data_root)) is not None:
         return found
     try:
         archive = find_archive(source, data_root)
@@ -51,7 +50,17 @@ def obtain(
         elif download and source.remote:
             archive = fetch_file(source.remote, data_root, on_progress)
         else:
-            raise _missing(source, data_root)
+            remedy = "put one of the two there"
+            if source.remote:
+                remedy = (
+                    "data.download=true (or `lra data prepare NAME --download`) fetches "
+                    f"{source.remote} from {source.remote.url}, or put it there yourself"
+                )
+            raise DataError(
+                f"{source.title}: not found under {data_root}, neither a folder {source.folder} "
+                f"with {', '.join(source.contains)} (at most {NESTING} folders deep) nor an "
+                f"archive {' or '.join(source.archives)}; {remedy}"
+            )
         return extract(archive, source, data_root, on_progress)
     except DataError as error:
         if not source.alternative:
@@ -71,20 +80,6 @@ def _check_hash(archive: Path, remote: Remote | None) -> None:
             f"{remote.sha256}{size}; it is truncated or another file: remove it and fetch "
             f"{remote.url}, or, if you trust it, unpack it there yourself"
         )
-
-
-def _missing(source: Source, data_root: str | Path) -> DataError:
-    remedy = "put one of the two there"
-    if source.remote:
-        remedy = (
-            f"data.download=true (or `lra data prepare NAME --download`) fetches {source.remote} "
-            f"from {source.remote.url}, or put it there yourself"
-        )
-    return DataError(
-        f"{source.title}: not found under {data_root}, neither a folder {source.folder} with "
-        f"{', '.join(source.contains)} (at most {NESTING} folders deep) nor an archive "
-        f"{' or '.join(source.archives)}; {remedy}"
-    )
 
 
 def fetch_file(

@@ -231,7 +231,7 @@ def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     Raises:
         ConfigError: a split is missing or unknown, or has no example.
     """
-    if sorted(sizes) != sorted(SPLITS):
+    if set(sizes) != set(SPLITS):
         raise ConfigError(
             f"task.sizes={dict(sizes)}: expected the number of examples of {', '.join(SPLITS)}"
         )

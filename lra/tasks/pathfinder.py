@@ -310,12 +310,10 @@ class Pathfinder(PictureTask):
     @property
     def _has_empty(self) -> bool:
         """Whether the files are the release's easy level, with its one empty file."""
-        if self.source == "generated" or (self.size, self.level) != EMPTY[:2]:
-            return False
-        try:
-            return (self._folders[0] / EMPTY[2]).stat().st_size == 0
-        except (DataError, FileNotFoundError):
-            return False
+        if self.source == "release" and (self.size, self.level) == EMPTY[:2]:
+            with contextlib.suppress(DataError, FileNotFoundError):
+                return (self._folders[0] / EMPTY[2]).stat().st_size == 0
+        return False
 
     def source_files(self) -> list[Path]:
         """The metadata files by batch number, without others such as upstream's `combined.npy`."""

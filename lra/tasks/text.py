@@ -10,7 +10,6 @@ same in TFDS's order, and equal reviews are on the same side. Both parts keep th
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -164,15 +163,12 @@ def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     Raises:
         DataError: a .txt file has another form of name, or its rating belongs to the other class.
     """
-    names = [
-        name for name in os.listdir(folder) if name.endswith(".txt") and not name.startswith(".")
-    ]
+    paths = [path for path in folder.glob("*.txt") if not path.name.startswith(".")]
     digest, reviews = hashlib.sha256(), []
-    for name in sorted(names, key=lambda name: _number_and_rating(folder / name, label)):
-        text = (folder / name).read_bytes()
-        digest.update(f"{name} {len(text)}\n".encode())
-        digest.update(text)
-        reviews.append(Review(str(folder / name), text, label))
+    for path in sorted(paths, key=lambda path: _number_and_rating(path, label)):
+        text = path.read_bytes()
+        digest.update(f"{path.name} {len(text)}\n".encode() + text)
+        reviews.append(Review(str(path), text, label))
     return reviews, digest.hexdigest()
 
 
