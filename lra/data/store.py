@@ -91,10 +91,8 @@ def store_name(task: Task) -> str:
 def store_path(task: Task, data_root: str | Path) -> Path:
     """The path of the store of `task`, whether or not it exists.
 
-    If the source files are missing, this is the newest store with the task's settings.
-
-    Raises:
-        DataError: both the source files and a store made from such files are missing.
+    If the source files are missing, this is the newest store with the task's settings, and without
+    any such store DataError is raised.
     """
     packed = Path(data_root) / "packed"
     try:

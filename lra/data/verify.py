@@ -58,13 +58,7 @@ def _shared(digests: Mapping[str, list[list[bytes]]]) -> dict[str, int]:
 
 
 def changed_sources(task: Task, store: Store) -> list[str]:
-    """Read the sources again and return the names of those that have changed since.
-
-    Missing sources are skipped.
-
-    Raises:
-        DataError: they can no longer be read.
-    """
+    """The names of sources that have changed since, by reading them again; none if missing."""
     try:
         if not task.source_files():
             return []

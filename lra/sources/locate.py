@@ -119,8 +119,7 @@ def locate_all(source: Source, data_root: str | Path) -> list[Path]:
 def find_archive(source: Source, data_root: str | Path) -> Path | None:
     """An archive with one of the source's names and any archive suffix or none, else None.
 
-    Of several, the name that `source.archives` lists first (the smallest archive) wins, then an
-    exact name.
+    The name that `source.archives` lists first (the smallest archive) wins, then an exact name.
     """
     stems = [archive_stem(name) for name in source.archives]
     ranked = [
@@ -169,11 +168,7 @@ def file_hash(path: Path) -> str:
 
 
 def signature(paths: Iterable[Path]) -> list[list[str | int]]:
-    """[name, bytes, modification time in ns] of each file; detects changes without reading files.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """[name, bytes, modification time in ns] of each file; raises DataError if one is missing."""
     try:
         stats = [(path.name, path.stat()) for path in paths]
     except OSError as error:

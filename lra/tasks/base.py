@@ -9,7 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Task(abc.ABC):
     reader_version: int = 1  # increase it if the same sources and arguments give other examples
     arguments: Mapping[str, Any]  # of the constructor, with defaults
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         task = super().__new__(cls)
         with contextlib.suppress(TypeError):  # `__init__` raises the same with a clearer message
             bound = inspect.signature(cls.__init__).bind(task, *args, **kwargs)
@@ -77,11 +77,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
-        """All examples of `split` in their fixed order.
-
-        Raises:
-            DataError: a source file is missing or malformed.
-        """
+        """All examples in a fixed order; raises DataError if a source is missing or malformed."""
 
     @abc.abstractmethod
     def split_sizes(self) -> Mapping[str, int] | None:
@@ -111,11 +107,7 @@ class Task(abc.ABC):
         return None if self.vocab is None else len(self.vocab)
 
     def source_folder(self) -> Path:
-        """The folder with the publisher's files, else the one prepared by TFDS; sets `source`.
-
-        Raises:
-            DataError: neither is found.
-        """
+        """The publisher's folder, else the one prepared by TFDS, else DataError; sets `source`."""
         source = self.publisher
         assert source is not None
         self.source = "release"
@@ -131,20 +123,12 @@ class Task(abc.ABC):
         )
 
     def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        """Unpack the source files, after downloading them if `download` is true.
-
-        Raises:
-            DataError: nothing is found.
-        """
+        """Unpack the source files, which may be downloaded; raises DataError if there are none."""
         if self.publisher is not None:
             obtain(self.publisher, self.data_root, download=download, on_progress=on_progress)
 
     def source_files(self) -> Sequence[Path]:
-        """Files or folders whose names, sizes and times identify the sources.
-
-        Raises:
-            DataError: they are missing.
-        """
+        """Files or folders whose names, sizes and times identify the sources, else DataError."""
         if self.publisher is None:
             return []
         folder = self.source_folder()
@@ -226,11 +210,7 @@ def check_data_seed(seed: int) -> None:
 
 
 def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes` in the order of `SPLITS`.
-
-    Raises:
-        ConfigError: a split is missing or unknown, or has no example.
-    """
+    """`sizes` in the order of `SPLITS`; raises ConfigError unless each has an example."""
     if set(sizes) != set(SPLITS):
         raise ConfigError(
             f"task.sizes={dict(sizes)}: expected the number of examples of {', '.join(SPLITS)}"

@@ -123,11 +123,7 @@ class Cifar10(PictureTask):
 
 
 def read_batch(path: Path) -> Pictures:
-    """Pictures and labels of a publisher's file: {b"data": planar RGB, b"labels": list, ...}.
-
-    Raises:
-        DataError: the file or a row is malformed.
-    """
+    """Read a publisher's file, {b"data": planar RGB, b"labels": list}; DataError if malformed."""
     content = restricted_pickle(path)
     data: Any = content.get(b"data")
     labels, values = content.get(b"labels"), SHAPE[0] * SHAPE[1] * 3
@@ -150,11 +146,7 @@ def read_batch(path: Path) -> Pictures:
 
 
 def read_prepared(folder: Path, part: str) -> Pictures:
-    """Pictures and labels of a split that TFDS prepared; records have a PNG `image` and a `label`.
-
-    Raises:
-        DataError: a record is malformed.
-    """
+    """Read PNG `image` and `label` of each record of TFDS; raises DataError if one is malformed."""
     pictures, labels = [], []
     for record, example in enumerate(read_tfds(folder, part)):
         where = f"{folder}, {part}, record {record}"

@@ -114,11 +114,7 @@ def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n
 
 
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
-    """Rows (tokens, answer) of one released file, each checked by evaluating it.
-
-    Raises:
-        DataError: the header (row 0) or a row is malformed.
-    """
+    """Rows (tokens, answer) of a released file, checked; raises DataError at the first error."""
     with open(path, encoding="ascii", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
         if header != "Source\tTarget":
@@ -231,11 +227,7 @@ class ListOps(Task):
         return super().fingerprint() | {"inputs": self.inputs}
 
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
-        """Write packed splits into `folder` as the release's files, which `source=release` reads.
-
-        Raises:
-            LraError: one of these files exists.
-        """
+        """Write packed splits as the release's files; raises LraError if one of them exists."""
         for name in splits:
             path = Path(folder) / f"basic_{name}.tsv"
             if path.exists():

@@ -63,11 +63,7 @@ def join(parts: list[Rows]) -> Rows:
 
 
 def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
-    """The answer of one row by a stack machine, independent of the generator so as to check it.
-
-    Raises:
-        ValueError: the row is not exactly one expression.
-    """
+    """The answer of one row by a stack machine; raises ValueError unless it is one expression."""
     outer: list[list[int]] = []
     current: list[int] = []  # an operator and its arguments; outside of operators: answers
     for token in tokens.tolist():
@@ -98,11 +94,7 @@ def _apply(operator: str, values: list[int]) -> int:
 
 
 def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
-    """Tokens of a row as text: the 15 tokens separated by blanks and parentheses, as released.
-
-    Raises:
-        ValueError: naming the first unknown token.
-    """
+    """Tokens of a row as released, separated by blanks and parentheses; ValueError if unknown."""
     words = text.replace("(", " ").replace(")", " ").split()
     try:
         return np.fromiter((_TOKEN_IDS[word] for word in words), np.uint8, len(words))

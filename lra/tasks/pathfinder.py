@@ -74,11 +74,7 @@ class Batch(NamedTuple):
 
 
 def read_metadata(path: Path) -> Batch:
-    """Read a metadata file, plain text or a binary array of strings.
-
-    Raises:
-        DataError: the file or a row is malformed.
-    """
+    """Read metadata, text or a binary array of strings; raises DataError if it is malformed."""
     files, labels = [], []
     for number, row in enumerate(_rows(path, path.read_bytes())):
         if len(row) < 4 or row[3] not in ("0", "1"):
@@ -145,11 +141,7 @@ def _rows(path: Path, content: bytes) -> list[list[str]]:
 def read_pictures(
     folder: Path, files: list[str], size: int
 ) -> tuple[UInt8[np.ndarray, "n H W"], str]:
-    """The pictures of some files, and the SHA-256 of the concatenated files.
-
-    Raises:
-        DataError: a file is missing, empty or not a PNG of that size.
-    """
+    """Read PNG files, with the SHA-256 of all together; raises DataError if one is not valid."""
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
         try:
@@ -169,9 +161,7 @@ def parallel_map(
     """Yield `function(*call)` for each call in order, computed on all cores.
 
     At most `at_once` results are in memory; joblib's own generators do not wait for the consumer.
-
-    Raises:
-        DataError: a worker process was killed.
+    Raises DataError if a worker process was killed.
     """
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -423,12 +413,9 @@ class Pathfinder(PictureTask):
                 self._finished.parent.rmdir()
 
     def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
-        """Write packed splits as the release's folders, train first.
+        """Write packed splits as the release's folders, train first, as lra2020 reads them.
 
-        `source=release` under lra2020 reads the same splits.
-
-        Raises:
-            LraError: the level's folder is not empty.
+        Raises LraError if the level's folder is not empty.
         """
         from PIL import Image
 

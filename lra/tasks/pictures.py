@@ -151,8 +151,7 @@ def decode_png(
 ) -> UInt8[np.ndarray, "*picture"]:
     """Pixels of a PNG, 8 bits each: (H, W) in mode "L", (H, W, 3) in mode "RGB".
 
-    Raises:
-        DataError: not a PNG of this size; the message names `where`, its origin.
+    Raises DataError, which names the origin `where`, if it is not a PNG of this size.
     """
     from PIL import Image
 

@@ -147,11 +147,7 @@ class Retrieval(Task):
 
 
 def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
-    """The rows of one file with their numbers, starting at 1.
-
-    Raises:
-        DataError: a row is malformed.
-    """
+    """The rows of one file, numbered from 1; raises DataError if one is malformed."""
     with open(path, "rb") as file:  # text mode would also end lines at other characters
         for row, line in enumerate(file, start=1):
             try:
@@ -161,11 +157,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
 
 
 def parse_row(line: bytes) -> Pair:
-    """The five columns of a line without its end.
-
-    Raises:
-        ValueError: a column is missing or malformed, or a CSV writer has quoted it.
-    """
+    """Split a line; raises ValueError if a column is missing, malformed or quoted as in CSV."""
     fields = line.split(b"\t")
     if len(fields) != len(COLUMNS):
         raise ValueError(

@@ -160,8 +160,7 @@ class Text(Task):
 def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     """The reviews of one folder ordered by number, and a SHA-256 of their names and contents.
 
-    Raises:
-        DataError: a .txt file has another form of name, or its rating belongs to the other class.
+    Raises DataError if a .txt file has another form of name or a rating of the other class.
     """
     paths = [path for path in folder.glob("*.txt") if not path.name.startswith(".")]
     digest, reviews = hashlib.sha256(), []
@@ -188,11 +187,7 @@ def _number_and_rating(path: Path, label: int) -> tuple[int, int]:
 
 
 def read_prepared(folder: Path, part: str) -> Iterator[Review]:
-    """The reviews of "train" or "test" in a folder that TFDS prepared.
-
-    Raises:
-        DataError: a record lacks `text` (bytes) or `label` (0 or 1), or the folder is damaged.
-    """
+    """The reviews of a part in a folder that TFDS prepared; raises DataError if one is damaged."""
     for i, record in enumerate(read_tfds(folder, part)):
         place = f"{folder}, split {part}, record {i}"
         text, label = record.get("text"), record.get("label")
