@@ -33,7 +33,8 @@ def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
         yield f"  pairs with a document that the other split has too: {shared}", False
     if store.manifest["partial"]:
         yield "  partial: made from too few examples, with data.allow_partial=true", False
-    is_different = differs(task, store)
+    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
+    is_different = is_comparable and expected_hashes(task) not in (None, content_hashes(store))
     yield f"  {reference_line(task, store)}", is_different
     problems = [
         f"source {source} has changed since the store was made; delete {store.path} and prepare "
@@ -63,12 +64,6 @@ def expected_hashes(task: Task) -> dict[str, str] | None:
 def content_hashes(store: Store) -> dict[str, str]:
     """Content hash of each split."""
     return {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
-
-
-def differs(task: Task, store: Store) -> bool:
-    """Whether a store differs from the reference, unless it is partial or in TFDS's order."""
-    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
-    return is_comparable and expected_hashes(task) not in (None, content_hashes(store))
 
 
 def reference_line(task: Task, store: Store) -> str:

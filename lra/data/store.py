@@ -1,10 +1,9 @@
 """The packed store: the examples of a task as memory-mapped arrays with a manifest.
 
-A store is one folder. Each split has an integer array of padded inputs (memory-mapped), their
-lengths and their labels. The manifest describes the content and its origin. The folder's name
-contains a hash of the settings that change its bytes and one of the source files (their names,
-sizes and times). So other settings or other files have another store, and stale data is never
-reused. If the source files are missing, the store made from them is used.
+A store is one folder. The manifest describes the content and its origin. The folder's name contains
+a hash of the settings that change its bytes and one of the source files (their names, sizes and
+times). So other settings or other files have another store, and stale data is never reused. If the
+source files are missing, the store made from them is used.
 
     <data_root>/packed/<task>-<inputs>-<settings>[-<sources>][-partial]/
         {train,val,test}.{inputs,lengths,labels}.npy, manifest.json
@@ -197,8 +196,7 @@ def _acquire(lock: FileLock, on_progress: Progress) -> AbstractContextManager:
 def _move_or_link(building: Path, path: Path) -> None:
     """Move a complete store to `path`, or link `path` to a store with the same content.
 
-    Copied source files have other times, and so another name for the same content; the link avoids
-    a second copy.
+    Copied source files have other times, and so another name for the same content.
     """
     if path.is_symlink():  # to a deleted store
         path.unlink()
@@ -275,9 +273,7 @@ def _write_split(
         _write_header(file, dtype, (0, *row_shape))
         while batch := list(itertools.islice(examples, rows)):
             padded = np.zeros((len(batch), *row_shape), dtype)
-            lengths.extend(
-                pad_into(row, example, task) for row, example in zip(padded, batch, strict=True)
-            )
+            lengths.extend(map(pad_into, padded, batch, itertools.repeat(task)))
             file.write(padded.data)
             labels.extend(example.label for example in batch)
             on_progress(name, len(labels), expected)
@@ -336,9 +332,7 @@ def pad_into(
 ) -> Int[np.ndarray, "*pair"]:
     """Copy an example to the start of `row`, which is zero; returns its length (two for a pair).
 
-    Raises:
-        DataError: the example is longer than the row.
-        ValueError: an id or a label is out of range, which is a bug of the reader.
+    Raises DataError if the example is too long, ValueError if an id or label is out of range.
     """
     sequences = example.inputs if isinstance(example.inputs, tuple) else (example.inputs,)
     for place, sequence in zip(row if task.dual else [row], sequences, strict=True):
@@ -384,11 +378,9 @@ def _open_split(folder: Path, name: str) -> Split:
 
 
 def open_store(path: str | Path) -> Store:
-    """Open a packed store; checks file sizes, but not contents (use `verify` for that).
+    """Open a packed store; raises DataError if a file is missing or has another size.
 
-    Raises:
-        DataError: a file is missing or does not have the size that the manifest states, or the
-            manifest cannot be read.
+    `lra.data.verify` checks the contents.
     """
     path = Path(path)
     manifest = _read_manifest(path)

@@ -36,6 +36,11 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
     # the sources of an existing store may be missing
     config = store_name(task) if store is None else store.path.resolve().name
+    metadata = None
+    if store is not None:
+        keys = ("source", "partial", "source_files", "notes", "versions")
+        origin = {key: store.manifest[key] for key in keys}
+        metadata = tfds.core.MetadataDict(origin | {"splits": content_hashes(store)})
     label = tfds.features.ClassLabel(num_classes=task.num_classes)
     if task.num_targets > 1:
         label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
@@ -60,7 +65,7 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
                 description=description,
                 features=tfds.features.FeaturesDict(features),
                 disable_shuffling=True,  # record i is row i of the packed store
-                metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
+                metadata=metadata,
             )
 
         def _split_generators(self, dl_manager):
@@ -70,12 +75,6 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
             raise NotImplementedError
 
     return Builder(data_dir=data_dir, file_format="array_record")
-
-
-def _origin(store: Store) -> dict[str, Any]:
-    """Content of TFDS's metadata.json: the origin of the examples and the hash of each split."""
-    keys = ("source", "partial", "source_files", "notes", "versions")
-    return {key: store.manifest[key] for key in keys} | {"splits": content_hashes(store)}
 
 
 def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -15,27 +15,21 @@ from lra.tasks.base import SPLITS, Task
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`; `problems` is empty for a valid store.
+    """The result of `verify`; the counts have keys such as "train/test"."""
 
-    `overlaps["train/test"]` counts the rows of test whose inputs also occur in train. For a task of
-    pairs, `documents["train/test"]` counts the rows of test with a document that occurs in train.
-    """
-
-    problems: tuple[str, ...]
-    overlaps: Mapping[str, int]
-    documents: Mapping[str, int]
+    problems: tuple[str, ...]  # empty for a valid store
+    overlaps: Mapping[str, int]  # rows of test whose inputs also occur in train
+    documents: Mapping[str, int]  # of pairs: rows of test with a document that occurs in train
 
 
 def verify(store: Store) -> Verification:
     """Recompute hashes, counts, label balance and lengths; count examples that splits share."""
-    problems = []
+    entries, problems = store.manifest["splits"], []
     distinct = {
-        name: split
-        for name, split in store.splits.items()
-        if "same_as" not in store.manifest["splits"][name]
+        name: split for name, split in store.splits.items() if "same_as" not in entries[name]
     }
     for name, split in distinct.items():
-        entry = store.manifest["splits"][name]
+        entry = entries[name]
         for what, found in describe_split(split, store.manifest["num_classes"]).items():
             if found != entry[what]:
                 problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")

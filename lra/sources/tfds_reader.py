@@ -1,8 +1,5 @@
 """Reads the examples of a prepared TensorFlow Datasets (TFDS) folder without TensorFlow.
 
-    for example in read_tfds(find_tfds(data_root, "imdb_reviews/plain_text"), "train"):
-        example["text"], example["label"]  # bytes, int
-
 TFDS itself needs TensorFlow for two things that the tasks need: to read `tfrecord`, the default
 format of `tfds.load`, and to decode pictures in any format. So this module reads both formats,
 `tfrecord` and `array_record`, whose records are serialized `tf.train.Example`s. A TFRecord is the
@@ -48,9 +45,7 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
 def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
     """The examples of one split in order; a feature is a value, or a list of several values.
 
-    Raises:
-        DataError: a split or a shard is missing, or a shard is truncated, damaged or has another
-            number of records than `dataset_info.json` states.
+    Raises DataError if a split or a shard is missing, or a shard is damaged or incomplete.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2

@@ -210,13 +210,8 @@ def chunk_ranges(first: int, last: int, step: int) -> list[tuple[int, int]]:
 def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pictures:
     """Pictures 0..n-1 and their labels (1: both dots are on one path), drawn on all cores.
 
-    Picture i depends on size, level, seed and i alone.
-
-    Args:
-        size: 32, 64, 128 or 256 pixels.
-        level: "easy", "intermediate" or "hard".
-    Raises:
-        ConfigError: an unknown size or level, a seed outside 0..2^64-1, or n < 0.
+    Picture i depends on size (32, 64, 128 or 256 pixels), level ("easy", "intermediate" or "hard"),
+    seed and i alone. Raises ConfigError if a value is not valid.
     """
     settings(size, level)
     check_data_seed(seed)
