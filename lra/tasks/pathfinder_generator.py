@@ -272,10 +272,10 @@ def _dot(radius: float, row: int, column: int, size: int) -> UInt8[np.ndarray, "
 # --- Growth ---
 
 
-# unfinished pictures: the occupied pixels of each, and those forbidden for heads
-Lanes = UInt8[np.ndarray, "N 2 P"]
-# L segments of S contours in each of N pictures: heading and anchor; anchor 0 if there is none
-Contours = Int[np.ndarray, "N S L 2"]
+# (lane, 2, P): the occupied pixels of each unfinished picture, and those forbidden for heads
+Lanes = UInt8[np.ndarray, "_ 2 _"]
+# (picture, contour, segment, 2): heading and anchor; anchor 0 if there is no contour
+Contours = Int[np.ndarray, "_ _ _ 2"]
 
 
 class Ends(NamedTuple):
@@ -480,7 +480,7 @@ def _paint(
     return (picture * (255 / picture.max()) + 0.4999).astype(np.uint8)
 
 
-def _ink(tables: Tables, segments: Int[np.ndarray, "S L 2"]) -> UInt8[np.ndarray, "S S"]:
+def _ink(tables: Tables, segments: Int[np.ndarray, "contours L 2"]) -> UInt8[np.ndarray, "S S"]:
     half = tables.stroke.shape[1] // 2
     ink = np.zeros((tables.stride, tables.stride), np.uint8)
     for stroke, place in segments[segments[..., 1] > 0].tolist():
