@@ -146,18 +146,17 @@ def prepare(
     except DataError:
         task.fetch(download=download, on_progress=on_progress)
         path = store_path(task, data_root)
-    if not path.exists():
-        partial = path.with_name(path.name + PARTIAL)
-        if allow_partial and partial.exists():
-            path = partial
-        elif partial.exists():
+    partial = path.with_name(path.name + PARTIAL)
+    if not path.exists() and partial.exists():
+        if not allow_partial:
             raise DataError(
                 f"{task.name}: only a partial store is prepared, {partial}; "
                 "data.allow_partial=true (lra data: --allow-partial) uses it"
             )
-        else:
-            with disk_errors(path, "data.root", DataError):
-                path = _build_locked(task, path, partial if allow_partial else None, on_progress)
+        path = partial
+    if not path.exists():
+        with disk_errors(path, "data.root", DataError):
+            path = _build_locked(task, path, partial if allow_partial else None, on_progress)
     return open_store(path)
 
 
@@ -368,12 +367,9 @@ def _sync_file(file: Any) -> None:
 
 
 def _open_split(folder: Path, name: str) -> Split:
-    inputs_path = folder / f"{name}.inputs.npy"
-    lengths, labels = (
-        np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:]
-    )
+    lengths, labels = (np.load(folder / f"{name}.{array}.npy") for array in ARRAYS[1:])
     # an empty array cannot be mapped
-    inputs = np.load(inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False)
+    inputs = np.load(folder / f"{name}.inputs.npy", mmap_mode="r" if len(labels) else None)
     return Split(inputs, lengths, labels)
 
 

@@ -27,9 +27,8 @@ def extract(
     If the archive holds the folder twice, the copy that `locate` prefers is kept. Concurrent calls
     are safe: one process unpacks, the others wait.
 
-    Raises:
-        DataError: the archive is damaged, has no such folder, holds a link or a path outside its
-            folder; or the disk is full.
+    Raises DataError if the archive is damaged, has no such folder, or holds a link or a path
+    outside its folder, or if the disk is full.
     """
     from filelock import FileLock
 

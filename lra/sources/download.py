@@ -37,9 +37,8 @@ def obtain(
 ) -> Path:
     """The folder with the source's files: found on disk, unpacked from an archive, or downloaded.
 
-    Raises:
-        DataError: nothing is found and `download` is false, the archive on disk does not have the
-            published hash, or the download or the unpacking fails.
+    Raises DataError if nothing is found and `download` is false, the archive on disk does not have
+    the published hash, or the download or the unpacking fails.
     """
     if (found := locate(source, data_root)) is not None:
         return found

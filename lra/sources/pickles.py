@@ -16,8 +16,7 @@ from lra.errors import DataError
 def restricted_pickle(path: Path) -> dict:
     """Load a Python batch of CIFAR-10: `{b"data": (N, 3072) uint8, b"labels": [N integers], ...}`.
 
-    Raises:
-        DataError: the file is not such a pickle, or it names anything that an array does not need.
+    Raises DataError if the file names anything that an array does not need.
     """
     try:
         with open(path, "rb") as file:

@@ -30,10 +30,7 @@ BARREN_CHUNKS = 256  # give up after so many consecutive chunks without a new ro
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of unequal length, concatenated.
-
-    Row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`.
-    """
+    """Concatenated rows: row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`."""
 
     tokens: UInt8[np.ndarray, " T"]
     offsets: Int[np.ndarray, " bounds"]  # R + 1
@@ -143,10 +140,7 @@ def generate(sizes: Mapping[str, int], seed: int, grammar: Grammar) -> dict[str,
     """Distinct rows for each split, from `seed` alone.
 
     The last split is cut first, so that the test and validation rows do not depend on the size of
-    train.
-
-    Raises:
-        ConfigError: the limits admit too few distinct rows.
+    train. Raises ConfigError if the grammar admits too few distinct rows.
     """
     grammar.check()
     rows = _distinct_rows(sum(sizes.values()), seed, grammar)

@@ -54,10 +54,7 @@ LANE_BYTES = 2**23  # of all lanes
 
 
 class Setting(NamedTuple):
-    """Constants of a size and a level.
-
-    Lengths are in pixels, `contour_length` and `distractor_length` in segments.
-    """
+    """Constants of a size and a level, in pixels; `contour_length` is in segments."""
 
     size: int
     margins: tuple[int, ...]  # free pixels between segments; one is drawn per picture
