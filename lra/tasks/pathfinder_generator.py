@@ -96,9 +96,6 @@ def settings(size: int, level: str) -> Setting:
     return _SETTINGS[size]._replace(contour_length=SEGMENTS[level])
 
 
-# --- Stencils ---
-
-
 class Stencils(NamedTuple):
     """One small picture per heading as a list of its pixels, padded by repeating the last one."""
 
@@ -166,11 +163,9 @@ def _tables(setting: Setting, margin: int) -> Tables:
     at, grey = _stencils(bodies[DEGREES:], OVERLAP - 255, stride)
     core = Stencils(at, (OVERLAP - grey.astype(int)).astype(np.uint8))
 
-    mask = np.full((size, size), 255, np.uint8)
-    wide = mask.copy()
-    mask[setting.padding : -setting.padding, setting.padding : -setting.padding] = 0
-    edge = setting.padding + margin
-    wide[edge:-edge, edge:-edge] = 0
+    inner, edge = setting.padding, setting.padding + margin
+    mask = np.pad(np.zeros((size - 2 * inner,) * 2, np.uint8), inner, constant_values=255)
+    wide = np.pad(np.zeros((size - 2 * edge,) * 2, np.uint8), edge + rim, constant_values=255)
 
     rooms = [_room(window, half, reach) for window in bodies[:DEGREES]]
     return Tables(
@@ -188,7 +183,7 @@ def _tables(setting: Setting, margin: int) -> Tables:
         body=body,
         core=core,
         halo=_stencils(halos, 1, stride),
-        blank=np.stack([np.pad(mask, rim), np.pad(wide, rim, constant_values=255)]).reshape(2, -1),
+        blank=np.stack([np.pad(mask, rim), wide]).reshape(2, -1),
         outside=np.pad(np.zeros((size, size), bool), rim, constant_values=True).ravel(),
     )
 
@@ -198,7 +193,6 @@ def _offset(angles, distance):
 
 
 def _moved(origin, angles, distance):
-    """Rows and columns after a move."""
     # rounded up after the sum, as in the original: sin(pi) > 0 moves a pixel only near 0
     return np.ceil(origin + _offset(angles, distance)).astype(int)
 
@@ -264,9 +258,6 @@ def _dot(radius: float, row: int, column: int, size: int) -> UInt8[np.ndarray, "
     y, x = np.ogrid[: size * SCALE, : size * SCALE]
     disc = (y - row * SCALE) ** 2 + (x - column * SCALE) ** 2 <= (radius * SCALE) ** 2
     return _reduce(Image.fromarray(disc.astype(np.uint8) * np.uint8(255)), size)
-
-
-# --- Growth ---
 
 
 # (lane, 2, P): the occupied pixels of each unfinished picture, and those forbidden for heads
@@ -344,9 +335,6 @@ def _extend(
 def _scale(words: np.ndarray | np.uint32, span: np.ndarray | int):
     """Scale 32-bit words to 0..span-1; span < 2^31."""
     return (words.astype(np.int64) * span) >> 32
-
-
-# --- Pictures ---
 
 
 def _grow(

@@ -123,7 +123,7 @@ class Retrieval(Task):
         return "\n--------\n".join(map(self.encoding.decode, np.atleast_2d(inputs)))
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `bag_of_bytes` or `bag_of_characters`: a linear model of |p - q|, p * q.
+        """Adds `bag_of_bytes` or `bag_of_characters`: a linear model of |p - q| and p * q.
 
         p and q are the shares of each id in the two documents.
         """
