@@ -178,7 +178,8 @@ def _request(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
     def send() -> None:
         try:
             answer = requests.get(remote.url, headers=headers, stream=True, timeout=timeout)
-            if not (first and answer.status_code == 416):
+            if not answer.ok and not (first and answer.status_code == 416):
+                answer.close()
                 answer.raise_for_status()
             answers.put(answer)
         except Exception as error:
