@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lra.data.store import Split, Store, open_store, prepared_path, settings_name
-from lra.data.verify import Verification, changed_sources, verify
+from lra.data.verify import changed_sources, verify
 from lra.errors import DataError
 from lra.tasks.base import Task
 
@@ -20,34 +20,40 @@ SHEET_COLUMNS = 5
 
 def verify_lines(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
     """Lines of `lra data verify`, each with whether it is a problem; the last is the verdict."""
-    sound = True
-    for line, problem in _findings(task, store):
-        yield line, problem
-        sound = sound and not problem
-    yield f"{task.name}: {'sound' if sound else 'NOT sound'}", not sound
-
-
-def _findings(task: Task, store: Store) -> Iterator[tuple[str, bool]]:
     result = verify(store)
     yield f"{task.name}: {store.path}", False
-    for name, entry in store.manifest["splits"].items():
-        yield f"  {name:<6}{describe(entry)}", False
+    yield from ((line, False) for line in _split_lines(store))
     for source in store.manifest["source_files"]:
         yield f"  source {source['name']}: sha256 {source['sha256'][:16]}", False
     for note in store.manifest["notes"]:
         yield f"  note: {note}", False
-    yield from ((f"  {line}", False) for line in overlap_lines(result))
+    yield f"  equal examples: {_counts(result.overlaps) or 'none'}", False
+    if result.documents:
+        shared = _counts(result.documents)
+        yield f"  pairs with a document that the other split has too: {shared}", False
     if store.manifest["partial"]:
         yield "  partial: made from too few examples, with data.allow_partial=true", False
-    yield f"  {reference_line(task, store)}", differs(task, store)
-    for source in changed_sources(task, store):
-        yield (
-            f"  NOT SOUND: source {source} has changed since the store was made; delete "
-            f"{store.path} and prepare it again",
-            True,
-        )
-    for problem in result.problems:
-        yield f"  NOT SOUND: {problem}", True
+    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
+    is_different = is_comparable and expected_hashes(task) not in (None, content_hashes(store))
+    yield f"  {reference_line(task, store)}", is_different
+    problems = [
+        f"source {source} has changed since the store was made; delete {store.path} and prepare "
+        "it again"
+        for source in changed_sources(task, store)
+    ]
+    problems += result.problems
+    yield from ((f"  NOT SOUND: {problem}", True) for problem in problems)
+    is_sound = not (problems or is_different)
+    yield f"{task.name}: {'sound' if is_sound else 'NOT sound'}", not is_sound
+
+
+def _split_lines(store: Store) -> Iterator[str]:
+    for name, entry in store.manifest["splits"].items():
+        yield f"  {name:<6}{describe(entry)}"
+
+
+def _counts(shared: Mapping[str, int]) -> str:
+    return ", ".join(f"{pair} {count:,}" for pair, count in shared.items())
 
 
 def expected_hashes(task: Task) -> dict[str, str] | None:
@@ -58,15 +64,6 @@ def expected_hashes(task: Task) -> dict[str, str] | None:
 def content_hashes(store: Store) -> dict[str, str]:
     """Content hash of each split."""
     return {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
-
-
-def differs(task: Task, store: Store) -> bool:
-    """Whether a store differs from the reference although it should not.
-
-    A partial store differs, and so does one in TFDS's order.
-    """
-    is_comparable = store.manifest["source"] != "tfds" and not store.manifest["partial"]
-    return is_comparable and expected_hashes(task) not in (None, content_hashes(store))
 
 
 def reference_line(task: Task, store: Store) -> str:
@@ -97,22 +94,10 @@ def describe(entry: dict[str, Any]) -> str:
     )
 
 
-def overlap_lines(result: Verification) -> Iterator[str]:
-    """Examples that two splits share; they are a property of the data, not an error."""
-    shared = ", ".join(f"{pair} {count:,}" for pair, count in result.overlaps.items())
-    yield f"equal examples: {shared or 'none'}"
-    if result.documents:
-        shared = ", ".join(f"{pair} {count:,}" for pair, count in result.documents.items())
-        yield f"pairs with a document that the other split has too: {shared}"
-
-
 def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
     """Lines of `lra data info`: the task, its sources and its packed store. Prepares nothing."""
-    kind = (
-        f"{task.num_tokens} tokens"
-        if task.num_tokens
-        else f"{task.num_features} value(s) per position"
-    )
+    values = f"{task.num_features} value(s) per position"
+    kind = f"{task.num_tokens} tokens" if task.num_tokens else values
     pair = "2 x " if task.dual else ""
     targets = f", {task.num_targets} labels per example" if task.num_targets > 1 else ""
     yield (
@@ -120,19 +105,15 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
         f"{task.num_classes} classes{targets}"
     )
     if sizes := task.split_sizes():
-        yield "  should have " + ", ".join(f"{name} {count:,}" for name, count in sizes.items())
-    if same := dict(task.same):
-        yield "  " + ", ".join(f"{name} is {other}" for name, other in same.items())
+        yield f"  should have {_counts(sizes)}"
+    if task.same:
+        yield "  " + ", ".join(f"{name} is {other}" for name, other in task.same.items())
     try:
-        files = task.source_files()
-        where = (
-            f"{task.source} files in {os.path.commonpath([file.parent for file in files])}"
-            if files
-            else f"{task.source}, no file needed"
-        )
+        folders = {file.parent for file in task.source_files()}
+        where = f" files in {os.path.commonpath(folders)}" if folders else ", no file needed"
+        yield f"  source: {task.source}{where}"
     except DataError as error:
-        where = str(error)
-    yield f"  source: {where}"
+        yield f"  source: {error}"
     try:
         store = open_store(prepared_path(task, data_root))
     except DataError:
@@ -141,8 +122,7 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
     megabytes = sum(file.stat().st_size for file in store.path.iterdir()) / 1e6
     partial = ", PARTIAL: data.allow_partial=true uses it" if store.manifest["partial"] else ""
     yield f"  prepared: {store.path}, {megabytes:,.1f} MB{partial}"
-    for name, entry in store.manifest["splits"].items():
-        yield f"  {name:<6}{describe(entry)}"
+    yield from _split_lines(store)
     lines = ", ".join(
         f"{name.replace('_', ' ')} {100 * x:.1f} %"
         for name, x in store.manifest["reference"].items()
@@ -172,29 +152,17 @@ def write_sheet(task: Task, split: Split, count: int, file: Path) -> Path:
     scale = max(1, SHEET_PIXELS // max(height, width))
     cell_height, cell_width = height * scale + 16, width * scale + 4
     count = min(count, len(split))
-    columns = min(count, SHEET_COLUMNS)
-    sheet = Image.new(
-        "RGB",
-        (max(columns, 1) * cell_width, max(-(-count // SHEET_COLUMNS), 1) * cell_height),
-        "white",
-    )
+    columns, rows = max(min(count, SHEET_COLUMNS), 1), max(-(-count // SHEET_COLUMNS), 1)
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for row in range(count):
-        pixels = np.asarray(split.inputs[row]).reshape(
-            height, width, *((3,) if task.num_features == 3 else ())
-        )
-        picture = (
-            Image.fromarray(pixels)
-            .convert("RGB")
-            .resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        )
-        corner = (row % SHEET_COLUMNS * cell_width, row // SHEET_COLUMNS * cell_height)
-        sheet.paste(picture, corner)
-        draw.text(
-            (corner[0] + 2, corner[1] + height * scale + 2),
-            f"label {split.labels[row]}",
-            fill="black",
-        )
+    colours = (3,) if task.num_features == 3 else ()
+    for i in range(count):
+        pixels = np.asarray(split.inputs[i]).reshape(height, width, *colours)
+        picture = Image.fromarray(pixels).convert("RGB")
+        x, y = i % SHEET_COLUMNS * cell_width, i // SHEET_COLUMNS * cell_height
+        size = (width * scale, height * scale)
+        sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
+        draw.text((x + 2, y + size[1] + 2), f"label {split.labels[i]}", fill="black")
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file, "PNG")
     return file

@@ -1,10 +1,9 @@
 """The packed store: the examples of a task as memory-mapped arrays with a manifest.
 
-A store is one folder. Each split has an integer array of padded inputs (memory-mapped), their
-lengths and their labels. The manifest describes the content and its origin. The folder's name
-contains a hash of the settings that change its bytes and one of the source files (their names,
-sizes and times). So other settings or other files have another store, and stale data is never
-reused. If the source files are missing, the store made from them is used.
+A store is one folder. The manifest describes the content and its origin. The folder's name contains
+a hash of the settings that change its bytes and one of the source files (their names, sizes and
+times). So other settings or other files have another store, and stale data is never reused. If the
+source files are missing, the store made from them is used.
 
     <data_root>/packed/<task>-<inputs>-<settings>[-<sources>][-partial]/
         {train,val,test}.{inputs,lengths,labels}.npy, manifest.json
@@ -19,13 +18,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from jaxtyping import Int, Integer
 
 from lra.errors import DataError
@@ -66,9 +66,6 @@ class Store:
     splits: Mapping[str, Split]
 
 
-# --- Names ---
-
-
 def settings_key(task: Task) -> str:
     """SHA-256 of the settings that change the bytes of the store, as hexadecimal digits."""
     return _digest(
@@ -85,11 +82,7 @@ def settings_key(task: Task) -> str:
 
 
 def store_name(task: Task) -> str:
-    """Name of the store's folder: task, encoding, hash of the settings, hash of source files.
-
-    Raises:
-        DataError: the source files are missing.
-    """
+    """Name of the store's folder; raises DataError if the source files are missing."""
     sources = task.source_signature()
     return settings_name(task) + (f"-{_digest(sources)[:8]}" if sources else "")
 
@@ -97,23 +90,18 @@ def store_name(task: Task) -> str:
 def store_path(task: Task, data_root: str | Path) -> Path:
     """The path of the store of `task`, whether or not it exists.
 
-    If the source files are missing, this is the newest store with the task's settings.
-
-    Raises:
-        DataError: both the source files and a store made from such files are missing.
+    If the source files are missing, this is the newest store with the task's settings, and without
+    any such store DataError is raised.
     """
     packed = Path(data_root) / "packed"
     try:
         return packed / store_name(task)
     except DataError:
-        stores = [
-            path
-            for path in packed.glob(f"{settings_name(task)}-*")
-            if not path.name.endswith(PARTIAL)
-        ]
-        if not stores:
+        stores = packed.glob(f"{settings_name(task)}-*")
+        complete = [path for path in stores if not path.name.endswith(PARTIAL)]
+        if not complete:
             raise
-        return max(stores, key=lambda path: path.stat().st_mtime)
+        return max(complete, key=lambda path: path.stat().st_mtime)
 
 
 def prepared_path(task: Task, data_root: str | Path) -> Path:
@@ -129,12 +117,8 @@ def settings_name(task: Task) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-# --- Building ---
+    content = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def prepare(
@@ -154,8 +138,7 @@ def prepare(
         download: download the publisher's files if they are missing.
         allow_partial: accept too few examples; such a store has another name and is marked.
     Raises:
-        DataError: the sources are missing or malformed, the store cannot be written, or it is
-            damaged.
+        DataError: the sources are missing or malformed, or the store is damaged or not writable.
     """
     task.allow_partial = allow_partial
     try:
@@ -163,85 +146,65 @@ def prepare(
     except DataError:
         task.fetch(download=download, on_progress=on_progress)
         path = store_path(task, data_root)
-    if not path.exists():
-        partial = path.with_name(path.name + PARTIAL)
-        if allow_partial and partial.exists():
-            path = partial
-        elif partial.exists():
+    partial = path.with_name(path.name + PARTIAL)
+    if not path.exists() and partial.exists():
+        if not allow_partial:
             raise DataError(
                 f"{task.name}: only a partial store is prepared, {partial}; "
                 "data.allow_partial=true (lra data: --allow-partial) uses it"
             )
-        else:
-            with disk_errors(path, "data.root", DataError):
-                path = _build_locked(task, path, partial if allow_partial else None, on_progress)
+        path = partial
+    if not path.exists():
+        with disk_errors(path, "data.root", DataError):
+            path = _build_locked(task, path, partial if allow_partial else None, on_progress)
     return open_store(path)
 
 
 def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
-    """Build under a lock and return the store's path.
-
-    That is `partial` if it is given and examples are missing, otherwise `path`.
-    """
-    from filelock import FileLock
-
+    """Build under a lock; returns `partial` if given and examples are missing, else `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.building-"
-    with _acquired(FileLock(path.parent / f".{path.name}.lock"), on_progress):
+    with _acquire(FileLock(path.parent / f".{path.name}.lock"), on_progress):
         for built in (path, partial):
             if built is not None and built.exists():  # built by another process during the wait
                 return built
         for stale in path.parent.glob(f"{prefix}*"):  # of a killed process
             shutil.rmtree(stale, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+        ) as name:
+            building = Path(name)
             is_partial = _build(task, building, partial is not None, on_progress)
-            building.chmod(0o755)  # mkdtemp's folder is readable by its owner only
+            building.chmod(0o755)  # it is readable by its owner only
             built = partial if partial is not None and is_partial else path
             _move_or_link(building, built)
             sync_folder(path.parent)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
     task.packed()
     return built
 
 
-@contextmanager
-def _acquired(lock: Any, on_progress: Progress) -> Iterator[None]:
-    """Hold a lock; reports progress while another process holds it."""
+def _acquire(lock: FileLock, on_progress: Progress) -> AbstractContextManager:
+    """A context manager that releases the acquired lock; reports while another process holds it."""
     while True:
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
-            break
+            return lock.acquire(timeout=LOCK_SECONDS)
         except TimeoutError:
             on_progress("(another process prepares it: waiting)", 0, None)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _move_or_link(building: Path, path: Path) -> None:
     """Move a complete store to `path`, or link `path` to a store with the same content.
 
-    Copied source files have other times, and so another name for the same content; the link avoids
-    a second copy.
+    Copied source files have other times, and so another name for the same content.
     """
     if path.is_symlink():  # to a deleted store
         path.unlink()
     content = _content(building)
-    others = (
-        other
-        for other in path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*")
-        if not other.is_symlink()
-    )
-    same = next((other for other in sorted(others) if _content(other) == content), None)
-    if same is None:
-        building.rename(path)
-    else:
-        path.symlink_to(same.name)
-        shutil.rmtree(building)
+    for other in sorted(path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*")):
+        if not other.is_symlink() and _content(other) == content:
+            path.symlink_to(other.name)
+            return
+    building.rename(path)
 
 
 def _content(path: Path) -> Any:
@@ -258,7 +221,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
     """Write all splits and the manifest into `folder`; returns whether examples are missing."""
     counts = task.split_sizes() or {}
     entries = {
-        name: _write_split(task, name, folder, counts.get(name), allow_partial, on_progress)
+        name: _write_split(task, name, folder, allow_partial, on_progress)
         for name in SPLITS
         if name not in task.same
     }
@@ -266,6 +229,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
         entries[name] = entries[other] | {"same_as": other}
     is_partial = any(entries[name]["count"] < count for name, count in counts.items())
     splits = {name: _open_split(folder, entries[name].get("same_as", name)) for name in SPLITS}
+    has_rows = len(splits["train"]) and len(splits["test"])
     manifest = {
         "task": task.name,
         "inputs": task.inputs,
@@ -276,9 +240,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
         "vocab": task.vocab,
         "partial": is_partial,
         "splits": {name: entries[name] for name in SPLITS},
-        "reference": task.reference_lines(splits)
-        if len(splits["train"]) and len(splits["test"])
-        else {},
+        "reference": task.reference_lines(splits) if has_rows else {},
         "notes": task.notes(),
         "source_files": task.source_hashes(),
         "fingerprint": task.fingerprint(),
@@ -298,15 +260,11 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
 
 
 def _write_split(
-    task: Task,
-    name: str,
-    folder: Path,
-    expected: int | None,
-    allow_partial: bool,
-    on_progress: Progress,
+    task: Task, name: str, folder: Path, allow_partial: bool, on_progress: Progress
 ) -> dict[str, Any]:
     """Write the three arrays of one split in one pass; returns its entry in the manifest."""
     dtype, row_shape = inputs_dtype(task), inputs_shape(task)
+    expected = (task.split_sizes() or {}).get(name)
     lengths: list[np.ndarray] = []
     labels: list[int | np.ndarray] = []
     examples, rows = iter(task.examples(name)), rows_per_write(dtype, row_shape)
@@ -314,9 +272,7 @@ def _write_split(
         _write_header(file, dtype, (0, *row_shape))
         while batch := list(itertools.islice(examples, rows)):
             padded = np.zeros((len(batch), *row_shape), dtype)
-            lengths.extend(
-                pad_into(row, example, task) for row, example in zip(padded, batch, strict=True)
-            )
+            lengths.extend(map(pad_into, padded, batch, itertools.repeat(task)))
             file.write(padded.data)
             labels.extend(example.label for example in batch)
             on_progress(name, len(labels), expected)
@@ -324,16 +280,17 @@ def _write_split(
         _write_header(file, dtype, (len(labels), *row_shape))
         _sync_file(file)
     pair, targets = (2,) * task.dual, (task.num_targets,) * (task.num_targets > 1)
-    _write_array(
-        folder / f"{name}.lengths.npy", np.array(lengths, "<i4").reshape(len(labels), *pair)
-    )
     label_dtype = "<u1" if task.num_classes <= 256 else "<i4"
-    _write_array(
-        folder / f"{name}.labels.npy", np.array(labels, label_dtype).reshape(len(labels), *targets)
-    )
-    return describe_split(_open_split(folder, name), task.num_classes) | {
-        "bytes": _file_sizes(folder, name)
+    arrays = {
+        "lengths": np.array(lengths, "<i4").reshape(len(labels), *pair),
+        "labels": np.array(labels, label_dtype).reshape(len(labels), *targets),
     }
+    for array, values in arrays.items():
+        with open(folder / f"{name}.{array}.npy", "wb") as file:
+            np.save(file, values, allow_pickle=False)
+            _sync_file(file)
+    sizes = {array: (folder / f"{name}.{array}.npy").stat().st_size for array in ARRAYS}
+    return describe_split(_open_split(folder, name), task.num_classes) | {"bytes": sizes}
 
 
 def check_count(task: Task, name: str, found: int, allow_partial: bool = False) -> None:
@@ -344,14 +301,10 @@ def check_count(task: Task, name: str, found: int, allow_partial: bool = False) 
     files = task.source_files()
     folder = f" of {os.path.commonpath([file.parent for file in files])}" if files else ""
     shortage = f"; {task.shortage}" if task.shortage and found < expected else ""
-    remedy = (
-        "; data.allow_partial=true (lra data: --allow-partial) takes what is there"
-        if 0 < found < expected
-        else ""
-    )
+    remedy = "; data.allow_partial=true (lra data: --allow-partial) takes what is there"
     raise DataError(
         f"{task.name}: {found:,} examples in {name}{folder}, expected {expected:,}{shortage}"
-        f"{remedy}"
+        f"{remedy if 0 < found < expected else ''}"
     )
 
 
@@ -369,9 +322,8 @@ def inputs_dtype(task: Task) -> np.dtype:
     """The smallest type that holds the vocabulary, or the task's type of values."""
     if task.vocab is None:
         return task.value_dtype.newbyteorder("<")
-    return np.dtype(
-        "<u1" if len(task.vocab) <= 2**8 else "<u2" if len(task.vocab) <= 2**16 else "<i4"
-    )
+    size = len(task.vocab)
+    return np.dtype("<u1" if size <= 2**8 else "<u2" if size <= 2**16 else "<i4")
 
 
 def pad_into(
@@ -379,9 +331,7 @@ def pad_into(
 ) -> Int[np.ndarray, "*pair"]:
     """Copy an example to the start of `row`, which is zero; returns its length (two for a pair).
 
-    Raises:
-        DataError: the example is longer than the row.
-        ValueError: an id or a label is out of range, which is a bug of the reader.
+    Raises DataError if the example is too long, ValueError if an id or label is out of range.
     """
     sequences = example.inputs if isinstance(example.inputs, tuple) else (example.inputs,)
     for place, sequence in zip(row if task.dual else [row], sequences, strict=True):
@@ -403,27 +353,12 @@ def pad_into(
     return lengths if task.dual else lengths.reshape(())
 
 
-# --- Files ---
-
-
 def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Write an .npy header at the start of the file.
-
-    NumPy pads it, so that it can be overwritten once the number of rows is known.
-    """
+    """Write an .npy header; NumPy pads it, so that the final number of rows can overwrite it."""
     file.seek(0)
-    description = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
-    np.lib.format.write_array_header_1_0(file, description)
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-        _sync_file(file)
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _sync_file(file: Any) -> None:
@@ -431,53 +366,34 @@ def _sync_file(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _file_sizes(folder: Path, name: str) -> dict[str, int]:
-    return {array: (folder / f"{name}.{array}.npy").stat().st_size for array in ARRAYS}
-
-
 def _open_split(folder: Path, name: str) -> Split:
-    inputs_path = folder / f"{name}.inputs.npy"
-    lengths, labels = (
-        np.load(folder / f"{name}.{array}.npy", allow_pickle=False) for array in ARRAYS[1:]
-    )
+    lengths, labels = (np.load(folder / f"{name}.{array}.npy") for array in ARRAYS[1:])
     # an empty array cannot be mapped
-    inputs = np.load(inputs_path, mmap_mode="r" if len(labels) else None, allow_pickle=False)
+    inputs = np.load(folder / f"{name}.inputs.npy", mmap_mode="r" if len(labels) else None)
     return Split(inputs, lengths, labels)
 
 
-# --- Opening and checking ---
-
-
 def open_store(path: str | Path) -> Store:
-    """Open a packed store; checks file sizes, but not contents (use `verify` for that).
+    """Open a packed store; raises DataError if a file is missing or has another size.
 
-    Raises:
-        DataError: a file is missing or does not have the size that the manifest states, or the
-            manifest cannot be read.
+    `lra.data.verify` checks the contents.
     """
     path = Path(path)
     manifest = _read_manifest(path)
+    # one object for equal splits, so that its examples are held once
+    files = {name: entry.get("same_as", name) for name, entry in manifest["splits"].items()}
     for name, entry in manifest["splits"].items():
         for array, expected in entry["bytes"].items():
-            file = path / f"{entry.get('same_as', name)}.{array}.npy"
+            file = path / f"{files[name]}.{array}.npy"
             found = file.stat().st_size if file.is_file() else 0
             if found != expected:
-                raise _damaged(
-                    path, manifest["task"], f"{file.name} has {found} bytes, expected {expected}"
-                )
+                what = f"{file.name} has {found} bytes, expected {expected}"
+                raise _damaged(path, manifest["task"], what)
     try:
-        splits = {
-            name: _open_split(path, name)
-            for name, entry in manifest["splits"].items()
-            if "same_as" not in entry
-        }
+        opened = {name: _open_split(path, name) for name in set(files.values())}
     except ValueError as error:
         raise _damaged(path, manifest["task"], str(error)) from error
-    # one object for both names, so that its examples are held once
-    splits = {
-        name: splits[entry.get("same_as", name)] for name, entry in manifest["splits"].items()
-    }
-    return Store(path, manifest, splits)
+    return Store(path, manifest, {name: opened[other] for name, other in files.items()})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -489,12 +405,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise _damaged(path, "NAME", f"manifest.json cannot be read: {error}") from error
-    if manifest["versions"]["store"] != STORE_VERSION:
-        raise _damaged(
-            path,
-            manifest["task"],
-            f"store version {manifest['versions']['store']}, expected {STORE_VERSION}",
-        )
+    version = manifest["versions"]["store"]
+    if version != STORE_VERSION:
+        what = f"store version {version}, expected {STORE_VERSION}"
+        raise _damaged(path, manifest["task"], what)
     return manifest
 
 

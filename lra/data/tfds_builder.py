@@ -1,12 +1,11 @@
 """A TensorFlow Datasets (TFDS) builder for any task, without TensorFlow.
 
-`builder(task)` is an ordinary TFDS builder over the task's own reader, so that example i of a split
-is row i of the packed store. It writes array_record files. Reading them with `as_data_source` needs
-no TensorFlow; `as_dataset` and `tfds.load` need it.
+The builder writes array_record files. Reading them with `as_data_source` needs no TensorFlow;
+`as_dataset` and `tfds.load` need it.
 
     dataset = builder(task)
     dataset.download_and_prepare()
-    train = dataset.as_data_source("train")  # train[i]["inputs"], train[i]["length"], ["label"]
+    train = dataset.as_data_source("train")  # train[i] is row i of the packed store
 """
 
 from collections.abc import Iterator
@@ -15,14 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lra.data.store import (
-    Store,
-    check_count,
-    inputs_dtype,
-    inputs_shape,
-    pad_into,
-    store_name,
-)
+from lra.data.inspect import content_hashes
+from lra.data.store import Store, check_count, inputs_dtype, inputs_shape, pad_into, store_name
 from lra.tasks.base import SPLITS, Task
 
 FEATURES_VERSION = "1.0.0"  # of the features; other examples have another config name
@@ -37,13 +30,27 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
     Args:
         data_dir: TFDS's data folder; None for its default.
-        store: the packed store of this task, if it exists. The records are then its rows, and no
-            source is read or generated again.
+        store: the packed store of this task, if it exists; no source is then read again.
     """
     import tensorflow_datasets as tfds
 
     # the sources of an existing store may be missing
     config = store_name(task) if store is None else store.path.resolve().name
+    metadata = None
+    if store is not None:
+        keys = ("source", "partial", "source_files", "notes", "versions")
+        origin = {key: store.manifest[key] for key in keys}
+        metadata = tfds.core.MetadataDict(origin | {"splits": content_hashes(store)})
+    label = tfds.features.ClassLabel(num_classes=task.num_classes)
+    if task.num_targets > 1:
+        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
+    features = {
+        "inputs": tfds.features.Tensor(
+            shape=inputs_shape(task), dtype=inputs_dtype(task).type, encoding="zlib"
+        ),
+        "length": tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32),
+        "label": label,
+    }
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = f"lra_{task.name}"
@@ -53,13 +60,12 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
 
         def _info(self):
             description = (type(task).__doc__ or task.name).splitlines()[0]
-            # no shuffling: record i is row i of the packed store
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=description,
-                features=_features(task),
-                disable_shuffling=True,
-                metadata=None if store is None else tfds.core.MetadataDict(_origin(store)),
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,  # record i is row i of the packed store
+                metadata=metadata,
             )
 
         def _split_generators(self, dl_manager):
@@ -71,53 +77,21 @@ def builder(task: Task, data_dir: str | Path | None = None, store: Store | None 
     return Builder(data_dir=data_dir, file_format="array_record")
 
 
-def _features(task: Task) -> Any:
-    import tensorflow_datasets as tfds
-
-    shape = inputs_shape(task)
-    inputs = tfds.features.Tensor(shape=shape, dtype=inputs_dtype(task).type, encoding="zlib")
-    length = tfds.features.Tensor(shape=(2,) * task.dual, dtype=np.int32)
-    label = tfds.features.ClassLabel(num_classes=task.num_classes)
-    if task.num_targets > 1:
-        label = tfds.features.Tensor(shape=(task.num_targets,), dtype=np.int32)
-    return tfds.features.FeaturesDict({"inputs": inputs, "length": length, "label": label})
-
-
-def _origin(store: Store) -> dict[str, Any]:
-    """Content of TFDS's metadata.json: the origin of the examples and the hash of each split."""
-    known = {
-        key: store.manifest[key]
-        for key in ("source", "partial", "source_files", "notes", "versions")
-    }
-    return known | {
-        "splits": {name: entry["sha256"] for name, entry in store.manifest["splits"].items()}
-    }
-
-
 def _records(task: Task, split: str, store: Store | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = _rows_read(task, split) if store is None else _rows_packed(store, split)
+    if store is None:
+        rows = _rows_read(task, split)
+    else:
+        packed = store.splits[split]
+        rows = zip(packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True)
     for key, (inputs, length, label) in enumerate(rows):
-        yield key, {"inputs": inputs, "length": length, "label": label}
-
-
-def _rows_packed(store: Store, split: str) -> Iterator[tuple[Any, Any, Any]]:
-    packed = store.splits[split]
-    for inputs, length, label in zip(
-        packed.inputs, packed.lengths, packed.labels.astype(np.int32), strict=True
-    ):
-        yield np.asarray(inputs), length, label
+        yield key, {"inputs": np.asarray(inputs), "length": length, "label": label}
 
 
 def _rows_read(task: Task, split: str) -> Iterator[tuple[Any, Any, Any]]:
-    dtype, shape = inputs_dtype(task), inputs_shape(task)
     count = 0
     for example in task.examples(split):
-        inputs = np.zeros(shape, dtype)
+        inputs = np.zeros(inputs_shape(task), inputs_dtype(task))
         length = pad_into(inputs, example, task)
         count += 1
-        yield (
-            inputs,
-            length,
-            np.asarray(example.label, np.int32) if task.num_targets > 1 else example.label,
-        )
+        yield inputs, length, np.asarray(example.label, np.int32)[()]
     check_count(task, split, count)

@@ -15,56 +15,44 @@ from lra.tasks.base import SPLITS, Task
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`; `problems` is empty for a valid store.
+    """The result of `verify`; the counts have keys such as "train/test"."""
 
-    `overlaps["train/test"]` counts the rows of test whose inputs also occur in train. For a task of
-    pairs, `documents["train/test"]` counts the rows of test with a document that occurs in train.
-    """
-
-    problems: tuple[str, ...]
-    overlaps: Mapping[str, int]
-    documents: Mapping[str, int]
+    problems: tuple[str, ...]  # empty for a valid store
+    overlaps: Mapping[str, int]  # rows of test whose inputs also occur in train
+    documents: Mapping[str, int]  # of pairs: rows of test with a document that occurs in train
 
 
 def verify(store: Store) -> Verification:
     """Recompute hashes, counts, label balance and lengths; count examples that splits share."""
-    problems = []
+    entries, problems = store.manifest["splits"], []
     distinct = {
-        name: split
-        for name, split in store.splits.items()
-        if "same_as" not in store.manifest["splits"][name]
+        name: split for name, split in store.splits.items() if "same_as" not in entries[name]
     }
     for name, split in distinct.items():
-        entry = store.manifest["splits"][name]
+        entry = entries[name]
         for what, found in describe_split(split, store.manifest["num_classes"]).items():
             if found != entry[what]:
                 problems.append(f"{name}: {what} is {found}, the manifest says {entry[what]}")
-    overlaps, documents = {}, {}
-    rows = {name: _digests(split.inputs, split.lengths) for name, split in distinct.items()}
-    for one, other in itertools.combinations(rows, 2):
-        known = set(rows[one])
-        overlaps[f"{one}/{other}"] = sum(digest in known for digest in rows[other])
-    if store.manifest["dual"]:
-        sides = {
-            name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
-            for name, split in distinct.items()
-        }
-        for one, other in itertools.combinations(sides, 2):
-            known = {digest for side in sides[one] for digest in side}
-            documents[f"{one}/{other}"] = sum(
-                u in known or v in known for u, v in zip(*sides[other], strict=True)
-            )
-    return Verification(tuple(problems), overlaps, documents)
+    rows = {name: [_digests(split.inputs, split.lengths)] for name, split in distinct.items()}
+    sides = {
+        name: [_digests(split.inputs[:, side], split.lengths[:, side]) for side in (0, 1)]
+        for name, split in (distinct if store.manifest["dual"] else {}).items()
+    }
+    return Verification(tuple(problems), _shared(rows), _shared(sides))
+
+
+def _shared(digests: Mapping[str, list[list[bytes]]]) -> dict[str, int]:
+    """For each two splits, the rows of the second with a digest that the first has too."""
+    counts = {}
+    for one, other in itertools.combinations(digests, 2):
+        known = set(itertools.chain.from_iterable(digests[one]))
+        rows = zip(*digests[other], strict=True)
+        counts[f"{one}/{other}"] = sum(not known.isdisjoint(row) for row in rows)
+    return counts
 
 
 def changed_sources(task: Task, store: Store) -> list[str]:
-    """Read the sources again and return the names of those that have changed since.
-
-    Missing sources are skipped.
-
-    Raises:
-        DataError: they can no longer be read.
-    """
+    """The names of sources that have changed since, by reading them again; none if missing."""
     try:
         if not task.source_files():
             return []

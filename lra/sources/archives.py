@@ -24,12 +24,11 @@ def extract(
 ) -> Path:
     """Unpack the source's folder into `<data_root>/extracted/<archive stem>/`; returns its path.
 
-    Nothing else of the archive is written. If the archive holds the folder twice, the copy that
-    `locate` prefers is kept. Concurrent calls are safe: one process unpacks, the others wait.
+    If the archive holds the folder twice, the copy that `locate` prefers is kept. Concurrent calls
+    are safe: one process unpacks, the others wait.
 
-    Raises:
-        DataError: the archive is damaged, has no such folder, holds a link or a path outside its
-            folder; or the disk is full.
+    Raises DataError if the archive is damaged, has no such folder, or holds a link or a path
+    outside its folder, or if the disk is full.
     """
     from filelock import FileLock
 
@@ -89,12 +88,18 @@ def _unpack(archive: Path, source: Source, folder: Path, on_progress: Progress) 
         raise DataError(
             f"{archive}: {error.tarinfo.name!r} would be written outside its folder: {error}"
         ) from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise _damaged(archive, source, error) from error
-    except OSError as error:
-        if error.errno is not None:  # the disk failed, not the decompression
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
             raise
-        raise _damaged(archive, source, error) from error
+        found, remedy = f"{size:,} bytes", "fetch it again"
+        if source.remote:
+            found += f", expected {source.remote.size:,}" if source.remote.size else ""
+            remedy = f"delete it and fetch {source.remote.url} again: {source.remote}"
+        # tarfile lists each compression that it tried, one per line
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise DataError(
+            f"{archive}: damaged, truncated or no tar archive ({found}): {reason}; {remedy}"
+        ) from error
     on_progress(f"unpacking {archive.name}", size, size)
     return list(top_names)[:10]
 
@@ -110,16 +115,3 @@ class _StrictInfo(tarfile.TarInfo):
             if buf == bytes(tarfile.BLOCKSIZE):  # the regular end
                 raise
             raise tarfile.ReadError(str(error)) from error
-
-
-def _damaged(archive: Path, source: Source, error: Exception) -> DataError:
-    size = f"{archive.stat().st_size:,} bytes"
-    remedy = "fetch it again"
-    if source.remote:
-        size += f", expected {source.remote.size:,}" if source.remote.size else ""
-        remedy = f"delete it and fetch {source.remote.url} again: {source.remote}"
-    # tarfile lists each compression that it tried, one per line
-    reason = str(error).partition("\n")[0].rstrip(":")
-    return DataError(
-        f"{archive}: damaged, truncated or no tar archive ({size}): {reason}; {remedy}"
-    )

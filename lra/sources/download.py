@@ -1,8 +1,5 @@
 """Finds, unpacks or downloads a publisher's files.
 
-    source = Source("IMDB", "aclImdb", ("train/pos", "test/neg"), (IMDB.filename,), IMDB)
-    folder = obtain(source, data_root, download=True)
-
 `pooch` verifies the hash of a download and gives it its final name. The downloader in this module
 adds what pooch lacks: an interrupted download stays as `<name>.part` and is resumed, and a server
 that does not answer ends the command within seconds.
@@ -40,21 +37,29 @@ def obtain(
 ) -> Path:
     """The folder with the source's files: found on disk, unpacked from an archive, or downloaded.
 
-    Raises:
-        DataError: nothing is found and `download` is false, the archive on disk does not have the
-            published hash, or the download or the unpacking fails.
+    Raises DataError if nothing is found and `download` is false, the archive on disk does not have
+    the published hash, or the download or the unpacking fails.
     """
-    found = locate(source, data_root)
-    if found is not None:
+    if (found := locate(source, data_root)) is not None:
         return found
     try:
         archive = find_archive(source, data_root)
-        if archive is not None and source.remote:
+        if archive is not None:
             _check_hash(archive, source.remote)
-        if archive is None and download and source.remote:
+        elif download and source.remote:
             archive = fetch_file(source.remote, data_root, on_progress)
-        if archive is None:
-            raise _missing(source, data_root)
+        else:
+            remedy = "put one of the two there"
+            if source.remote:
+                remedy = (
+                    "data.download=true (or `lra data prepare NAME --download`) fetches "
+                    f"{source.remote} from {source.remote.url}, or put it there yourself"
+                )
+            raise DataError(
+                f"{source.title}: not found under {data_root}, neither a folder {source.folder} "
+                f"with {', '.join(source.contains)} (at most {NESTING} folders deep) nor an "
+                f"archive {' or '.join(source.archives)}; {remedy}"
+            )
         return extract(archive, source, data_root, on_progress)
     except DataError as error:
         if not source.alternative:
@@ -62,9 +67,8 @@ def obtain(
         raise DataError(f"{error}; or {source.alternative}") from error
 
 
-def _check_hash(archive: Path, remote: Remote) -> None:
-    """Raises DataError unless the archive has the published hash, or none is published."""
-    if remote.sha256 is None:
+def _check_hash(archive: Path, remote: Remote | None) -> None:
+    if remote is None or remote.sha256 is None:
         return
     with disk_errors(archive, "data.root", DataError):
         found = file_hash(archive)
@@ -75,20 +79,6 @@ def _check_hash(archive: Path, remote: Remote) -> None:
             f"{remote.sha256}{size}; it is truncated or another file: remove it and fetch "
             f"{remote.url}, or, if you trust it, unpack it there yourself"
         )
-
-
-def _missing(source: Source, data_root: str | Path) -> DataError:
-    remedy = "put one of the two there"
-    if source.remote:
-        remedy = (
-            f"data.download=true (or `lra data prepare NAME --download`) fetches {source.remote} "
-            f"from {source.remote.url}, or put it there yourself"
-        )
-    return DataError(
-        f"{source.title}: not found under {data_root}, neither a folder {source.folder} with "
-        f"{', '.join(source.contains)} (at most {NESTING} folders deep) nor an archive "
-        f"{' or '.join(source.archives)}; {remedy}"
-    )
 
 
 def fetch_file(
@@ -179,9 +169,6 @@ def _request(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
 
     A thread sends the request, because a timeout of `requests` covers neither the look-up of the
     name nor the sum over all addresses of a host.
-
-    Raises:
-        DataError: no answer, or an error.
     """
     import requests
 
@@ -191,7 +178,8 @@ def _request(remote: Remote, first: int, folder: Path, timeout: float) -> Any:
     def send() -> None:
         try:
             answer = requests.get(remote.url, headers=headers, stream=True, timeout=timeout)
-            if not (first and answer.status_code == 416):
+            if not answer.ok and not (first and answer.status_code == 416):
+                answer.close()
                 answer.raise_for_status()
             answers.put(answer)
         except Exception as error:

@@ -92,24 +92,8 @@ class Source:
 
 
 def locate(source: Source, data_root: str | Path) -> Path | None:
-    """The folder with the source's files, or None; the first of `locate_all`."""
+    """The first folder of `locate_all`, or None."""
     return next(iter(locate_all(source, data_root)), None)
-
-
-def located(source: Source, data_root: str | Path, task_name: str) -> Path:
-    """`locate`, with an error that names the command to run.
-
-    Raises:
-        DataError: the source's files are not found.
-    """
-    folder = locate(source, data_root)
-    if folder is None:
-        or_else = f", or {source.alternative}" if source.alternative else ""
-        raise DataError(
-            f"{source.title}: no folder {source.folder} under {data_root}; run `lra data prepare "
-            f"{task_name}`{or_else}"
-        )
-    return folder
 
 
 def locate_all(source: Source, data_root: str | Path) -> list[Path]:
@@ -135,22 +119,16 @@ def locate_all(source: Source, data_root: str | Path) -> list[Path]:
 def find_archive(source: Source, data_root: str | Path) -> Path | None:
     """An archive with one of the source's names and any archive suffix or none, else None.
 
-    Of several, the name that `source.archives` lists first (the smallest archive) wins, then an
-    exact name.
+    The name that `source.archives` lists first (the smallest archive) wins, then an exact name.
     """
     stems = [archive_stem(name) for name in source.archives]
-    named = [
-        folder / name
+    ranked = [
+        (stems.index(archive_stem(name)), name not in source.archives, len(folder.parts), path)
         for folder, names in _folders(Path(data_root), ARCHIVE_NESTING)
         for name in names
-        if archive_stem(name) in stems
+        if archive_stem(name) in stems and (path := folder / name).is_file()
     ]
-
-    def rank(path: Path) -> tuple:
-        is_renamed = path.name not in source.archives
-        return stems.index(archive_stem(path.name)), is_renamed, len(path.parts), path
-
-    return min((path for path in named if path.is_file()), key=rank, default=None)
+    return min(ranked)[-1] if ranked else None
 
 
 def archive_stem(name: str) -> str:
@@ -170,15 +148,17 @@ def _folders(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
             except OSError:  # missing, not a folder, or not readable
                 continue
             yield folder, [entry.name for entry in listed]
-            below += [folder / entry.name for entry in listed if _is_searched(entry)]
+            below += [
+                folder / entry.name
+                for entry in listed
+                # os.path.isdir, because entry.is_dir() raises for a link to itself
+                if not (entry.name in BULK or entry.name.startswith("."))
+                and (
+                    entry.is_dir(follow_symlinks=False)
+                    or (entry.is_symlink() and os.path.isdir(entry.path))
+                )
+            ]
         level = below
-
-
-def _is_searched(entry: os.DirEntry) -> bool:
-    if entry.name in BULK or entry.name.startswith("."):
-        return False
-    # entry.is_dir() raises for a link to itself
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def file_hash(path: Path) -> str:
@@ -188,11 +168,7 @@ def file_hash(path: Path) -> str:
 
 
 def signature(paths: Iterable[Path]) -> list[list[str | int]]:
-    """[name, bytes, modification time in ns] of each file; detects changes without reading files.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """[name, bytes, modification time in ns] of each file; raises DataError if one is missing."""
     try:
         stats = [(path.name, path.stat()) for path in paths]
     except OSError as error:

@@ -16,8 +16,7 @@ from lra.errors import DataError
 def restricted_pickle(path: Path) -> dict:
     """Load a Python batch of CIFAR-10: `{b"data": (N, 3072) uint8, b"labels": [N integers], ...}`.
 
-    Raises:
-        DataError: the file is not such a pickle, or it names anything that an array does not need.
+    Raises DataError if the file names anything that an array does not need.
     """
     try:
         with open(path, "rb") as file:
@@ -44,10 +43,9 @@ class _Refused(Exception):
 
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+        if (module, name) not in _ALLOWED:
+            raise _Refused(f"{module}.{name}")
+        return _ALLOWED[module, name]
 
 
 def _encode(text: str, encoding: str) -> bytes:

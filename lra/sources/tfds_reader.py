@@ -1,8 +1,5 @@
 """Reads the examples of a prepared TensorFlow Datasets (TFDS) folder without TensorFlow.
 
-    for example in read_tfds(find_tfds(data_root, "imdb_reviews/plain_text"), "train"):
-        example["text"], example["label"]  # bytes, int
-
 TFDS itself needs TensorFlow for two things that the tasks need: to read `tfrecord`, the default
 format of `tfds.load`, and to decode pictures in any format. So this module reads both formats,
 `tfrecord` and `array_record`, whose records are serialized `tf.train.Example`s. A TFRecord is the
@@ -32,11 +29,9 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
     $TFDS_DATA_DIR and ~/tensorflow_datasets; the first of them with any version decides.
     """
     root = Path(data_root)
+    others = filter(None, (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets"))
     places = [root, root / "tfds", root / "tensorflow_datasets"]
-    if "TFDS_DATA_DIR" in os.environ:
-        places.append(Path(os.environ["TFDS_DATA_DIR"]).expanduser())
-    places.append(Path("~/tensorflow_datasets").expanduser())
-    for place in places:
+    for place in places + [Path(other).expanduser() for other in others]:
         versions = [
             path.parent
             for path in (place / name).glob("*/dataset_info.json")
@@ -50,9 +45,7 @@ def find_tfds(data_root: str | Path, name: str) -> Path | None:
 def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
     """The examples of one split in order; a feature is a value, or a list of several values.
 
-    Raises:
-        DataError: a split or a shard is missing, or a shard is truncated, damaged or has another
-            number of records than `dataset_info.json` states.
+    Raises DataError if a split or a shard is missing, or a shard is damaged or incomplete.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
@@ -72,7 +65,7 @@ def read_tfds(folder: Path, split: str) -> Iterator[dict[str, Value]]:
 
 
 def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
-    """The file format, and the path and the number of records of each shard."""
+    """The file format, and each shard's path and number of records."""
     info_path = folder / "dataset_info.json"
     try:
         info = json.loads(info_path.read_text("utf-8"))
@@ -89,13 +82,11 @@ def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
     if split not in lengths:
         raise DataError(f"{info_path}: no split {split!r}, it has {', '.join(lengths)}")
     counts = [int(length) for length in lengths[split]]
-    shards = [
-        (folder / f"{prefix}-{i:05d}-of-{len(counts):05d}", count) for i, count in enumerate(counts)
-    ]
-    for path, _ in shards:
+    paths = [folder / f"{prefix}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
+    for path in paths:
         if not path.is_file():
             raise _damaged(path, "missing")
-    return file_format, shards
+    return file_format, list(zip(paths, counts, strict=True))
 
 
 def _read_tfrecord(path: Path) -> Iterator[bytes]:

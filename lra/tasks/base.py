@@ -1,13 +1,11 @@
 """The interface of a task, which is all that the data store, the trainer and the tables know of it.
 
-A task states where its examples come from, how a protocol encodes them, and which reference
-accuracies a model has to beat. Each task is one file; `conf/task/<name>.yaml` names the class in
-`_target_` and lists every constructor argument.
+Each task is one file; `conf/task/<name>.yaml` names the class in `_target_` and lists every
+constructor argument.
 """
 
 import abc
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lra.errors import ConfigError, LraError
+from lra.errors import ConfigError, DataError, LraError
 from lra.sources.download import obtain
-from lra.sources.locate import Progress, Source, file_hash, locate, located, signature
+from lra.sources.locate import Progress, Source, file_hash, locate, signature
 from lra.sources.tfds_reader import find_tfds
+from lra.tasks.random_words import random_stream
 
 SPLITS = ("train", "val", "test")
 ENCODINGS = ("lra2020", "s4")  # valid values of protocol.inputs
@@ -41,10 +40,11 @@ class Task(abc.ABC):
     """A classification task over integer sequences.
 
     Subclasses set the attributes below in the class or in `__init__`. `__init__` takes `protocol`
-    and `data_root` from the harness and the other arguments from the YAML file. The protocol has
-    the keys `inputs` ("lra2020" or "s4": the encoding), `validation` ("train" or "test": the origin
-    of validation examples if the publisher provides none) and `shuffle` (whether one set of files
-    is cut into splits in random order). `data_root` is the folder of the publishers' files.
+    and `data_root` from the harness and the other arguments from the YAML file; it raises
+    ConfigError if a value is not valid. The protocol has the keys `inputs` ("lra2020" or "s4": the
+    encoding), `validation` ("train" or "test": the origin of validation examples if the publisher
+    provides none) and `shuffle` (whether one set of files is cut into splits in random order).
+    `data_root` is the folder of the publishers' files.
     """
 
     name: str
@@ -65,21 +65,19 @@ class Task(abc.ABC):
     tfds_name: str | None = None  # dataset of TFDS that replaces missing publisher's files
     data_root: Path
     reader_version: int = 1  # increase it if the same sources and arguments give other examples
-    arguments: Mapping[str, Any]  # of the constructor, with defaults; recorded by this class
+    arguments: Mapping[str, Any]  # of the constructor, with defaults
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = _record_arguments(cls.__init__)  # type: ignore[method-assign]
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        task = super().__new__(cls)
+        with contextlib.suppress(TypeError):  # `__init__` raises the same with a clearer message
+            bound = inspect.signature(cls.__init__).bind(task, *args, **kwargs)
+            bound.apply_defaults()
+            task.arguments = dict(list(bound.arguments.items())[1:])
+        return task
 
     @abc.abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
-        """All examples of `split` in their fixed order.
-
-        Raises:
-            DataError: a source file is missing or malformed; the message names file, row and
-                remedy.
-        """
+        """All examples in a fixed order; raises DataError if a source is missing or malformed."""
 
     @abc.abstractmethod
     def split_sizes(self) -> Mapping[str, int] | None:
@@ -92,9 +90,8 @@ class Task(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """The settings that change the stored bytes, as JSON values; part of the store's name.
 
-        Contains every constructor argument unless `unused_arguments` lists it (`name` is in the
-        store's name already). A task whose examples depend on the protocol adds the relevant
-        settings of the protocol.
+        Contains every constructor argument that `unused_arguments` does not list. A task whose
+        examples depend on the protocol adds the relevant settings of the protocol.
         """
         ignored = {"protocol", "data_root", "name", *self.unused_arguments()}
         found = {
@@ -109,37 +106,29 @@ class Task(abc.ABC):
         """V: number of ids that the model embeds; None if it takes the values themselves."""
         return None if self.vocab is None else len(self.vocab)
 
-    # --- Source files ---
-
     def source_folder(self) -> Path:
-        """The folder with the publisher's files, else the one prepared by TFDS; sets `source`.
-
-        Raises:
-            DataError: neither is found.
-        """
-        assert self.publisher is not None
+        """The publisher's folder, else the one prepared by TFDS, else DataError; sets `source`."""
+        source = self.publisher
+        assert source is not None
         self.source = "release"
-        folder = locate(self.publisher, self.data_root)
-        if folder is None and self.tfds_name:
-            folder = find_tfds(self.data_root, self.tfds_name)
-            self.source = "tfds" if folder else "release"
-        return folder or located(self.publisher, self.data_root, self.name)
+        if folder := locate(source, self.data_root):
+            return folder
+        if self.tfds_name and (folder := find_tfds(self.data_root, self.tfds_name)):
+            self.source = "tfds"
+            return folder
+        or_else = f", or {source.alternative}" if source.alternative else ""
+        raise DataError(
+            f"{source.title}: no folder {source.folder} under {self.data_root}; run `lra data "
+            f"prepare {self.name}`{or_else}"
+        )
 
     def fetch(self, *, download: bool, on_progress: Progress) -> None:
-        """Unpack the archive of the source files, after downloading it if `download` is true.
-
-        Raises:
-            DataError: nothing is found; the message names the file to get and where to put it.
-        """
+        """Unpack the source files, which may be downloaded; raises DataError if there are none."""
         if self.publisher is not None:
             obtain(self.publisher, self.data_root, download=download, on_progress=on_progress)
 
     def source_files(self) -> Sequence[Path]:
-        """Files or folders whose names, sizes and times identify the sources; reads none of them.
-
-        Raises:
-            DataError: they are missing.
-        """
+        """Files or folders whose names, sizes and times identify the sources, else DataError."""
         if self.publisher is None:
             return []
         folder = self.source_folder()
@@ -162,8 +151,6 @@ class Task(abc.ABC):
     def packed(self) -> None:
         """Called once the store is complete: delete what was kept to resume the preparation."""
 
-    # --- Use of the examples ---
-
     def decode(self, inputs: jax.Array) -> jax.Array:
         """Map stored integers (B, ..., L[, F]) to the model's input, on the device.
 
@@ -184,10 +171,8 @@ class Task(abc.ABC):
     def factors(self, split: Any) -> dict[str, np.ndarray]:
         """Properties of each example by which `lra diagnose` groups accuracy: name -> values (n,).
 
-        The default is the label, and the length if it varies. A task adds its own.
-
-        Args:
-            split: packed examples with `inputs (n, L)`, `lengths (n,)` and `labels (n,)`.
+        The default is the label, and the length if it varies. A task adds its own. `split` is a
+        `lra.data.store.Split`.
         """
         lengths, labels = np.asarray(split.lengths), np.asarray(split.labels)
         found = {"label": labels} if labels.ndim == 1 else {}
@@ -199,35 +184,11 @@ class Task(abc.ABC):
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
         """Test accuracies (fractions) of simple baselines that a model has to beat.
 
-        `majority` predicts the most frequent label of train. A task adds its own.
-
-        Args:
-            splits: packed splits by name, with `inputs (n, L)`, `lengths (n,)`, `labels (n,)`.
+        `majority` predicts the most frequent label of train. A task adds its own. `splits` maps
+        names to `lra.data.store.Split`s.
         """
         counts = np.bincount(np.asarray(splits["train"].labels).ravel(), minlength=self.num_classes)
         return {"majority": float(np.mean(np.asarray(splits["test"].labels) == counts.argmax()))}
-
-
-def _record_arguments(init: Any) -> Any:
-    """`init` of a task class, which stores its arguments as `arguments` before it runs.
-
-    Only the outermost call stores them: `super().__init__` finds them already stored.
-    """
-    parameters = inspect.signature(init)
-
-    @functools.wraps(init)
-    def recorded(self: Task, *args: Any, **kwargs: Any) -> None:
-        if "arguments" not in vars(self):
-            with contextlib.suppress(TypeError):  # `init` raises the same with a clearer message
-                bound = parameters.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                self.arguments = dict(list(bound.arguments.items())[1:])
-        init(self, *args, **kwargs)
-
-    return recorded
-
-
-# --- Checks of arguments ---
 
 
 def check_option(key: str, found: Any, allowed: Sequence[str]) -> None:
@@ -243,18 +204,14 @@ def check_at_least(key: str, found: int, least: int) -> None:
 
 
 def check_data_seed(seed: int) -> None:
-    """Raises ConfigError unless `seed` fits the 64-bit half of a Philox key."""
+    """Raises ConfigError unless `seed` fits the half of a Philox key."""
     if not 0 <= seed < 2**64:
         raise ConfigError(f"task.data_seed={seed} is outside 0..2^64-1")
 
 
 def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes` in the order of `SPLITS`.
-
-    Raises:
-        ConfigError: a split is missing or unknown, or has no example.
-    """
-    if sorted(sizes) != sorted(SPLITS):
+    """`sizes` in the order of `SPLITS`; raises ConfigError unless each has an example."""
+    if set(sizes) != set(SPLITS):
         raise ConfigError(
             f"task.sizes={dict(sizes)}: expected the number of examples of {', '.join(SPLITS)}"
         )
@@ -265,5 +222,4 @@ def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def permutation(count: int, seed: int) -> np.ndarray:
     """A permutation of 0..count-1 (int64) that depends on `seed` alone, not on NumPy's version."""
-    words = np.random.Philox(key=np.array([seed, count], np.uint64)).random_raw(count)
-    return np.argsort(words, kind="stable")
+    return np.argsort(random_stream(seed, count).random_raw(count), kind="stable")

@@ -38,13 +38,8 @@ class Bytes:
     vocab = ("<pad>", *(chr(byte) if 32 <= byte < 127 else f"<{byte:02x}>" for byte in range(256)))
 
     def encode(self, text: bytes, limit: int) -> UInt16[np.ndarray, " L"]:
-        """Ids of the first `limit` bytes.
-
-        Raises:
-            UnicodeDecodeError: the text is not UTF-8. The ids do not need it, but a damaged file
-                is detected this way.
-        """
-        text.decode()
+        """Ids of the first `limit` bytes."""
+        text.decode()  # detects a damaged file, although the ids do not need it
         return np.frombuffer(text[:limit], np.uint8).astype(np.uint16) + np.uint16(1)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
@@ -66,11 +61,7 @@ class Characters:
         self._ids[codes] = np.arange(EOS + 1, EOS + 1 + len(codes))
 
     def encode(self, text: bytes, limit: int) -> UInt8[np.ndarray, " L"]:
-        """Ids of the first `limit` - 1 characters, then eos.
-
-        Raises:
-            UnicodeDecodeError: the text is not UTF-8.
-        """
+        """Ids of the first `limit` - 1 characters, then eos."""
         codes = _code_points(text.decode()[: limit - 1])
         return np.append(self._ids[np.minimum(codes, len(self._ids) - 1)], np.uint8(EOS))
 

@@ -54,12 +54,8 @@ class Cifar10(PictureTask):
     """CIFAR-10 from the publisher's Python batches or, if they are missing, from TFDS's `cifar10`.
 
     Args:
-        protocol: mapping with `inputs`, which decides the grey values, and `shuffle`, whether
-            validation is a random tenth of the training files or their end.
-        data_root: where the files are searched.
         colour: three values per pixel instead of one.
-        mean, std: of a pixel in units of 0..255, one number or one per colour.
-        data_seed: of the random tenth; independent of a run's seed.
+        data_seed: of the random tenth that is validation; independent of a run's seed.
     """
 
     source = "release"
@@ -88,14 +84,12 @@ class Cifar10(PictureTask):
         self.grey = "tensorflow" if protocol["inputs"] == "lra2020" else "pillow"
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pictures of `split`, in the order of the files."""
         rgb, labels = self._read("test" if split == "test" else "train")
         if split != "test":
             seed = self.data_seed if self.shuffle else None
             kept = cut(len(labels), {name: SIZES[name] for name in ("train", "val")}, seed)[split]
             rgb, labels = rgb[kept], labels[kept]
-        for pixels, label in zip(self._pixels(rgb), labels.tolist(), strict=True):
-            yield Example(pixels, label)
+        yield from map(Example, self._pixels(rgb), labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return SIZES
@@ -129,23 +123,15 @@ class Cifar10(PictureTask):
 
 
 def read_batch(path: Path) -> Pictures:
-    """Pictures and labels of a publisher's file: {b"data": planar RGB, b"labels": list, ...}.
-
-    Raises:
-        DataError: naming the file, and the row if one is malformed.
-    """
+    """Read a publisher's file, {b"data": planar RGB, b"labels": list}; DataError if malformed."""
     content = restricted_pickle(path)
-    data, labels = content.get(b"data"), content.get(b"labels")
-    values = SHAPE[0] * SHAPE[1] * 3
-    if not isinstance(data, np.ndarray):
+    data: Any = content.get(b"data")
+    labels, values = content.get(b"labels"), SHAPE[0] * SHAPE[1] * 3
+    is_array = isinstance(data, np.ndarray)
+    if not is_array or data.dtype != np.uint8 or data.shape[1:] != (values,):
+        found = f"{data.dtype} {data.shape}" if is_array else type(data).__name__
         raise DataError(
-            f"{path}: b'data' is {type(data).__name__}, expected uint8 (rows, {values}); fetch it "
-            "again"
-        )
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != values:
-        raise DataError(
-            f"{path}: b'data' is {data.dtype} {data.shape}, expected uint8 (rows, {values}); fetch "
-            "it again"
+            f"{path}: b'data' is {found}, expected uint8 (rows, {values}); fetch it again"
         )
     if not isinstance(labels, list) or len(labels) != len(data):
         found = f"{len(labels)} long" if isinstance(labels, list) else f"a {type(labels).__name__}"
@@ -160,11 +146,7 @@ def read_batch(path: Path) -> Pictures:
 
 
 def read_prepared(folder: Path, part: str) -> Pictures:
-    """Pictures and labels of a split that TFDS prepared; records have a PNG `image` and a `label`.
-
-    Raises:
-        DataError: naming the folder, the split and the record.
-    """
+    """Read PNG `image` and `label` of each record of TFDS; raises DataError if one is malformed."""
     pictures, labels = [], []
     for record, example in enumerate(read_tfds(folder, part)):
         where = f"{folder}, {part}, record {record}"

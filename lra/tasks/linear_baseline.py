@@ -16,11 +16,9 @@ def linear_accuracy(
 
     Features are standardized by the mean and standard deviation of train; the weights start at
     zero. The result is deterministic on a given machine.
-
-    Args:
-        train, test: features and labels.
     """
     from scipy.optimize import minimize
+    from scipy.special import log_softmax
 
     features, labels = train
     mean, spread = features.mean(axis=0), features.std(axis=0)
@@ -33,16 +31,12 @@ def linear_accuracy(
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = flat.reshape(x.shape[1], num_classes)
-        logits = x @ weights
-        logits -= logits.max(axis=1, keepdims=True)
-        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        log_probs = log_softmax(x @ weights, axis=1)
         value = -np.mean((log_probs * targets).sum(axis=1)) + RIDGE * (flat @ flat)
         gradient = x.T @ (np.exp(log_probs) - targets) / len(x) + 2 * RIDGE * weights
         return value, gradient.ravel()
 
-    start = np.zeros(x.shape[1] * num_classes)
-    fitted = minimize(
-        loss, start, jac=True, method="L-BFGS-B", options={"maxiter": MAX_ITERATIONS}
-    ).x
+    start, options = np.zeros(x.shape[1] * num_classes), {"maxiter": MAX_ITERATIONS}
+    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     guesses = (design(test[0]) @ fitted.reshape(-1, num_classes)).argmax(axis=1)
     return float(np.mean(guesses == test[1]))

@@ -36,7 +36,6 @@ from lra.tasks.listops_generator import (
 
 SPECIAL = {"lra2020": ("<pad>",), "s4": ("<pad>", "<unk>", "<eos>")}
 EOS = 2  # s4 only
-
 RELEASE_MAX_LENGTH = 1999
 RELEASE_SEQ_LEN = {"lra2020": 2000, "s4": 2048}
 RELEASE = Source(
@@ -92,21 +91,16 @@ def rows_of(split: Any, vocab: tuple[str, ...]) -> Rows:
     """The rows of a packed split (`inputs (n, L)`, `lengths`, `labels`) encoded with `vocab`."""
     special = len(vocab) - len(TOKENS)
     lengths = np.asarray(split.lengths, np.int64) - (special > EOS)
-    parts = [ids[:length] for ids, length in zip(split.inputs, lengths, strict=True)]
-    tokens = np.concatenate([np.zeros(0, np.uint8), *parts]).astype(np.uint8) - np.uint8(
-        special if parts else 0
-    )
-    return Rows(
-        tokens, np.concatenate([[0], np.cumsum(lengths)]), np.asarray(split.labels, np.uint8)
-    )
+    parts = [ids[:length] - special for ids, length in zip(split.inputs, lengths, strict=True)]
+    tokens = np.concatenate([np.zeros(0, np.uint8), *parts]).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Rows(tokens, offsets, np.asarray(split.labels, np.uint8))
 
 
 def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n"]:
-    """Depth of the deepest node of each row; the root has depth 1, as for `max_depth`.
+    """Depth of the deepest node of each padded row, whose tokens follow `special` other ids.
 
-    Args:
-        ids: padded rows as a model sees them.
-        special: number of ids that precede the tokens.
+    The root has depth 1, as for `max_depth`.
     """
     found = np.empty(len(ids), np.int64)
     for first in range(0, len(ids), ROWS_PER_COUNT):
@@ -119,15 +113,8 @@ def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n
     return found
 
 
-# --- The release ---
-
-
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
-    """Rows (tokens, answer) of one released file, each checked by evaluating it.
-
-    Raises:
-        DataError: naming the file and the row (the header is row 0) of the first error.
-    """
+    """Rows (tokens, answer) of a released file, checked; raises DataError at the first error."""
     with open(path, encoding="ascii", errors="replace") as file:
         header = file.readline().rstrip("\r\n")
         if header != "Source\tTarget":
@@ -160,24 +147,19 @@ def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
     return tokens, answer
 
 
-# --- The task ---
-
-
 class ListOps(Task):
     """ListOps, generated or released, encoded as `protocol.inputs` states.
 
+    The encoding is "lra2020" (pad 0, then the 15 tokens) or "s4" (pad, unk, eos, then the tokens;
+    one eos appended).
+
     Args:
-        protocol: mapping with `inputs`: "lra2020" (pad 0, then the 15 tokens) or "s4" (pad, unk,
-            eos, then the tokens; one eos appended).
-        data_root: where the release is searched; unused if `source` is "generated".
         source: "generated" or "release".
         max_depth, min_args, max_args, min_length, max_length: inclusive limits of the generator;
             a released row may not exceed `max_length` either.
         sizes: rows of train, val and test; a released file must have the same number.
         data_seed: of the generator, independent of a run's seed.
         seq_len: padded length; None for the protocol's own.
-    Raises:
-        ConfigError: a value is not valid, for example a `seq_len` that would cut a row.
     """
 
     num_classes = 10
@@ -207,27 +189,21 @@ class ListOps(Task):
         self.sizes, self.data_seed = check_sizes(sizes), data_seed
         check_data_seed(data_seed)
         self.vocab = (*SPECIAL[self.inputs], *TOKENS)
-        self.seq_len = self._checked_seq_len(seq_len)
-
-    def _checked_seq_len(self, seq_len: int | None) -> int:
-        longest = self.grammar.max_length + (self.inputs == "s4")
-        if seq_len is None:
-            if self.grammar.max_length == RELEASE_MAX_LENGTH:
-                return RELEASE_SEQ_LEN[self.inputs]
-            return -(-longest // 8) * 8
-        if seq_len < longest:
+        longest = max_length + (self.inputs == "s4")
+        is_release = max_length == RELEASE_MAX_LENGTH
+        default = RELEASE_SEQ_LEN[self.inputs] if is_release else -(-longest // 8) * 8
+        self.seq_len = default if seq_len is None else seq_len
+        if self.seq_len < longest:
             raise ConfigError(
-                f"seq_len={seq_len} is shorter than {self.name}'s longest row, {longest}; set "
+                f"seq_len={seq_len} is shorter than {name}'s longest row, {longest}; set "
                 "task.seq_len"
             )
-        return seq_len
 
     @cached_property
     def _generated(self) -> dict[str, Rows]:
-        return generate(self.sizes, seed=self.data_seed, **self.grammar._asdict())
+        return generate(self.sizes, self.data_seed, self.grammar)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All rows of `split`, in the order of the file or of the generator."""
         if self.source == "generated":
             rows = self._generated[split]
             found: Iterator = ((rows[i], int(rows.labels[i])) for i in range(len(rows)))
@@ -235,9 +211,9 @@ class ListOps(Task):
             found = read_release(self.source_files()[SPLITS.index(split)])
         for row, (tokens, label) in enumerate(found, start=1):
             if len(tokens) > self.grammar.max_length:
-                limit = f"task.max_length={self.grammar.max_length}"
                 raise DataError(
-                    f"basic_{split}.tsv, row {row}: {len(tokens)} tokens, more than {limit}"
+                    f"basic_{split}.tsv, row {row}: {len(tokens)} tokens, more than "
+                    f"task.max_length={self.grammar.max_length}"
                 )
             yield Example(encode(tokens, self.inputs), label)
 
@@ -251,18 +227,13 @@ class ListOps(Task):
         return super().fingerprint() | {"inputs": self.inputs}
 
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
-        """Write packed splits into `folder` as the release's files, which `source=release` reads.
-
-        Raises:
-            LraError: one of these files exists.
-        """
+        """Write packed splits as the release's files; raises LraError if one of them exists."""
         for name in splits:
             path = Path(folder) / f"basic_{name}.tsv"
             if path.exists():
                 raise LraError(f"{path} exists; choose an empty folder to export to")
-        export_tsv(
-            {name: rows_of(split, self.vocab) for name, split in splits.items()}, Path(folder)
-        )
+        rows = {name: rows_of(split, self.vocab) for name, split in splits.items()}
+        export_tsv(rows, Path(folder))
         return Path(folder)
 
     def factors(self, split: Any) -> dict[str, np.ndarray]:
@@ -271,7 +242,7 @@ class ListOps(Task):
         roots = np.asarray(split.inputs[:, 0], np.int64) - special - FIRST_OPERATOR
         known = {
             "depth": depths(split.inputs, special),
-            "root operator": np.asarray(OPERATORS)[roots],
+            "root operator": np.array(OPERATORS)[roots],
         }
         return super().factors(split) | known
 
@@ -281,6 +252,5 @@ class ListOps(Task):
         counts = np.zeros((len(self.vocab), self.num_classes), np.int64)
         np.add.at(counts, (np.asarray(train.inputs[:, 0]), np.asarray(train.labels)), 1)
         guesses = counts.argmax(axis=1)[np.asarray(test.inputs[:, 0])]
-        return super().reference_lines(splits) | {
-            "root_operator": float(np.mean(guesses == np.asarray(test.labels)))
-        }
+        accuracy = float(np.mean(guesses == np.asarray(test.labels)))
+        return super().reference_lines(splits) | {"root_operator": accuracy}

@@ -1,8 +1,7 @@
 """Generates and evaluates ListOps expressions.
 
-Random stream: chunk c of a seed draws from Philox with the 128-bit key (seed, c), whose raw stream
-NumPy guarantees. A 64-bit word gives two 32-bit words, the low half first. Each node takes one
-32-bit word, level by level (a level starts with a new 64-bit word): it is an operator if bits 30
+Random stream: chunk c of a seed draws 32-bit words from `random_stream(seed, c)`. Each node takes
+one word, level by level (a level starts with a new 64-bit word): it is an operator if bits 30
 and 31 are zero; bits 28 and 29 choose the operator; bits 0 to 27, as a fraction of 2^28, are scaled
 to the number of arguments or to the digit (each probability is exact to 2^-28). A tree grows no
 further level once it is known to be too long. The rest is integer arithmetic, so the rows depend on
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8, UInt32
 
 from lra.errors import ConfigError
+from lra.tasks.random_words import random_stream, words32
 
 TOKENS = (*"0123456789", "[MAX", "[MED", "[MIN", "[SM", "]")  # sorted
 FIRST_OPERATOR, CLOSE = 10, 14
@@ -28,15 +28,9 @@ DRAWS_PER_CHUNK = 8192
 BARREN_CHUNKS = 256  # give up after so many consecutive chunks without a new row
 
 
-# --- Rows ---
-
-
 @dataclass(frozen=True)
 class Rows:
-    """Rows of unequal length, concatenated.
-
-    Row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`.
-    """
+    """Concatenated rows: row i is `tokens[offsets[i]:offsets[i + 1]]`, its answer `labels[i]`."""
 
     tokens: UInt8[np.ndarray, " T"]
     offsets: Int[np.ndarray, " bounds"]  # R + 1
@@ -58,21 +52,15 @@ class Rows:
 
 def join(parts: list[Rows]) -> Rows:
     """The rows of all parts, in order."""
-    lengths = [np.diff(part.offsets) for part in parts]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))])
-    offsets = offsets.astype(np.int64)
+    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
     empty = np.zeros(0, np.uint8)
     tokens = np.concatenate([empty, *(part.tokens for part in parts)])
-    return Rows(tokens, offsets, np.concatenate([empty, *(part.labels for part in parts)]))
+    labels = np.concatenate([empty, *(part.labels for part in parts)])
+    return Rows(tokens, np.cumsum(np.concatenate(lengths)), labels)
 
 
 def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
-    """The answer of one row by a stack machine, independent of the generator so as to check it.
-
-    Raises:
-        ValueError: brackets do not match, an operator has no argument, or the row is not exactly
-            one expression.
-    """
+    """The answer of one row by a stack machine; raises ValueError unless it is one expression."""
     outer: list[list[int]] = []
     current: list[int] = []  # an operator and its arguments; outside of operators: answers
     for token in tokens.tolist():
@@ -95,22 +83,15 @@ def evaluate(tokens: Integer[np.ndarray, " L"]) -> int:
 
 
 def _apply(operator: str, values: list[int]) -> int:
-    if operator == "MAX":
-        return max(values)
-    if operator == "MIN":
-        return min(values)
     if operator == "SM":
         return sum(values) % 10
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+    ordered, count = sorted(values), len(values)
+    median = (ordered[(count - 1) // 2] + ordered[count // 2]) // 2
+    return {"MIN": ordered[0], "MED": median, "MAX": ordered[-1]}[operator]
 
 
 def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
-    """Tokens of a row as text: the 15 tokens separated by blanks and parentheses, as released.
-
-    Raises:
-        ValueError: naming the first unknown token.
-    """
+    """Tokens of a row as released, separated by blanks and parentheses; ValueError if unknown."""
     words = text.replace("(", " ").replace(")", " ").split()
     try:
         return np.fromiter((_TOKEN_IDS[word] for word in words), np.uint8, len(words))
@@ -119,9 +100,6 @@ def parse_text(text: str) -> UInt8[np.ndarray, " L"]:
 
 
 _TOKEN_IDS = {token: i for i, token in enumerate(TOKENS)}
-
-
-# --- Generator ---
 
 
 class Grammar(NamedTuple):
@@ -135,20 +113,18 @@ class Grammar(NamedTuple):
 
     def check(self) -> None:
         """Raises ConfigError if no row meets the limits or the random words cannot express them."""
-        if self.max_depth < 2:
+        depth, min_args, max_args, shortest, longest = self
+        if depth < 2:
             raise ConfigError(
-                f"max_depth={self.max_depth} leaves single digits only; set task.max_depth to 2 or "
-                "more"
+                f"max_depth={depth} leaves single digits only; set task.max_depth to 2 or more"
             )
-        if not 1 <= self.min_args <= self.max_args <= 16:
+        if not 1 <= min_args <= max_args <= 16:
             raise ConfigError(
-                f"min_args={self.min_args}, max_args={self.max_args}: expected 1 <= min <= max <= "
-                "16"
+                f"min_args={min_args}, max_args={max_args}: expected 1 <= min <= max <= 16"
             )
-        if not 1 <= self.min_length <= self.max_length:
+        if not 1 <= shortest <= longest:
             raise ConfigError(
-                f"min_length={self.min_length}, max_length={self.max_length}: expected 1 <= min <= "
-                "max"
+                f"min_length={shortest}, max_length={longest}: expected 1 <= min <= max"
             )
 
 
@@ -160,28 +136,12 @@ class Level(NamedTuple):
     args: Int[np.ndarray, " P"]  # and their numbers of children in the next level
 
 
-def generate(
-    sizes: Mapping[str, int],
-    *,
-    seed: int,
-    max_depth: int,
-    max_args: int,
-    min_length: int,
-    max_length: int,
-    min_args: int = 2,
-) -> dict[str, Rows]:
+def generate(sizes: Mapping[str, int], seed: int, grammar: Grammar) -> dict[str, Rows]:
     """Distinct rows for each split, from `seed` alone.
 
     The last split is cut first, so that the test and validation rows do not depend on the size of
-    train.
-
-    Args:
-        sizes: rows of each split.
-        min_length, max_length: inclusive, in tokens.
-    Raises:
-        ConfigError: the limits admit too few distinct rows.
+    train. Raises ConfigError if the grammar admits too few distinct rows.
     """
-    grammar = Grammar(max_depth, min_args, max_args, min_length, max_length)
     grammar.check()
     rows = _distinct_rows(sum(sizes.values()), seed, grammar)
     splits, first = {}, 0
@@ -192,10 +152,7 @@ def generate(
 
 
 def _distinct_rows(wanted: int, seed: int, grammar: Grammar) -> Rows:
-    """The first `wanted` distinct rows of chunks 0, 1, 2, ...
-
-    Uses one thread, since two were only 1.15 times as fast.
-    """
+    """The first `wanted` distinct rows of chunks 0, 1, 2, ..."""
     parts: list[Rows] = []
     seen: set[bytes] = set()
     barren = 0
@@ -226,7 +183,7 @@ def _drop_seen(rows: Rows, seen: set[bytes]) -> Rows:
 
 def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
     """The rows within the limits among `DRAWS_PER_CHUNK` draws, with their answers."""
-    levels = _grow(np.random.Philox(key=np.array([seed, chunk], np.uint64)), grammar)
+    levels = _grow(random_stream(seed, chunk), grammar)
     values, sizes = _evaluate_levels(levels)
     offsets = np.concatenate([[0], np.cumsum(sizes[0])])
     return Rows(_lay_out(levels, sizes, offsets), offsets, values)
@@ -234,7 +191,7 @@ def draw_chunk(seed: int, chunk: int, grammar: Grammar) -> Rows:
 
 def _grow(bits: np.random.Philox, grammar: Grammar) -> list[Level]:
     """Draw trees level by level; keep those with an operator as root and a length in the limits."""
-    words = _draw(bits, DRAWS_PER_CHUNK)
+    words = words32(bits, DRAWS_PER_CHUNK)
     words = words[words < 2**30]  # drop trees that are a single digit
     tree = np.arange(len(words))
     length = np.ones(len(words), np.int64)  # tokens drawn so far
@@ -248,14 +205,9 @@ def _grow(bits: np.random.Philox, grammar: Grammar) -> list[Level]:
         drawn.append((words, tree, operators, args))
         growing = length[tree[operators]] <= grammar.max_length
         tree = np.repeat(tree[operators[growing]], args[growing])
-        words = _draw(bits, len(tree))
+        words = words32(bits, len(tree))
     kept = (grammar.min_length <= length) & (length <= grammar.max_length)
     return [_level(*level, kept, grammar) for level in drawn]
-
-
-def _draw(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
-    raw = bits.random_raw((count + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
 
 
 def _scale(words: UInt32[np.ndarray, " M"], span: int) -> UInt32[np.ndarray, " M"]:

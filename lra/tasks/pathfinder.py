@@ -10,9 +10,8 @@ of the release,
     pathfinder32/curv_contour_length_14/metadata/<batch>.npy, .../imgs/<batch>/sample_<k>.png
 
 with one row of metadata per picture: folder, file, number, LABEL, continuity, contour length,
-distractor length, paddle length, paddle thickness, margin, number of contrasts. The release's files
-are plain text despite their name; the upstream generator writes a binary array of strings. Both are
-read.
+distractor length, paddle length, paddle thickness, margin, number of contrasts. The rows are plain
+text in the release and a binary array of strings from the upstream generator.
 
 Splits: generated pictures are independent, so consecutive blocks of one stream serve every
 protocol. The release is cut 80/10/10: in the order of its files under lra2020 (the original's TFDS
@@ -20,9 +19,11 @@ builder stores them in another order), otherwise by a seeded permutation (S4 dra
 generator: the same shares, other pictures).
 """
 
+import collections
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import zipfile
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from lra.errors import DataError, LraError
 from lra.sources.locate import LRA_RELEASE, Source, locate_all
@@ -64,9 +65,6 @@ REMEDY = "unpack the release again, or data.allow_partial=true leaves such pictu
 Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
 
 
-# --- The release ---
-
-
 class Batch(NamedTuple):
     """The rows of one metadata file."""
 
@@ -76,19 +74,9 @@ class Batch(NamedTuple):
 
 
 def read_metadata(path: Path) -> Batch:
-    """Read a metadata file, plain text or a binary array of strings.
-
-    Raises:
-        DataError: naming the file and the row.
-    """
-    content = path.read_bytes()
-    rows = (
-        _binary_rows(path, content)
-        if content.startswith(b"\x93NUMPY")
-        else _text_rows(path, content)
-    )
+    """Read metadata, text or a binary array of strings; raises DataError if it is malformed."""
     files, labels = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(path, path.read_bytes())):
         if len(row) < 4 or row[3] not in ("0", "1"):
             found = f"label {row[3]!r} in column 3" if len(row) > 3 else f"{len(row)} columns"
             raise DataError(
@@ -127,16 +115,14 @@ def select(batch: Batch, is_kept: Callable[[str], bool]) -> Batch:
     return Batch(batch.path, [batch.files[i] for i in kept], batch.labels[kept])
 
 
-def _text_rows(path: Path, content: bytes) -> list[list[str]]:
-    try:
-        return [line.split() for line in content.decode("ascii").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again"
-        ) from error
-
-
-def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
+def _rows(path: Path, content: bytes) -> list[list[str]]:
+    if not content.startswith(b"\x93NUMPY"):
+        try:
+            return [line.split() for line in content.decode("ascii").splitlines()]
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: neither text nor a NumPy array (byte {error.start}); fetch it again"
+            ) from error
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
@@ -155,11 +141,7 @@ def _binary_rows(path: Path, content: bytes) -> list[list[str]]:
 def read_pictures(
     folder: Path, files: list[str], size: int
 ) -> tuple[UInt8[np.ndarray, "n H W"], str]:
-    """The pictures of some files, and the SHA-256 of the concatenated files.
-
-    Raises:
-        DataError: a file is missing, empty or not a PNG of that size; the message names it.
-    """
+    """Read PNG files, with the SHA-256 of all together; raises DataError if one is not valid."""
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
         try:
@@ -173,19 +155,13 @@ def read_pictures(
     return pictures, digest.hexdigest()
 
 
-# --- Parallel work ---
-
-
 def parallel_map(
     function: Callable[..., Any], calls: Sequence[tuple], at_once: int
 ) -> Iterator[Any]:
     """Yield `function(*call)` for each call in order, computed on all cores.
 
-    A single call runs in this process. At most `at_once` results are in memory; joblib's own
-    generators do not wait for the consumer.
-
-    Raises:
-        DataError: a worker process was killed.
+    At most `at_once` results are in memory; joblib's own generators do not wait for the consumer.
+    Raises DataError if a worker process was killed.
     """
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -234,13 +210,8 @@ def chunk_ranges(first: int, last: int, step: int) -> list[tuple[int, int]]:
 def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pictures:
     """Pictures 0..n-1 and their labels (1: both dots are on one path), drawn on all cores.
 
-    Picture i depends on size, level, seed and i alone.
-
-    Args:
-        size: 32, 64, 128 or 256 pixels.
-        level: "easy", "intermediate" or "hard".
-    Raises:
-        ConfigError: an unknown size or level, a seed outside 0..2^64-1, or n < 0.
+    Picture i depends on size (32, 64, 128 or 256 pixels), level ("easy", "intermediate" or "hard"),
+    seed and i alone. Raises ConfigError if a value is not valid.
     """
     settings(size, level)
     check_data_seed(seed)
@@ -248,33 +219,22 @@ def generate(n: int, size: int = 32, level: str = "hard", seed: int = 0) -> Pict
     images, labels = np.zeros((n, size, size), np.uint8), np.zeros(n, np.uint8)
     ranges = chunk_ranges(0, n, min(PICTURES_PER_CHUNK, 2**21 // size**2))
     calls = [(first, last, size, level, seed) for first, last in ranges]
-    for (first, last), drawn in zip(
-        ranges, parallel_map(draw, calls, 2 * joblib.cpu_count()), strict=True
-    ):
-        images[first:last], labels[first:last] = drawn
+    drawn = parallel_map(draw, calls, 2 * joblib.cpu_count())
+    for (first, last), part in zip(ranges, drawn, strict=True):
+        images[first:last], labels[first:last] = part
     return images, labels
-
-
-# --- The task ---
 
 
 class Pathfinder(PictureTask):
     """Pathfinder, generated or released, at one size and level.
 
     Args:
-        protocol: mapping with `inputs` and `shuffle`, whether the release is cut into splits in a
-            seeded random order.
-        data_root: where the release is searched, and where finished parts of an interrupted
-            generation are kept.
         source: "generated" or "release".
         size: height and width, 32, 64, 128 (Path-X) or 256 (Path-256).
         level: "easy", "intermediate" or "hard".
         sizes: pictures of train, val and test; a release has to hold their sum.
         data_seed: of the generator, or of the random order of the release; independent of a run's
             seed.
-        mean, std: of a pixel in units of 0..255.
-    Raises:
-        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -311,12 +271,10 @@ class Pathfinder(PictureTask):
         self._left_out = 0  # missing pictures of an incomplete release
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pictures of `split`, in the order of the generator or of the release's files."""
         parts = self._drawn(split) if self.source == "generated" else self._read(split)
         for pictures, labels in parts:
             rows = pictures.reshape(len(pictures), -1)
-            for row, label in zip(rows, labels.tolist(), strict=True):
-                yield Example(row, label)
+            yield from map(Example, rows, labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
@@ -328,8 +286,6 @@ class Pathfinder(PictureTask):
     def fingerprint(self) -> dict[str, Any]:
         return {"data_seed": None} | super().fingerprint()
 
-    # --- The release ---
-
     @cached_property
     def _folders(self) -> list[Path]:
         """Every copy of the release's folder, the best first. Raises DataError if there is none."""
@@ -339,12 +295,10 @@ class Pathfinder(PictureTask):
     @property
     def _has_empty(self) -> bool:
         """Whether the files are the release's easy level, with its one empty file."""
-        if self.source == "generated" or (self.size, self.level) != EMPTY[:2]:
-            return False
-        try:
-            return (self._folders[0] / EMPTY[2]).stat().st_size == 0
-        except (DataError, FileNotFoundError):
-            return False
+        if self.source == "release" and (self.size, self.level) == EMPTY[:2]:
+            with contextlib.suppress(DataError, FileNotFoundError):
+                return (self._folders[0] / EMPTY[2]).stat().st_size == 0
+        return False
 
     def source_files(self) -> list[Path]:
         """The metadata files by batch number, without others such as upstream's `combined.npy`."""
@@ -368,11 +322,10 @@ class Pathfinder(PictureTask):
 
     def source_hashes(self) -> list[dict[str, str]]:
         """One per metadata file, and one per split: a hash of the hashes of its picture files."""
-        pictures = [
+        return super().source_hashes() + [
             {"name": f"pictures of {split}", "sha256": digest}
             for split, digest in self._hashes.items()
         ]
-        return super().source_hashes() + pictures
 
     def notes(self) -> list[str]:
         if self.source == "generated":
@@ -391,11 +344,8 @@ class Pathfinder(PictureTask):
         return notes
 
     @cached_property
-    def _batches(self) -> tuple[list[Batch], dict[str, list[Int[np.ndarray, " k"]]]]:
-        """The rows of all metadata files, and for each split the indices of its rows per file.
-
-        With `allow_partial`, rows without a picture are left out before the splits are cut.
-        """
+    def _batches(self) -> list[Batch]:
+        """The rows of all metadata files; with `allow_partial`, only those that have a picture."""
         batches = [read_metadata(path) for path in self.source_files()]
         refuse_repeats(batches)
         if self._has_empty:
@@ -404,44 +354,33 @@ class Pathfinder(PictureTask):
             named = sum(len(batch.files) for batch in batches)
             batches = [without_missing(self._folders[0], batch) for batch in batches]
             self._left_out = named - sum(len(batch.files) for batch in batches)
-        bounds = np.cumsum([len(batch.files) for batch in batches])
-        count, expected = int(bounds[-1]), sum(self.sizes.values())
+        count, expected = sum(len(batch.files) for batch in batches), sum(self.sizes.values())
         if count > expected:
             raise DataError(
                 f"{self._folders[0]}: {count:,} pictures, more than the {expected:,} of "
                 f"task.sizes={self.sizes}"
             )
-        members = cut(count, self.sizes, self.data_seed if self.shuffle else None)
-        parts = {}
-        for split, numbers in members.items():
-            groups = np.split(numbers, np.searchsorted(numbers, bounds[:-1]))
-            parts[split] = [
-                group - first for group, first in zip(groups, [0, *bounds[:-1]], strict=True)
-            ]
-        return batches, parts
+        return batches
 
     def _read(self, split: str) -> Iterator[Pictures]:
         """The pictures of `split` in the order of the files; reads no others."""
-        batches, parts = self._batches
+        files = [file for batch in self._batches for file in batch.files]
+        labels = np.concatenate([batch.labels for batch in self._batches])
+        rows = cut(len(files), self.sizes, self.data_seed if self.shuffle else None)[split]
+        ends = np.cumsum([len(batch.files) for batch in self._batches])
         step = max(1, CALL_BYTES // self.seq_len)
         groups = [
-            (batch, rows[first : first + step])
-            for batch, rows in zip(batches, parts[split], strict=True)
-            for first in range(0, len(rows), step)
+            part[first : first + step]
+            for part in np.split(rows, np.searchsorted(rows, ends[:-1]))  # of one metadata file
+            for first in range(0, len(part), step)
         ]
-        calls = [
-            (self._folders[0], [batch.files[row] for row in rows], self.size)
-            for batch, rows in groups
-        ]
+        calls = [(self._folders[0], [files[row] for row in group], self.size) for group in groups]
+        results = parallel_map(read_pictures, calls, CALLS)
         digest = hashlib.sha256()
-        for (batch, rows), (pictures, sha256) in zip(
-            groups, parallel_map(read_pictures, calls, CALLS), strict=True
-        ):
+        for group, (pictures, sha256) in zip(groups, results, strict=True):
             digest.update(sha256.encode())
-            yield pictures, batch.labels[rows]
+            yield pictures, labels[group]
         self._hashes[split] = digest.hexdigest()
-
-    # --- The generator ---
 
     @property
     def _finished(self) -> Path:
@@ -451,17 +390,13 @@ class Pathfinder(PictureTask):
         return self.data_root / "generated" / name
 
     def _drawn(self, split: str) -> Iterator[Pictures]:
-        """The pictures of `split`.
-
-        The last split is first in the stream, so that the others do not depend on train's size.
-        """
+        # the last split is first in the stream, so that the others do not depend on train's size
         begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
         ranges = chunk_ranges(begin, begin + self.sizes[split], PICTURES_PER_CHUNK)
         drawn = (self.size, self.level, self.data_seed)
         calls = [(self._finished, first, last, *drawn) for first, last in ranges]
-        for (first, last), path in zip(
-            ranges, parallel_map(save_chunk, calls, 2 * joblib.cpu_count()), strict=True
-        ):
+        paths = parallel_map(save_chunk, calls, 2 * joblib.cpu_count())
+        for (first, last), path in zip(ranges, paths, strict=True):
             pictures = load_chunk(path, last - first, self.size)
             # None if another process has completed the same store and removed the chunks
             yield pictures or draw(first, last, *drawn)
@@ -473,12 +408,9 @@ class Pathfinder(PictureTask):
                 self._finished.parent.rmdir()
 
     def export(self, splits: Mapping[str, Any], folder: Path) -> Path:
-        """Write packed splits as the release's folders, train first.
+        """Write packed splits as the release's folders, train first, as lra2020 reads them.
 
-        `source=release` under lra2020 reads the same splits.
-
-        Raises:
-            LraError: the level's folder is not empty.
+        Raises LraError if the level's folder is not empty.
         """
         from PIL import Image
 
@@ -491,23 +423,17 @@ class Pathfinder(PictureTask):
             f"{drawn.continuity} {drawn.contour_length} {drawn.distractor_length} "
             f"{drawn.paddle_length} {drawn.paddle_thickness} {margins} {drawn.contrasts}"
         )
-        pictures = (
-            pair
-            for split in SPLITS
-            for pair in zip(splits[split].inputs, splits[split].labels, strict=True)
+        lines: dict[int, str] = collections.defaultdict(str)
+        pictures = itertools.chain.from_iterable(
+            zip(splits[split].inputs, splits[split].labels, strict=True) for split in SPLITS
         )
-        lines: dict[int, list[str]] = {}
         for number, (pixels, label) in enumerate(pictures):
             batch, k = divmod(number, PICTURES_PER_BATCH)
-            place = level / "imgs" / str(batch)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(
-                place / f"sample_{k}.png"
-            )
-            lines.setdefault(batch, []).append(
-                f"imgs/{batch} sample_{k}.png {k} {label} {parameters}\n"
-            )
-        (level / "metadata").mkdir(exist_ok=True)
+            file = level / "imgs" / str(batch) / f"sample_{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(pixels).reshape(self.picture_shape)).save(file)
+            lines[batch] += f"imgs/{batch} {file.name} {k} {label} {parameters}\n"
+        (level / "metadata").mkdir()
         for batch, rows in lines.items():
-            (level / "metadata" / f"{batch}.npy").write_text("".join(rows), encoding="ascii")
+            (level / "metadata" / f"{batch}.npy").write_text(rows, encoding="ascii")
         return Path(folder)

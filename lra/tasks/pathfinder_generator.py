@@ -5,27 +5,25 @@ Source of the algorithm and of all constants: drewlinsley/pathfinder (`snakes2.p
 ("snakes" there) grow segment by segment from tails near the middle; shorter distractors fill the
 rest. Dots mark a tail and a far end, of the same target (label 1) or of both targets (label 0).
 
-The order of the work is ours. The original redraws whole pictures for each segment. But there are
-few headings (360 whole degrees at a tail, about 40 pixels of a circle afterwards), so `_tables`
-draws all stencils once, and a segment is a handful of table rows. Most attempts at two targets fail
-early (1 of 27 succeeds at size 32, 1 of 290 at 128), so NumPy grows hundreds of attempts of many
-pictures in parallel, each in a `lane` of two small pictures. A picture takes its first successful
-attempt, so the number of lanes affects speed only.
+The original redraws whole pictures for each segment. But there are few headings (360 whole degrees
+at a tail, about 40 pixels of a circle afterwards), so `_tables` draws all stencils once. Most
+attempts at two targets fail early (1 of 27 succeeds at size 32, 1 of 290 at 128), so NumPy grows
+hundreds of attempts of many pictures in parallel, each in a `lane` of two small pictures. A picture
+takes its first successful attempt, so the number of lanes affects speed only.
 
-We keep the properties of the original that shape its pictures: a tail's orientation is valid only
+The properties of the original that shape its pictures are kept: a tail's orientation is valid only
 if its stencil has a pixel in all four quadrants (otherwise OpenCV's dilation sees beyond the border
 and the search fails; at size 32 that excludes 330 of 360 degrees, and so most distractors); the
 free room for a tail is searched one pixel down and to the right of it; the last segment of the
 first target is never marked as occupied; and coordinates are rounded up after the sum, so that near
 0 rounding errors of floats move segments. With the same random numbers, targets grow as in the
-original, pixel by pixel. One property is left out: the original stops adding distractors if less
-than 1 % of the picture is free, which no setting here can reach.
+original, pixel by pixel. The original also stops adding distractors if less than 1 % of the picture
+is free, which no setting here can reach.
 
-Random stream: picture i of a seed draws from Philox with the 128-bit key (seed, i), whose raw
-stream NumPy guarantees; a 64-bit word gives two 32-bit words, the low half first. The picture's own
-words come first (label, margin, marked contour), then those of all distractors, tried or not, then
-one attempt at the targets after the other, each with a fixed number of words. Everything drawn from
-them is integer arithmetic.
+Random stream: picture i of a seed draws 32-bit words from `random_stream(seed, i)`. The picture's
+own words come first (label, margin, marked contour), then those of all distractors, tried or not,
+then one attempt at the targets after the other, each with a fixed number of words. Everything drawn
+from them is integer arithmetic.
 """
 
 import functools
@@ -37,6 +35,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import grey_dilation
 
 from lra.errors import ConfigError
+from lra.tasks.random_words import random_stream, words32
 
 SEGMENTS = {"easy": 6, "intermediate": 9, "hard": 14}  # of a target contour, by level
 SCALE = 2  # strokes and dots are drawn at this scale, then reduced with Lanczos
@@ -55,10 +54,7 @@ LANE_BYTES = 2**23  # of all lanes
 
 
 class Setting(NamedTuple):
-    """Constants of a size and a level.
-
-    Lengths are in pixels, `contour_length` and `distractor_length` in segments.
-    """
+    """Constants of a size and a level, in pixels; `contour_length` is in segments."""
 
     size: int
     margins: tuple[int, ...]  # free pixels between segments; one is drawn per picture
@@ -84,13 +80,10 @@ class Setting(NamedTuple):
 
 
 _SETTINGS = {
-    row.size: row
-    for row in (
-        Setting(32, (1,), 1, 2, 1.5, 0.5, 7, 1.0, 20, 2.0, 0.75),
-        Setting(64, (1,), 1, 5, 2.5, 1.0, 12, 1.8, 22, 0.8, 1.0),
-        Setting(128, (2, 3), 1, 5, 3.0, 1.5, 20, 1.8, 35, 0.9, 1.0),
-        Setting(256, (3,), 22, 5, 5.0, 2.0, 27, 1.8, 30, 1.0, 1.0),
-    )
+    32: Setting(32, (1,), 1, 2, 1.5, 0.5, 7, 1.0, 20, 2.0, 0.75),
+    64: Setting(64, (1,), 1, 5, 2.5, 1.0, 12, 1.8, 22, 0.8, 1.0),
+    128: Setting(128, (2, 3), 1, 5, 3.0, 1.5, 20, 1.8, 35, 0.9, 1.0),
+    256: Setting(256, (3,), 22, 5, 5.0, 2.0, 27, 1.8, 30, 1.0, 1.0),
 }
 
 
@@ -101,9 +94,6 @@ def settings(size: int, level: str) -> Setting:
     if level not in SEGMENTS:
         raise ConfigError(f"level={level}; expected one of {', '.join(SEGMENTS)}")
     return _SETTINGS[size]._replace(contour_length=SEGMENTS[level])
-
-
-# --- Stencils ---
 
 
 class Stencils(NamedTuple):
@@ -138,8 +128,7 @@ class Tables(NamedTuple):
     body: Stencils  # pixels that a segment occupies
     core: Stencils  # pixels of `body` that can collide, with the least grey they collide with
     halo: Stencils  # `body` dilated by the margin: pixels forbidden for heads
-    mask: UInt8[np.ndarray, " P"]  # occupied pixels of a picture without segments
-    wide: UInt8[np.ndarray, " P"]  # pixels forbidden for heads in a picture without segments
+    blank: UInt8[np.ndarray, "2 P"]  # of `Lanes`, without segments
     outside: Bool[np.ndarray, " P"]  # the rim
 
     def place(self, pixels):
@@ -159,16 +148,14 @@ def _tables(setting: Setting, margin: int) -> Tables:
 
     arc = np.arange(0, 360, 360 / (2 * np.pi * reach)) * np.pi / 180  # one pixel apart
     circle = np.unique(np.floor(_offset(arc, reach)).astype(int), axis=0)
-    angles = np.concatenate(
-        [np.arange(-180, 180) * np.pi / 180, np.arctan2(circle[:, 0], circle[:, 1])]
-    )
+    degrees = np.arange(-180, 180) * np.pi / 180
+    angles = np.concatenate([degrees, np.arctan2(circle[:, 0], circle[:, 1])])
     turns = np.abs(angles[:, None] - angles[DEGREES:])
     turns = np.minimum(np.minimum(turns, 2 * np.pi - turns) * setting.continuity, np.pi / 2)
 
     backwards = np.where(angles < 0, angles + np.pi, angles - np.pi)
-    drawn = [
-        _stencil(angle, setting, margin) for angle in (*angles[:DEGREES], *backwards[DEGREES:])
-    ]
+    directions = (*angles[:DEGREES], *backwards[DEGREES:])
+    drawn = [_stencil(angle, setting, margin) for angle in directions]
     strokes, bodies = (np.stack(part) for part in zip(*drawn, strict=True))
     grown = np.pad(bodies, ((0, 0), (margin, margin), (margin, margin)))
     halos = grey_dilation(grown, footprint=_disc(margin)[None], mode="constant")
@@ -176,11 +163,9 @@ def _tables(setting: Setting, margin: int) -> Tables:
     at, grey = _stencils(bodies[DEGREES:], OVERLAP - 255, stride)
     core = Stencils(at, (OVERLAP - grey.astype(int)).astype(np.uint8))
 
-    mask = np.full((size, size), 255, np.uint8)
-    wide = mask.copy()
-    mask[setting.padding : -setting.padding, setting.padding : -setting.padding] = 0
-    edge = setting.padding + margin
-    wide[edge:-edge, edge:-edge] = 0
+    inner, edge = setting.padding, setting.padding + margin
+    mask = np.pad(np.zeros((size - 2 * inner,) * 2, np.uint8), inner, constant_values=255)
+    wide = np.pad(np.zeros((size - 2 * edge,) * 2, np.uint8), edge + rim, constant_values=255)
 
     rooms = [_room(window, half, reach) for window in bodies[:DEGREES]]
     return Tables(
@@ -198,8 +183,7 @@ def _tables(setting: Setting, margin: int) -> Tables:
         body=body,
         core=core,
         halo=_stencils(halos, 1, stride),
-        mask=np.pad(mask, rim).ravel(),
-        wide=np.pad(wide, rim, constant_values=255).ravel(),
+        blank=np.stack([np.pad(mask, rim), wide]).reshape(2, -1),
         outside=np.pad(np.zeros((size, size), bool), rim, constant_values=True).ravel(),
     )
 
@@ -209,7 +193,6 @@ def _offset(angles, distance):
 
 
 def _moved(origin, angles, distance):
-    """Rows and columns after a move."""
     # rounded up after the sum, as in the original: sin(pi) > 0 moves a pixel only near 0
     return np.ceil(origin + _offset(angles, distance)).astype(int)
 
@@ -252,10 +235,9 @@ def _room(body, half, reach):
     """Offsets of pixels that have to be free around a tail; None if the original rejects it."""
     offsets = np.argwhere(body == 255) - half + 1
     offsets = offsets[(np.abs(offsets) <= reach).all(axis=1)]
-    quadrants = [
-        (offsets * signs >= 0).all(axis=1).any() for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1))
-    ]
-    return offsets if all(quadrants) else None
+    signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # of the quadrants
+    is_valid = all((offsets * sign >= 0).all(axis=1).any() for sign in signs)
+    return offsets if is_valid else None
 
 
 def _first_tails(rooms, size, border):
@@ -278,14 +260,10 @@ def _dot(radius: float, row: int, column: int, size: int) -> UInt8[np.ndarray, "
     return _reduce(Image.fromarray(disc.astype(np.uint8) * np.uint8(255)), size)
 
 
-# --- Growth ---
-
-
-class Lanes(NamedTuple):
-    """Unfinished pictures: the occupied pixels, and those forbidden for heads."""
-
-    mask: UInt8[np.ndarray, "N P"]
-    wide: UInt8[np.ndarray, "N P"]
+# (lane, 2, P): the occupied pixels of each unfinished picture, and those forbidden for heads
+Lanes = UInt8[np.ndarray, "_ 2 _"]
+# (picture, contour, segment, 2): heading and anchor; anchor 0 if there is no contour
+Contours = Int[np.ndarray, "_ _ _ 2"]
 
 
 class Ends(NamedTuple):
@@ -305,19 +283,16 @@ def _start(tables: Tables, heading, tail) -> Ends:
 
 def _tail_pivot(tables: Tables, heading, tail):
     """The end of the stroke from `tail`, and the pivot whose circle it is on."""
-    head = _moved(tail, tables.angles[heading], tables.setting.paddle_length)
-    return head, _moved(
-        head, tables.backwards[heading], tables.setting.paddle_length + tables.margin
-    )
+    length = tables.setting.paddle_length
+    head = _moved(tail, tables.angles[heading], length)
+    return head, _moved(head, tables.backwards[heading], length + tables.margin)
 
 
 def _occupy(tables: Tables, pictures: Lanes, lanes, ends: Ends) -> None:
-    """Mark a segment as occupied."""
-    for picture, stencils in ((pictures.mask, tables.body), (pictures.wide, tables.halo)):
-        flat = picture.reshape(-1)
-        at = (lanes * picture.shape[1] + ends.anchor)[:, None] + stencils.at.take(
-            ends.heading, axis=0
-        )
+    flat, area = pictures.reshape(-1), pictures.shape[2]
+    for i, stencils in enumerate((tables.body, tables.halo)):
+        anchors = ((2 * lanes + i) * area + ends.anchor)[:, None]
+        at = anchors + stencils.at.take(ends.heading, axis=0)
         flat[at] = np.maximum(flat.take(at), stencils.grey.take(ends.heading, axis=0))
 
 
@@ -327,24 +302,18 @@ def _extend(
     """Grow a contour by one segment in each of `lanes`.
 
     The next head is drawn from the candidates on a circle around the new pivot; free and straight
-    ones are more likely. Up to `SEGMENT_TRIALS` are drawn until one does not collide. In lanes that
-    succeed, the previous segment is marked as occupied.
-
-    Args:
-        words: 32-bit random numbers (N, SEGMENT_TRIALS).
-    Returns:
-        a mask of the lanes that succeeded, and the new ends of those lanes.
+    ones are more likely. Up to `SEGMENT_TRIALS` are drawn (one word each) until one does not
+    collide. In lanes that succeed, the previous segment is marked as occupied. Returns a mask of
+    these lanes, and their new ends.
     """
-    area = pictures.mask.shape[1]
-    first = lanes * area
-    pivot = _moved(
-        ends.pivot, tables.angles[ends.heading], tables.setting.paddle_length + 2 * tables.margin
-    )
+    flat, area = pictures.reshape(-1), pictures.shape[2]
+    first = 2 * lanes * area
+    step = tables.setting.paddle_length + 2 * tables.margin
+    pivot = _moved(ends.pivot, tables.angles[ends.heading], step)
     heads = tables.place(pivot)[:, None] + tables.candidates
-    closed = pictures.wide.reshape(-1).take(first[:, None] + heads)
-    reached = np.cumsum(
-        (255 - closed) * tables.weights.take(ends.heading, axis=0), axis=1, dtype=np.int32
-    )
+    closed = flat.take((first + area)[:, None] + heads)
+    weights = (255 - closed) * tables.weights.take(ends.heading, axis=0)
+    reached = np.cumsum(weights, axis=1, dtype=np.int32)
     total = reached[:, -1].astype(np.int64)
 
     chosen = np.full(len(lanes), -1)
@@ -353,9 +322,7 @@ def _extend(
         drawn = _scale(words[trying, trial], total[trying])
         choice = (reached[trying] <= drawn[:, None]).sum(axis=1)
         at = (first[trying] + heads[trying, choice])[:, None] + tables.core.at.take(choice, axis=0)
-        collides = (
-            pictures.mask.reshape(-1).take(at) >= tables.core.grey.take(choice, axis=0)
-        ).any(axis=1)
+        collides = (flat.take(at) >= tables.core.grey.take(choice, axis=0)).any(axis=1)
         chosen[trying[~collides]] = choice[~collides]
         trying = trying[collides]
 
@@ -370,93 +337,54 @@ def _scale(words: np.ndarray | np.uint32, span: np.ndarray | int):
     return (words.astype(np.int64) * span) >> 32
 
 
-def _words(bits: np.random.Philox, count: int) -> UInt32[np.ndarray, " M"]:
-    raw = bits.random_raw((count + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:count].astype(np.uint32, copy=False)
-
-
-# --- Pictures ---
-
-
-class Contours(NamedTuple):
-    """L segments of S contours in each of N pictures: heading and anchor of their stencils."""
-
-    heading: Int[np.ndarray, "N S L"]
-    anchor: Int[np.ndarray, "N S L"]  # 0 if there is no contour
-
-
-def _no_contours(pictures: int, contours: int, length: int) -> Contours:
-    shape = pictures, contours, length
-    return Contours(np.zeros(shape, int), np.zeros(shape, int))
-
-
 def _grow(
     tables: Tables, pictures: Lanes, ends: list[Ends], words
 ) -> tuple[Int[np.ndarray, " M"], Contours]:
     """Grow one or two contours in each lane to their full length, in turns.
 
-    As in the original, the last segment is marked as occupied for the last contour only.
-
-    Args:
-        words: 32-bit random numbers (N, L - 1, contours, SEGMENT_TRIALS).
-    Returns:
-        the indices of the lanes that succeeded, ascending, and their contours.
+    Returns the ascending indices of the lanes that succeeded, and their contours. As in the
+    original, the last segment is marked as occupied for the last contour only.
     """
-    count, steps, turns, _ = words.shape
-    contours = _no_contours(count, turns, steps + 1)
+    count, steps, turns, _ = words.shape  # the last axis has SEGMENT_TRIALS words
+    contours = np.zeros((count, turns, steps + 1, 2), int)
     lanes = np.arange(count)
     for turn, end in enumerate(ends):
-        contours.heading[:, turn, 0], contours.anchor[:, turn, 0], _ = end
+        contours[:, turn, 0] = np.stack([end.heading, end.anchor], axis=-1)
     for step in range(steps):
         for turn in range(turns):
             grown, end = _extend(tables, pictures, lanes, ends[turn], words[lanes, step, turn])
             lanes = lanes[grown]
             ends = [end if i == turn else other.take(grown) for i, other in enumerate(ends)]
-            contours.heading[lanes, turn, step + 1], contours.anchor[lanes, turn, step + 1], _ = end
+            contours[lanes, turn, step + 1] = np.stack([end.heading, end.anchor], axis=-1)
     _occupy(tables, pictures, lanes, ends[-1])
-    return lanes, Contours(contours.heading[lanes], contours.anchor[lanes])
+    return lanes, contours[lanes]
 
 
 def _targets(tables: Tables, streams: list[np.random.Philox]) -> tuple[Contours, Lanes]:
     """Two targets for each picture (its stream's first success) and the pixels they occupy."""
-    length, area = tables.setting.contour_length, len(tables.mask)
+    length = tables.setting.contour_length
     words_per_attempt = TAIL_WORDS + (length - 1) * 2 * SEGMENT_TRIALS
-    contours = _no_contours(len(streams), 2, length)
-    pictures = _blank(tables, len(streams))
+    contours = np.zeros((len(streams), 2, length, 2), int)
+    pictures = np.tile(tables.blank, (len(streams), 1, 1))
     todo = np.arange(len(streams))
     while len(todo):
-        attempts = max(1, LANE_BYTES // (2 * area * len(todo)))
-        words = np.concatenate([_words(streams[i], attempts * words_per_attempt) for i in todo])
+        attempts = max(1, LANE_BYTES // (tables.blank.size * len(todo)))
+        words = np.concatenate([words32(streams[i], attempts * words_per_attempt) for i in todo])
         words = words.reshape(len(todo) * attempts, words_per_attempt)
-        occupied = _blank(tables, len(words))
+        occupied = np.tile(tables.blank, (len(words), 1, 1))
         growth = words[:, TAIL_WORDS:].reshape(len(words), length - 1, 2, SEGMENT_TRIALS)
         lanes, grown = _grow(tables, occupied, _target_tails(tables, words[:, :TAIL_WORDS]), growth)
         done, first = np.unique(lanes // attempts, return_index=True)
-        _copy_rows(contours, todo[done], grown, first)
-        _copy_rows(pictures, todo[done], occupied, lanes[first])
+        contours[todo[done]], pictures[todo[done]] = grown[first], occupied[lanes[first]]
         todo = np.delete(todo, done)
     return contours, pictures
-
-
-def _blank(tables: Tables, count: int) -> Lanes:
-    shape = count, len(tables.mask)
-    return Lanes(
-        np.broadcast_to(tables.mask, shape).copy(), np.broadcast_to(tables.wide, shape).copy()
-    )
-
-
-def _copy_rows(to: tuple, where, other: tuple, which) -> None:
-    """`to[where] = other[which]` for each array of the two tuples."""
-    for target, source in zip(to, other, strict=True):
-        target[where] = source[which]
 
 
 def _target_tails(tables: Tables, words: UInt32[np.ndarray, "N W"]) -> list[Ends]:
     """The first tail near the middle, the second at the seed distance from it."""
     heading, row, rows, column, columns = tables.first[_scale(words[:, 0], len(tables.first))].T
-    first = np.stack(
-        [row + _scale(words[:, 1], rows), column + _scale(words[:, 2], columns)], axis=-1
-    )
+    tail = row + _scale(words[:, 1], rows), column + _scale(words[:, 2], columns)
+    first = np.stack(tail, axis=-1)
     direction = _scale(words[:, 3], DEGREES) * np.pi / 180
     second = np.rint(first + _offset(direction, tables.setting.seed_distance)).astype(int)
     return [_start(tables, heading, first), _start(tables, _scale(words[:, 4], DEGREES), second)]
@@ -468,26 +396,21 @@ def _distractors(
     """Add shorter contours where they fit; each is left out after `CONTOUR_TRIALS` trials."""
     count, number, trials, _ = words.shape
     length = tables.setting.distractor_length
-    contours = _no_contours(count, number, length)
+    contours = np.zeros((count, number, length, 2), int)
     for contour in range(number):
         todo = np.arange(count)
         for trial in range(trials):
-            tails = [_tail(tables, pictures.mask[i], words[i, contour, trial]) for i in todo]
-            started = np.array([tail is not None for tail in tails], bool)
-            which = todo[started]
+            tails = {i: _tail(tables, pictures[i, 0], words[i, contour, trial]) for i in todo}
+            which = np.array([i for i in todo if tails[i]], int)
             if not len(which):
                 continue
-            heading, place = np.array([tail for tail in tails if tail is not None]).T
-            tried = Lanes(pictures.mask[which], pictures.wide[which])
-            growth = words[which, contour, trial, TAIL_WORDS:].reshape(
-                len(which), length - 1, 1, SEGMENT_TRIALS
-            )
-            lanes, grown = _grow(
-                tables, tried, [_start(tables, heading, tables.pixels(place))], growth
-            )
-            contours.heading[which[lanes], contour] = grown.heading[:, 0]
-            contours.anchor[which[lanes], contour] = grown.anchor[:, 0]
-            _copy_rows(pictures, which[lanes], tried, lanes)
+            heading, place = np.array([tails[i] for i in which]).T
+            tried = pictures[which]
+            growth = words[which, contour, trial, TAIL_WORDS:]
+            growth = growth.reshape(len(which), length - 1, 1, SEGMENT_TRIALS)
+            tail = _start(tables, heading, tables.pixels(place))
+            lanes, grown = _grow(tables, tried, [tail], growth)
+            contours[which[lanes], contour], pictures[which[lanes]] = grown[:, 0], tried[lanes]
             todo = np.setdiff1d(todo, which[lanes])
     return contours
 
@@ -527,7 +450,7 @@ def _paint(
     for contours, contrast in zip((targets, distractors), contrasts, strict=True):
         # float32 as in the original, because it decides ties
         grey = (np.arange(256) / 255 * contrast).astype(np.float32)
-        picture = np.maximum(picture, grey[_ink(tables, contours.heading[i], contours.anchor[i])])
+        picture = np.maximum(picture, grey[_ink(tables, contours[i])])
     reach = int(np.ceil(setting.marker_radius)) + 4  # includes the three pixels of Lanczos
     width = 2 * reach + 1
     for place in dots:
@@ -542,11 +465,10 @@ def _paint(
     return (picture * (255 / picture.max()) + 0.4999).astype(np.uint8)
 
 
-def _ink(tables: Tables, heading, anchor) -> UInt8[np.ndarray, "S S"]:
+def _ink(tables: Tables, segments: Int[np.ndarray, "contours L 2"]) -> UInt8[np.ndarray, "S S"]:
     half = tables.stroke.shape[1] // 2
     ink = np.zeros((tables.stride, tables.stride), np.uint8)
-    drawn = anchor > 0
-    for stroke, place in zip(heading[drawn].tolist(), anchor[drawn].tolist(), strict=True):
+    for stroke, place in segments[segments[..., 1] > 0].tolist():
         row, column = divmod(place, tables.stride)
         window = ink[row - half : row + half + 1, column - half : column + half + 1]
         np.maximum(window, tables.stroke[stroke], out=window)
@@ -556,22 +478,16 @@ def _ink(tables: Tables, heading, anchor) -> UInt8[np.ndarray, "S S"]:
 def draw(
     first: int, last: int, size: int, level: str, seed: int
 ) -> tuple[UInt8[np.ndarray, "n S S"], UInt8[np.ndarray, " n"]]:
-    """Pictures first..last-1 and their labels; picture i depends on size, level, seed, i alone.
+    """Pictures first..last-1 and their labels (1: both dots are on the same contour).
 
-    Label 1: both dots are on the same contour.
-
-    Raises:
-        ConfigError: the size or the level is unknown.
+    Picture i depends on size, level, seed and i alone.
     """
     setting = settings(size, level)
     images = np.zeros((last - first, size, size), np.uint8)
     labels = np.zeros(last - first, np.uint8)
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        streams = [
-            np.random.Philox(key=np.array([seed, first + i], np.uint64))
-            for i in range(len(labels))[part]
-        ]
+        streams = [random_stream(seed, first + i) for i in range(len(labels))[part]]
         images[part], labels[part] = _draw_batch(setting, streams)
     return images, labels
 
@@ -579,7 +495,7 @@ def draw(
 def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
     per_trial = TAIL_WORDS + (setting.distractor_length - 1) * SEGMENT_TRIALS
     shape = (setting.distractors, CONTOUR_TRIALS, per_trial)
-    words = np.stack([_words(bits, PICTURE_WORDS + int(np.prod(shape))) for bits in streams])
+    words = np.stack([words32(bits, PICTURE_WORDS + int(np.prod(shape))) for bits in streams])
     labels, margins, origins = (
         _scale(words[:, i], span) for i, span in enumerate((2, len(setting.margins), 2))
     )
@@ -588,11 +504,10 @@ def _draw_batch(setting: Setting, streams: list[np.random.Philox]):
         which = np.flatnonzero(margins == choice)
         tables = _tables(setting, margin)
         targets, pictures = _targets(tables, [streams[i] for i in which])
-        distractors = _distractors(
-            tables, pictures, words[which, PICTURE_WORDS:].reshape(-1, *shape)
-        )
+        own_words = words[which, PICTURE_WORDS:].reshape(-1, *shape)
+        distractors = _distractors(tables, pictures, own_words)
         for i, picture in enumerate(which):
             origin, end = origins[picture], origins[picture] ^ 1 ^ labels[picture]
-            dots = [int(targets.anchor[i, origin, 0]), int(targets.anchor[i, end, -1])]
+            dots = [int(targets[i, origin, 0, 1]), int(targets[i, end, -1, 1])]
             images[picture] = _paint(tables, targets, distractors, i, dots)
     return images, labels.astype(np.uint8)

@@ -7,6 +7,8 @@ lra2020 grey values as ids 0..255 to embed, otherwise one or three standardized 
 """
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,14 @@ BLOCK_BYTES = 2**26  # of pictures that `mean_pixels` reads at once
 class PictureTask(Task):
     """A task of pictures of one size.
 
+    The encoding "lra2020" embeds grey values; it has no colour task, so colour pictures are values
+    as in "s4".
+
     Args:
-        protocol: mapping with `inputs` and `shuffle`. "lra2020" embeds grey values; it has no
-            colour task, so colour pictures are values as in "s4".
         shape: height and width.
         num_features: 1 for grey, 3 for colour pictures.
         mean, std: of a pixel in units of 0..255, one number or one per feature; the model's input
-            is (x - mean) / std. Applied after reading, so no stored byte depends on them.
-    Raises:
-        ConfigError: a value is not valid.
+            is (x - mean) / std.
     """
 
     inputs = "pixels"
@@ -68,7 +69,6 @@ class PictureTask(Task):
 
     @property
     def num_tokens(self) -> int | None:
-        """256 if grey values are embedded, else None."""
         return 256 if self.embeds else None
 
     def decode(self, inputs: jax.Array) -> jax.Array:
@@ -100,9 +100,8 @@ class PictureTask(Task):
             (mean_pixels(splits[name].inputs, self.num_features), np.asarray(splits[name].labels))
             for name in ("train", "test")
         )
-        return super().reference_lines(splits) | {
-            "mean_pixel": linear_accuracy(train, test, self.num_classes)
-        }
+        accuracy = linear_accuracy(train, test, self.num_classes)
+        return super().reference_lines(splits) | {"mean_pixel": accuracy}
 
 
 def _per_feature(key: str, found: Any, num_features: int) -> Float32[np.ndarray, "1 1 F"]:
@@ -152,14 +151,8 @@ def decode_png(
 ) -> UInt8[np.ndarray, "*picture"]:
     """Pixels of a PNG, 8 bits each: (H, W) in mode "L", (H, W, 3) in mode "RGB".
 
-    Pillow converts pictures in other modes.
-
-    Raises:
-        DataError: not a PNG of this size; the message names `where`, its origin.
+    Raises DataError, which names the origin `where`, if it is not a PNG of this size.
     """
-    import struct
-    import zlib
-
     from PIL import Image
 
     height, width = shape

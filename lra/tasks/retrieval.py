@@ -25,7 +25,6 @@ SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 SEQ_LEN = 4000  # of each document, in both protocols
 ROWS_PER_COUNT = 1024
-
 REMEDY = (
     "a CSV reader with default quoting writes such files, because it joins rows at an open quote "
     f"and doubles quotes; take the file from {LRA_RELEASE.filename}"
@@ -33,8 +32,6 @@ REMEDY = (
 
 
 class Pair(NamedTuple):
-    """A row of the files."""
-
     label: int
     ids: tuple[bytes, bytes]
     texts: tuple[bytes, bytes]
@@ -43,12 +40,10 @@ class Pair(NamedTuple):
 class Retrieval(Task):
     """AAN pairs, encoded as `protocol.inputs` states; a longer document is cut at its end.
 
+    The encoding is "lra2020" (bytes + 1) or "s4" (characters, one eos).
+
     Args:
-        protocol: mapping with `inputs`: "lra2020" (bytes + 1) or "s4" (characters, one eos).
-        data_root: where the folder of the three files, or the release's archive, is searched.
         seq_len: padded length of each document; None for the protocols' own.
-    Raises:
-        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -81,7 +76,6 @@ class Retrieval(Task):
         self._last_row: dict[str, str] = {}  # if its line has no end
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All pairs of `split`, in the order of the file."""
         path = self.source_files()[SPLITS.index(split)]
         self._ids[split], self._unknown[split], self._total[split] = [], 0, 0
         for row, pair in read_pairs(path):
@@ -129,7 +123,7 @@ class Retrieval(Task):
         return "\n--------\n".join(map(self.encoding.decode, np.atleast_2d(inputs)))
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `bag_of_bytes` or `bag_of_characters`: a linear model of |p - q|, p * q.
+        """Adds `bag_of_bytes` or `bag_of_characters`: a linear model of |p - q| and p * q.
 
         p and q are the shares of each id in the two documents.
         """
@@ -153,11 +147,7 @@ class Retrieval(Task):
 
 
 def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
-    """The rows of one file with their numbers, starting at 1.
-
-    Raises:
-        DataError: naming the file and the row of the first error.
-    """
+    """The rows of one file, numbered from 1; raises DataError if one is malformed."""
     with open(path, "rb") as file:  # text mode would also end lines at other characters
         for row, line in enumerate(file, start=1):
             try:
@@ -167,12 +157,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
 
 
 def parse_row(line: bytes) -> Pair:
-    """The five columns of a line without its end.
-
-    Raises:
-        ValueError: the number of columns is not five, the label is not 0 or 1, a text is empty, or
-            a CSV writer has quoted it.
-    """
+    """Split a line; raises ValueError if a column is missing, malformed or quoted as in CSV."""
     fields = line.split(b"\t")
     if len(fields) != len(COLUMNS):
         raise ValueError(
@@ -180,18 +165,18 @@ def parse_row(line: bytes) -> Pair:
         )
     label, id1, id2, text1, text2 = fields
     try:
-        value = float(label)
+        value = (0.0, 1.0).index(float(label))
     except ValueError:
-        value = -1.0
-    if value not in (0.0, 1.0):
         found = label[:20].decode(errors="replace")
-        raise ValueError(f"found the label {found!r}, expected 0.0 or 1.0; {REMEDY}")
+        raise ValueError(f"found the label {found!r}, expected 0.0 or 1.0; {REMEDY}") from None
     for column, text in (("text1", text1), ("text2", text2)):
         if not text:
             raise ValueError(f"{column} is empty; take the file from {LRA_RELEASE.filename}")
-        if _is_csv_quoted(text):
+        inner = text[1:-1]
+        is_quoted = text.startswith(b'"') and text.endswith(b'"')
+        if is_quoted and b'""' in inner and b'"' not in inner.replace(b'""', b""):
             raise ValueError(f"{column} is in quotes, and the quotes in it are doubled; {REMEDY}")
-    return Pair(int(value), (id1, id2), (text1, text2))
+    return Pair(value, (id1, id2), (text1, text2))
 
 
 def ends_in_newline(path: Path) -> bool:
@@ -200,11 +185,3 @@ def ends_in_newline(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"\n", b"")
-
-
-def _is_csv_quoted(text: bytes) -> bool:
-    """Whether a CSV writer has quoted the text because of quotes in it, which it has doubled."""
-    if not (text.startswith(b'"') and text.endswith(b'"')):
-        return False
-    inner = text[1:-1]
-    return b'""' in inner and b'"' not in inner.replace(b'""', b"")

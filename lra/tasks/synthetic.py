@@ -1,19 +1,14 @@
 """Five small generated tasks that test memory: copy, select, add, look back and associate.
 
-They train on a CPU in minutes: copying (Arjovsky et al. 2016, arXiv 1511.06464), selective copying
-(Jing et al. 2019, arXiv 1706.02761; Gu & Dao 2023, arXiv 2312.00752), adding (Hochreiter &
-Schmidhuber 1997), induction heads (Olsson et al. 2022, arXiv 2209.11895; Dao et al. 2023, arXiv
-2212.14052) and associative recall (Ba et al. 2016, arXiv 1610.06258; Arora et al. 2023, arXiv
-2312.04927). Lengths and alphabets are ours, so scores are not comparable with published ones. All
-rows of a task have the same length, without padding, and are the same under every protocol.
+They train on a CPU in minutes. Lengths and alphabets are ours, so scores are not comparable with
+published ones. All rows of a task have the same length, without padding, and are the same under
+every protocol.
 
-Random stream: a split draws from Philox with the 128-bit key (data_seed, split), split 0, 1, 2 for
-train, val, test, whose raw stream NumPy guarantees. Row i takes the i-th `words_per_row` 64-bit
-words. A choice scales the high half of a word, as a fraction of 2^32, to the number of options
-(each probability is exact to 2^-32); a choice of several distinct items takes those with the
-smallest words. So a row depends on the seed, its split, its index and the task's arguments alone.
-Rows are independent: if the arguments admit only few distinct rows, splits share some, which
-`lra data verify` counts.
+Random stream: split 0, 1, 2 (train, val, test) draws from `random_stream(data_seed, split)`. Row i
+takes the i-th `words_per_row` 64-bit words. A choice scales the high half of a word, as a fraction
+of 2^32, to the number of options (each probability is exact to 2^-32); a choice of several distinct
+items takes those with the smallest words. Rows are independent: if the arguments admit only few
+distinct rows, splits share some, which `lra data verify` counts.
 """
 
 import abc
@@ -35,6 +30,7 @@ from lra.tasks.base import (
     check_option,
     check_sizes,
 )
+from lra.tasks.random_words import random_stream
 
 Words = UInt64[np.ndarray, "n words"]  # the random words of n rows
 Rows = tuple[Int[np.ndarray, "n L"], Int[np.ndarray, "n *targets"]]  # ids and labels
@@ -49,13 +45,11 @@ class Synthetic(Task):
     Args:
         sizes: rows of train, val and test; no split depends on the size of another.
         data_seed: of the generator, independent of a run's seed.
-        bounds: name -> (value, minimum) of the task's other arguments.
-    Raises:
-        ConfigError: a value is too small, or `sizes` does not name the three splits.
     """
 
     inputs = "tokens"
     vocab: tuple[str, ...]
+    minimums: Mapping[str, int]  # least values of the task's own arguments
     words_per_row: int
     first_label: int | None = None  # the id of class 0; None if classes are not tokens
 
@@ -65,11 +59,10 @@ class Synthetic(Task):
         name: str,
         sizes: Mapping[str, int],
         data_seed: int,
-        **bounds: tuple[int, int],
     ):
         check_option("protocol.inputs", protocol["inputs"], ENCODINGS)
-        for key, (value, least) in bounds.items():
-            check_at_least(f"task.{key}", value, least)
+        for key, least in self.minimums.items():
+            check_at_least(f"task.{key}", self.arguments[key], least)
         check_data_seed(data_seed)
         self.name, self.sizes, self.data_seed = name, check_sizes(sizes), data_seed
 
@@ -78,14 +71,13 @@ class Synthetic(Task):
         """Ids and labels of rows from their random words."""
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All rows of `split`, in the order of the generator."""
-        bits = np.random.Philox(key=np.array([self.data_seed, SPLITS.index(split)], np.uint64))
+        bits = random_stream(self.data_seed, SPLITS.index(split))
         for first in range(0, self.sizes[split], ROWS_PER_DRAW):
             count = min(ROWS_PER_DRAW, self.sizes[split] - first)
             words = bits.random_raw(count * self.words_per_row).reshape(count, -1)
             inputs, labels = self.rows(words)
-            for row, label in zip(inputs, labels.astype(np.int32), strict=True):
-                yield Example(row, label if self.num_targets > 1 else int(label))
+            labels = labels.astype(np.int32)
+            yield from map(Example, inputs, labels if self.num_targets > 1 else labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes
@@ -113,6 +105,7 @@ class Copying(Synthetic):
 
     BLANK, MARK = 1, 2
     first_label = 3
+    minimums: Mapping[str, int] = {"categories": 2, "copy_len": 2, "blank_len": 0}
 
     def __init__(
         self,
@@ -125,19 +118,10 @@ class Copying(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol,
-            name,
-            sizes,
-            data_seed,
-            categories=(categories, 2),
-            copy_len=(copy_len, 2),
-            blank_len=(blank_len, 0),
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         self.num_classes, self.num_targets = categories, copy_len
         self.body_len = copy_len + blank_len
-        self.seq_len = self.body_len + copy_len
-        self.words_per_row = copy_len + self.body_len
+        self.seq_len = self.words_per_row = self.body_len + copy_len
         self.vocab = (PAD, ".", "?", *map(str, range(categories)))
 
     @abc.abstractmethod
@@ -156,7 +140,8 @@ class Copying(Synthetic):
 class Copy(Copying):
     """Copy: the symbols precede the blanks, so the model remembers a sequence over a gap.
 
-    Source: Arjovsky et al. 2016, with one mark and then blanks; here each answer has its own mark.
+    Source: Arjovsky et al. 2016 (arXiv 1511.06464), with one mark and then blanks; here each answer
+    has its own mark.
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -166,8 +151,8 @@ class Copy(Copying):
 class SelectiveCopy(Copying):
     """Selective copy: the symbols are at random positions among the blanks.
 
-    The token, not its position, decides what to remember. Source: Jing et al. 2019 (there called
-    denoising); Gu & Dao 2023.
+    The token, not its position, decides what to remember. Source: Jing et al. 2019 (arXiv
+    1706.02761, there called denoising); Gu & Dao 2023 (arXiv 2312.00752).
     """
 
     def places(self, words: Words) -> Int[np.ndarray, "n {self.num_targets}"]:
@@ -187,6 +172,7 @@ class Adding(Synthetic):
     """
 
     num_classes = 19
+    minimums: Mapping[str, int] = {"length": 2}
 
     def __init__(
         self,
@@ -197,7 +183,7 @@ class Adding(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(protocol, name, sizes, data_seed, length=(length, 2))
+        super().__init__(protocol, name, sizes, data_seed)
         self.seq_len, self.words_per_row = length, length + 2
         self.vocab = (PAD, *(f"{digit}{mark}" for mark in ("", "*") for digit in range(10)))
 
@@ -218,11 +204,13 @@ class InductionHeads(Synthetic):
     Args:
         num_tokens: C, number of ordinary tokens.
         length: L, including the special token at the end.
-    Source: Olsson et al. 2022; with a special token as in Dao et al. 2023.
+    Source: Olsson et al. 2022 (arXiv 2209.11895); with a special token as in Dao et al. 2023 (arXiv
+    2212.14052).
     """
 
     SPECIAL = 1
     first_label = 2
+    minimums: Mapping[str, int] = {"num_tokens": 2, "length": 3}
 
     def __init__(
         self,
@@ -234,9 +222,7 @@ class InductionHeads(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol, name, sizes, data_seed, num_tokens=(num_tokens, 2), length=(length, 3)
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         self.num_classes, self.seq_len, self.words_per_row = num_tokens, length, length + 1
         self.vocab = (PAD, "!", *map(str, range(num_tokens)))
 
@@ -261,10 +247,12 @@ class AssociativeRecall(Synthetic):
         num_pairs: pairs per row; L = 2 num_pairs + 1.
         num_keys: number of keys, each at most once per row; at least `num_pairs`.
         num_values: C, number of values, drawn independently for each key; no value is a key.
-    Source: Ba et al. 2016; one query per row, whereas Arora et al. 2023 have several.
+    Source: Ba et al. 2016 (arXiv 1610.06258); one query per row, whereas Arora et al. 2023 (arXiv
+    2312.04927) have several.
     """
 
     FIRST_KEY = 1
+    minimums: Mapping[str, int] = {"num_pairs": 1, "num_keys": 1, "num_values": 2}
 
     def __init__(
         self,
@@ -277,15 +265,7 @@ class AssociativeRecall(Synthetic):
         sizes: Mapping[str, int],
         data_seed: int,
     ):
-        super().__init__(
-            protocol,
-            name,
-            sizes,
-            data_seed,
-            num_pairs=(num_pairs, 1),
-            num_keys=(num_keys, 1),
-            num_values=(num_values, 2),
-        )
+        super().__init__(protocol, name, sizes, data_seed)
         if num_keys < num_pairs:
             raise ConfigError(
                 f"task.num_keys={num_keys} is too few for different keys in "

@@ -2,7 +2,7 @@
 
 Source: the publisher's `aclImdb/{train,test}/{neg,pos}/<id>_<rating>.txt`, in this order: neg
 (label 0) before pos (label 1), by number within each. If only the folder prepared by TFDS is
-present (`imdb_reviews/plain_text`), it is read in TFDS's order; the reviews are the same.
+present (`imdb_reviews/plain_text`), the same reviews are read in TFDS's order.
 
 IMDB has no validation split. A protocol uses test instead or takes a tenth of each class of train
 (1,250 of 12,500), chosen by `data_seed` and the text of the reviews alone. So the choice is the
@@ -10,7 +10,6 @@ same in TFDS's order, and equal reviews are on the same side. Both parts keep th
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,9 +40,7 @@ SEQ_LEN = {"lra2020": 4000, "s4": 4096}
 
 
 class Review(NamedTuple):
-    """A review as read; `place` is the file or the record, for messages."""
-
-    place: str
+    place: str  # the file or the record, for messages
     text: bytes
     label: int
 
@@ -51,15 +48,11 @@ class Review(NamedTuple):
 class Text(Task):
     """IMDB reviews, encoded as `protocol.inputs` states; a longer review is cut at its end.
 
+    The encoding is "lra2020" (bytes + 1) or "s4" (characters, one eos).
+
     Args:
-        protocol: mapping with `inputs`: "lra2020" (bytes + 1) or "s4" (characters, one eos); and
-            `validation`: "train" (a tenth of train) or "test" (test itself).
-        data_root: where the publisher's folder, its archive or TFDS's folder is searched.
-        data_seed: of the choice of validation reviews, independent of a run's seed; unused if test
-            is the validation split.
+        data_seed: of the choice of validation reviews, independent of a run's seed.
         seq_len: padded length; None for the protocol's own.
-    Raises:
-        ConfigError: a value is not valid.
     """
 
     num_classes = 2
@@ -97,7 +90,6 @@ class Text(Task):
         self._train: list[Review] = []  # kept until the store is complete, because val needs it
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All reviews of `split`, in the order of the files."""
         for review in self._reviews(self.same.get(split, split)):
             yield Example(self._encode(review), review.label)
 
@@ -168,19 +160,14 @@ class Text(Task):
 def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     """The reviews of one folder ordered by number, and a SHA-256 of their names and contents.
 
-    Raises:
-        DataError: a .txt file is not named <id>_<rating>.txt, or its rating belongs to the other
-            class.
+    Raises DataError if a .txt file has another form of name or a rating of the other class.
     """
-    names = [
-        name for name in os.listdir(folder) if name.endswith(".txt") and not name.startswith(".")
-    ]
+    paths = [path for path in folder.glob("*.txt") if not path.name.startswith(".")]
     digest, reviews = hashlib.sha256(), []
-    for name in sorted(names, key=lambda name: _number_and_rating(folder / name, label)):
-        text = (folder / name).read_bytes()
-        digest.update(f"{name} {len(text)}\n".encode())
-        digest.update(text)
-        reviews.append(Review(str(folder / name), text, label))
+    for path in sorted(paths, key=lambda path: _number_and_rating(path, label)):
+        text = path.read_bytes()
+        digest.update(f"{path.name} {len(text)}\n".encode() + text)
+        reviews.append(Review(str(path), text, label))
     return reviews, digest.hexdigest()
 
 
@@ -200,11 +187,7 @@ def _number_and_rating(path: Path, label: int) -> tuple[int, int]:
 
 
 def read_prepared(folder: Path, part: str) -> Iterator[Review]:
-    """The reviews of "train" or "test" in a folder that TFDS prepared.
-
-    Raises:
-        DataError: a record lacks `text` (bytes) or `label` (0 or 1), or the folder is damaged.
-    """
+    """The reviews of a part in a folder that TFDS prepared; raises DataError if one is damaged."""
     for i, record in enumerate(read_tfds(folder, part)):
         place = f"{folder}, split {part}, record {i}"
         text, label = record.get("text"), record.get("label")

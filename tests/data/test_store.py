@@ -376,7 +376,7 @@ def test_missing_sources_are_fetched(tmp_path, monkeypatch):
     assert asked == [True]
 
 
-@pytest.mark.parametrize("place", ["_sync_file", "_write_array", "sync_folder"])
+@pytest.mark.parametrize("place", ["_sync_file", "describe_split", "sync_folder"])
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, place):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,7 +8,7 @@ from publisher_files import PAIRS, PATHS, TEXTS, make
 
 from lra.errors import DataError
 from lra.sources import locate as locate_module
-from lra.sources.locate import CIFAR10, IMDB, find_archive, locate, locate_all, located, signature
+from lra.sources.locate import CIFAR10, IMDB, find_archive, locate, locate_all, signature
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,6 @@ def test_locate_too_deep(tmp_path):
     make(tmp_path / "a/b/c/d/e/aclImdb", "train/pos/", "test/neg/")
     assert locate(TEXTS, tmp_path) is None
     assert locate(TEXTS, tmp_path / "a") == tmp_path / "a/b/c/d/e/aclImdb"
-
-
-def test_located_names_the_command_to_run(tmp_path):
-    with pytest.raises(
-        DataError,
-        match=rf"IMDB reviews: no folder aclImdb under {tmp_path}; run `lra data prepare text`",
-    ):
-        located(TEXTS, tmp_path, "text")
-    folder = make(tmp_path / "aclImdb", "train/pos/", "test/neg/")
-    assert located(TEXTS, tmp_path, "text") == folder
 
 
 def test_inner_copy_of_the_release_is_preferred(tmp_path):

@@ -8,7 +8,7 @@ import tiny_texts
 from configured_task import CONF, configured_task
 
 from lra.data.store import prepare, settings_key
-from lra.errors import ConfigError
+from lra.errors import ConfigError, DataError
 from lra.tasks.base import SPLITS, Example, Task, check_sizes, permutation
 
 TASKS = sorted(path.stem for path in (CONF / "task").glob("*.yaml"))
@@ -68,6 +68,16 @@ def test_every_argument_changes_the_fingerprint_unless_declared(name, protocol):
                 assert key in task.unused_arguments()
         assert "name" in counted
         assert set(task.unused_arguments()) <= set(task.arguments)
+
+
+def test_missing_sources_name_the_command_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = configured_task("text", "s4", tmp_path)
+    with pytest.raises(
+        DataError,
+        match=rf"IMDB reviews: no folder aclImdb under {tmp_path}; run `lra data prepare text`",
+    ):
+        task.source_files()
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,7 @@ def make_task(inputs="s4", data_root="unused", config="listops_short", **changes
 
 
 def short_rows(**changes):
-    limits = {"max_depth": 6, "max_args": 6, "min_length": 21, "max_length": 128} | changes
-    return generate(SIZES, seed=0, **limits)
+    return generate(SIZES, 0, SHORT._replace(**changes))
 
 
 def equal(one: Rows, other: Rows) -> bool:
@@ -185,20 +184,15 @@ def test_rows_are_the_same_on_every_machine():
 
 
 def test_seeds_differ_and_splits_are_disjoint():
-    assert not equal(generate(SIZES, seed=1, **SHORT._asdict())["train"], short_rows()["train"])
-    small = {
-        "max_depth": 3,
-        "max_args": 3,
-        "min_length": 4,
-        "max_length": 8,
-    }  # many duplicates are drawn
-    splits = generate({"train": 700, "val": 200, "test": 200}, seed=0, **small)
+    assert not equal(generate(SIZES, 1, SHORT)["train"], short_rows()["train"])
+    small = Grammar(3, 2, 3, 4, 8)  # many duplicates are drawn
+    splits = generate({"train": 700, "val": 200, "test": 200}, 0, small)
     seen = [rows[i].tobytes() for rows in splits.values() for i in range(len(rows))]
     assert len(set(seen)) == len(seen) == 1100
 
 
 def test_size_of_train_moves_no_other_split():
-    more = generate(SIZES | {"train": 200}, seed=0, **SHORT._asdict())
+    more = generate(SIZES | {"train": 200}, 0, SHORT)
     assert equal(more["test"], short_rows()["test"])
     assert equal(more["val"], short_rows()["val"])
     assert equal(more["train"].take(0, 60), short_rows()["train"])
@@ -225,7 +219,7 @@ def test_too_few_distinct_rows_are_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"only 400 of 500 distinct rows.*task\.sizes"
     ):  # 4 operators, 2 digits
-        generate({"train": 500}, seed=0, max_depth=2, max_args=2, min_length=4, max_length=4)
+        generate({"train": 500}, 0, Grammar(2, 2, 2, 4, 4))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -172,7 +172,7 @@ def test_targets_grow_as_in_the_loop(size, margin, lanes):
         2**32, size=(lanes, 6 + 13 * 2 * SEGMENT_TRIALS), dtype=np.uint32
     )
     pictures, tails = (
-        pathfinder_generator._blank(tables, lanes),
+        np.tile(tables.blank, (lanes, 1, 1)),
         pathfinder_generator._target_tails(tables, words[:, :6]),
     )
     for lane in range(lanes):
@@ -191,7 +191,7 @@ def test_targets_grow_as_in_the_loop(size, margin, lanes):
                 break
             ends[step % 2], (head, slow[step % 2]) = end, expected
             assert pixels(tables, end.anchor) == [head]
-        inner = pictures.mask[lane].reshape(tables.stride, -1)[
+        inner = pictures[lane, 0].reshape(tables.stride, -1)[
             tables.rim : -tables.rim, tables.rim : -tables.rim
         ]
         np.testing.assert_array_equal(inner, np.rint(loop.mask * 255))
@@ -204,20 +204,19 @@ def test_last_segment_of_the_first_target_is_not_occupied():
         2**32, size=(60, 6 + 5 * 2 * SEGMENT_TRIALS), dtype=np.uint32
     )
     pictures, tails = (
-        pathfinder_generator._blank(tables, 60),
+        np.tile(tables.blank, (60, 1, 1)),
         pathfinder_generator._target_tails(tables, words[:, :6]),
     )
     lanes, targets = pathfinder_generator._grow(
         tables, pictures, tails, words[:, 6:].reshape(60, 5, 2, SEGMENT_TRIALS)
     )
     assert len(lanes) > 5
-    for lane, headings, anchors in zip(lanes, *targets, strict=True):
-        mask = tables.mask.copy()
-        segments = np.stack([headings, anchors], axis=-1).reshape(-1, 2)
+    for lane, contours in zip(lanes, targets, strict=True):
+        mask, segments = tables.blank[0].copy(), contours.reshape(-1, 2)
         for heading, anchor in np.delete(segments, tables.setting.contour_length - 1, axis=0):
             at = anchor + tables.body.at[heading]
             mask[at] = np.maximum(mask[at], tables.body.grey[heading])
-        np.testing.assert_array_equal(pictures.mask[lane], mask)
+        np.testing.assert_array_equal(pictures[lane, 0], mask)
 
 
 @pytest.mark.parametrize(("size", "level", "count"), [(32, "hard", 8), (64, "easy", 1)])
@@ -232,7 +231,7 @@ def test_distractors_grow_as_in_the_loop(size, level, count):
     )
     words = np.random.default_rng(0).integers(2**32, size=shape, dtype=np.uint32)
     words[:, :, ::2, 0] = 131 * 2**32 // 360 + 1  # a heading that size 32 does not refuse
-    pictures = pathfinder_generator._blank(tables, count)
+    pictures = np.tile(tables.blank, (count, 1, 1))
     found = pathfinder_generator._distractors(tables, pictures, words)
     for picture in range(count):
         loop = Loop(setting, setting.margins[0])
@@ -240,9 +239,9 @@ def test_distractors_grow_as_in_the_loop(size, level, count):
             expected = next(
                 (track for part in words[picture, contour] if (track := distractor(loop, part))), []
             )
-            drawn = found.anchor[picture, contour]
+            drawn = found[picture, contour, :, 1]
             assert pixels(tables, drawn[drawn > 0]) == expected
-    assert (found.anchor > 0).any()
+    assert (found[..., 1] > 0).any()
 
 
 def distractor(loop, words):
@@ -282,7 +281,7 @@ def test_label_is_one_if_both_dots_are_on_one_contour(size, level, n, monkeypatc
 
     def spy(tables, targets, distractors, i, dots):
         image = paint(tables, targets, distractors, i, dots)
-        seen[image.tobytes()] = tables, targets.anchor[i], dots
+        seen[image.tobytes()] = tables, targets[i, ..., 1], dots
         return image
 
     monkeypatch.setattr(pathfinder_generator, "_paint", spy)
@@ -312,7 +311,7 @@ def test_label_is_one_if_both_dots_are_on_one_contour(size, level, n, monkeypatc
 def test_dot_near_a_border_is_that_of_the_whole_picture(size):
     setting = settings(size, "easy")
     tables = pathfinder_generator._tables(setting, setting.margins[0])
-    nothing = pathfinder_generator._no_contours(1, 1, 1)
+    nothing = np.zeros((1, 1, 1, 2), int)
     y, x = np.ogrid[: 2 * size, : 2 * size]
     for pixel in [
         (2, 5),
