@@ -24,14 +24,12 @@ class MultiHead(MixerModule):
     """Projections to H heads and back, without biases; subclasses implement `attend` between them.
 
     Args:
-        width: D.
         num_heads: H; the head width W must be even for rotary positions.
         positions: learned | sinusoidal | rotary | none; only rotary has an effect here.
         causal: whether a position attends only to itself and earlier positions.
         qkv_width: H W, divisible by H; None for D.
     Raises:
-        ValueError: the heads do not divide the width, or positions are unknown; the message names
-            the config key.
+        ValueError: the heads do not divide the width, or positions are unknown.
     """
 
     def __init__(
@@ -107,8 +105,7 @@ class Attention(MultiHead):
         attention_dropout: dropout rate of the attention weights.
         max_len: the longest L that is accepted, None for any.
     Raises:
-        ValueError: as `MultiHead`; L > max_len, or a rate outside of [0, 1); the message names the
-            config key.
+        ValueError: as `MultiHead`; L > max_len, or a rate outside of [0, 1).
     """
 
     def __init__(

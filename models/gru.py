@@ -36,8 +36,6 @@ class GRU(MixerModule):
     """Gated recurrent unit with L dependent steps; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: H.
         bidirectional: adds a unit with its own parameters over the reversed sequence; y reads both
             states.
@@ -97,18 +95,13 @@ class GRU(MixerModule):
         return jnp.swapaxes(self.output(h), 0, 1).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Float[Array, "B H"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         return jnp.zeros((batch_size, self.recurrent_kernel.shape[1]), jnp.float32)
 
     def step(
         self, state: Float[Array, "B H"], u_t: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B H"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         gates = self.input_part(at_least_float32(u_t), self.input_kernel[0], self.input_bias[0])
         state = next_state(state, gates, self.recurrent_kernel[0], self.candidate_bias[0])
         return state, self.output(state).astype(u_t.dtype)

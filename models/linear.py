@@ -156,7 +156,6 @@ class LinearAttention(KernelAttention):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`.
-        seq_len: L, not used.
     Raises:
         ValueError: as `MultiHead`.
     """

@@ -28,7 +28,7 @@ class LocalAttention(MultiHead):
         neighbours: number of neighbouring blocks on each side that a position attends to; only
             earlier ones if causal.
     Raises:
-        ValueError: as `MultiHead`, or a size is too small; the message names the config key.
+        ValueError: as `MultiHead`, or a size is too small.
     """
 
     def __init__(

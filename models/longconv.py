@@ -35,7 +35,6 @@ class LongConv(MixerModule):
     """Structured global convolution; causal unless bidirectional.
 
     Args:
-        width: D.
         seq_len: L, the longest input; it sets the number of sub-kernels.
         kernel_dim: d, parameters of each sub-kernel of a channel; length of the first one, times
             2^init_scale.
@@ -49,7 +48,7 @@ class LongConv(MixerModule):
         bidirectional: adds a kernel over the positions after the current one.
     Raises:
         ValueError: an option is unknown, the first sub-kernel is longer than L, or the rates are
-            not 0 < decay_min <= decay_max; the message names the config key.
+            not 0 < decay_min <= decay_max.
     """
 
     grows_with_length = True  # one more sub-kernel whenever L doubles

@@ -33,8 +33,6 @@ class LRU(MixerModule):
     """Recurrence with a diagonal complex or a dense real matrix; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, complex states unless dense.
         parametrization: of the matrix: dense, all N x N entries; real_imag, lam itself; exp, lam =
             exp(-nu + i theta); stable_exp, lam = exp(-exp(nu_log) + i theta), always inside the
@@ -49,8 +47,7 @@ class LRU(MixerModule):
         bidirectional: adds a scan over the reversed sequence; C reads both.
     Raises:
         ValueError: an option is unknown or does not fit the parametrization, the ring is not 0 <=
-            r_min < r_max <= 1, or a size or angle is not positive; the message names the config
-            key.
+            r_min < r_max <= 1, or a size or angle is not positive.
     """
 
     def __init__(
@@ -152,11 +149,7 @@ class LRU(MixerModule):
         return (y + self.d[...][None, None, :] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Inexact[Array, "B N"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         size = (self.c if self.dense else self.c_re).shape[0]
         return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
@@ -164,7 +157,6 @@ class LRU(MixerModule):
     def step(
         self, state: Inexact[Array, "B N"], u_t: Float[Array, "B D"]
     ) -> tuple[Inexact[Array, "B N"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         u = at_least_float32(u_t)
         bu = self.project_input(u)
         decayed = (

@@ -28,16 +28,13 @@ class Mamba(MixerModule):
     """Gated block around a selective state-space model; causal.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, real states of each of the E inner channels.
         expand: E / D; E must be whole.
         conv_size: taps of the causal depthwise convolution before the state-space model.
         dt_rank: rank of the projection to the step sizes; None for ceil(D / 16).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
     Raises:
-        ValueError: a size below 1, E is not a whole number, or the range is empty; the message
-            names the config key.
+        ValueError: a size below 1, E is not a whole number, or the range is empty.
     """
 
     causal = True
@@ -119,7 +116,6 @@ class Mamba(MixerModule):
     def step(
         self, state: tuple[Float[Array, "B W E"], Float[Array, "B E N"]], u_t: Float[Array, "B D"]
     ) -> tuple[tuple[Float[Array, "B W E"], Float[Array, "B E N"]], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         window, states = state
         u, z = jnp.split(u_t @ self.in_proj[...].astype(u_t.dtype), 2, axis=-1)  # (B, E)
         window = jnp.concatenate([window, u[:, None].astype(window.dtype)], axis=1)

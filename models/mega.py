@@ -30,7 +30,6 @@ class Mega(MixerModule):
     """Moving-average gated attention; causal unless bidirectional.
 
     Args:
-        width: D.
         seq_len: L; without chunks, the longest input of the position bias.
         state_size: N, moving averages per channel.
         attention_size: Z, width of queries and keys.
@@ -41,8 +40,7 @@ class Mega(MixerModule):
             sequence.
         dropout: rate, after the averages and on H, as in the published code.
     Raises:
-        ValueError: a size below 1, V is not whole, or an unknown attention; the message names the
-            config key.
+        ValueError: a size below 1, V is not whole, or an unknown attention.
     """
 
     gates_residual = True

@@ -35,13 +35,11 @@ class Performer(KernelAttention):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`.
-        seq_len: L, not used.
         num_features: M; None, with kernel relu only, replaces the random projections by the
             identity.
         kernel: softmax | relu, max(w . x, 0) + 0.001 (section 4.2, "generalised attention").
     Raises:
-        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax; the
-            message names the config key.
+        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax.
     """
 
     rotates_features = False

@@ -42,8 +42,6 @@ class S4D(MixerModule):
     """A diagonal state space model per channel, as a long convolution; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, even; each channel has N/2 complex states, one of each conjugate pair.
         init: lin | inv | legs, the initial eigenvalues of A: S4D-Lin, S4D-Inv, S4D-LegS.
         num_ssms: number of pairs (A, B), a divisor of D; channels share them in turn. None for one
@@ -52,8 +50,7 @@ class S4D(MixerModule):
         dt_min, dt_max: range of the initial Delta of each channel, log-uniform.
         bidirectional: adds a kernel, with its own C, over the positions after the current one.
     Raises:
-        ValueError: an option is unknown, N is odd, or num_ssms does not divide D; the message names
-            the config key.
+        ValueError: an option is unknown, N is odd, or num_ssms does not divide D.
     """
 
     def __init__(
@@ -118,18 +115,13 @@ class S4D(MixerModule):
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B D N_half"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         return jnp.zeros((batch_size, *self.c_re.shape[1:]), jnp.complex64)
 
     def step(
         self, state: Complex[Array, "B D N_half"], u_t: Float[Array, "B D"]
     ) -> tuple[Complex[Array, "B D N_half"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         log_lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = jnp.exp(log_lam_bar)[None] * state + b_bar[None] * u[..., None]

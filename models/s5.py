@@ -37,8 +37,6 @@ class S5(MixerModule):
     The scan holds all states, (B, L, P) complex, because C reads them.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N eigenvalues. With `conj_sym` the model has P = N/2 states, one of each
             conjugate pair, else P = N.
         num_blocks: J, the copies of HiPPO-N of size N/J on the diagonal of the initial A.
@@ -51,8 +49,7 @@ class S5(MixerModule):
         bidirectional: adds a scan over the reversed sequence; C has twice the columns and reads
             both.
     Raises:
-        ValueError: an option is unknown, or the sizes do not divide; the message names the config
-            key.
+        ValueError: an option is unknown, or the sizes do not divide.
     """
 
     def __init__(
@@ -131,18 +128,13 @@ class S5(MixerModule):
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B P"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         return jnp.zeros((batch_size, self.lam_re.shape[0]), jnp.complex64)
 
     def step(
         self, state: Complex[Array, "B P"], u_t: Float[Array, "B D"]
     ) -> tuple[Complex[Array, "B P"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = lam_bar[None] * state + jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)

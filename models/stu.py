@@ -36,7 +36,6 @@ class STU(MixerModule):
     """Spectral filters over the input plus feedback from the output; causal unless bidirectional.
 
     Args:
-        width: D, of input and output.
         seq_len: L, the length of the filters and the longest input.
         num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
         filters: hankel | alternative, section 2 or appendix D of the paper.
@@ -49,7 +48,7 @@ class STU(MixerModule):
         bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
         ValueError: K, k_u or k_y exceeds L, a size is below 1, or an option is unknown or does not
-            fit; the message names the config key.
+            fit.
     """
 
     def __init__(
@@ -169,8 +168,7 @@ def filter_variables(
     """sigma (K,) and phi (L, K) of the named matrix, as variables that are not trained.
 
     Raises:
-        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the
-            message names the config key.
+        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`.
     """
     check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:

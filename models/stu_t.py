@@ -30,15 +30,13 @@ class TensorizedSTU(MixerModule):
     x_t = u_t m_in.
 
     Args:
-        width: D, of input and output.
         seq_len: L, the length of the filters and the longest input.
         num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
         filters: hankel | alternative, section 2 or appendix D of the STU paper.
         negative_filters: adds the features X- with signs (-1)^i; hankel only.
         bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
-        ValueError: K > L, or an option that is unknown or does not fit; the message names the
-            config key.
+        ValueError: K > L, or an option that is unknown or does not fit.
     """
 
     def __init__(
