@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Complex, Float
 
 from models.checks import at_least_float32, check_option, require_causal
 from models.mixer import MixerModule
-from models.ops.fft_convolution import fft_convolution
+from models.ops.fft_convolution import convolve_directions
 from models.ops.state_space import (
     DISCRETIZATIONS,
     discretize,
@@ -78,11 +78,7 @@ class S4D(MixerModule):
             )
         check_option("model.discretization", discretization, DISCRETIZATIONS)
         check_option("model.init", init, INITS)
-        self.causal, self.bidirectional, self.discretization = (
-            not bidirectional,
-            bidirectional,
-            discretization,
-        )
+        self.causal, self.discretization = not bidirectional, discretization
         a_imag, b = initial_system(init, state_size)
         half, copies = state_size // 2, width if num_ssms is None else num_ssms
         self.log_a_real = nnx.Param(jnp.full((copies, half), math.log(0.5)))
@@ -107,11 +103,7 @@ class S4D(MixerModule):
         log_lam_bar, b_bar = self.system()
         c = jax.lax.complex(self.c_re[...], self.c_im[...])
         kernels = vandermonde_kernel(c * b_bar[None], log_lam_bar, x.shape[1])  # (1 or 2, D, L)
-        if self.bidirectional:
-            # padding must not enter the anticausal kernel
-            y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
-        else:
-            y = fft_convolution(u, kernels[0])
+        y = convolve_directions(u, mask, kernels)
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B D N_half"]:
@@ -125,11 +117,8 @@ class S4D(MixerModule):
         log_lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = jnp.exp(log_lam_bar)[None] * state + b_bar[None] * u[..., None]
-        y = (
-            2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1)
-            + self.d[...][None] * u
-        )
-        return state, y.astype(u_t.dtype)
+        y = 2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1)
+        return state, (y + self.d[...][None] * u).astype(u_t.dtype)
 
     def system(self) -> tuple[Complex[Array, "D N_half"], Complex[Array, "D N_half"]]:
         """log(lam_bar) and b_bar of the sampled system of each channel."""

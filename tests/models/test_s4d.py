@@ -74,7 +74,7 @@ def test_values_and_gradients_equal_a_loop(options):
             jax.random.key(len(name)), parameter.shape
         )
     real = np.arange(9)[None] < np.array([[9], [6]])
-    settings = {"rule": mixer.discretization, "both": mixer.bidirectional}
+    settings = {"rule": mixer.discretization, "both": not mixer.causal}
     check_mixer_against_loop(
         mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings)
     )
