@@ -9,10 +9,9 @@
 Paper: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder"
 (arXiv 1406.1078). Reference: the equations of cuDNN.
 
-The reset gate acts after the product with U, as in version 1 of the paper and in cuDNN; in version
-3 and in Chung et al. 2014 (arXiv 1412.3555) the candidate is tanh(W u_t + U (r_t h_{t-1})). The
-first form needs one matrix product per step instead of two dependent ones, and libraries implement
-it.
+The reset gate acts after the product with U, as in version 1 of the paper and in cuDNN, with one
+matrix product per step instead of two dependent ones; in version 3 and in Chung et al. 2014
+(arXiv 1412.3555) the candidate is tanh(W u_t + U (r_t h_{t-1})).
 
 Deviations: biases as in cuDNN, without the redundant ones (Cho et al. have none); the output matrix
 V, which serves any state size and both directions.
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.checks import at_least_float32, require_causal
+from models.checks import at_least_float32, check_positive, require_causal
 from models.mixer import MixerModule
 from models.ops.products import matmul_highest
 
@@ -46,9 +45,8 @@ class GRU(MixerModule):
     def __init__(
         self, width: int, seq_len: int, *, state_size: int, bidirectional: bool, rngs: nnx.Rngs
     ):
-        if state_size < 1:
-            raise ValueError(f"model.state_size={state_size} must be at least 1")
-        self.causal, self.bidirectional = not bidirectional, bidirectional
+        check_positive(state_size=state_size)
+        self.causal = not bidirectional
         directions, key = (2 if bidirectional else 1), rngs.params
         orthogonal = jax.nn.initializers.orthogonal()
         # the last axis holds r, z, n
@@ -57,11 +55,8 @@ class GRU(MixerModule):
         )
         self.input_bias = nnx.Param(jnp.zeros((directions, 3 * state_size)))
         square = [orthogonal(key(), (state_size, state_size)) for _ in range(3 * directions)]
-        self.recurrent_kernel = nnx.Param(
-            jnp.stack(
-                [jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)]
-            )
-        )
+        gates = [jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)]
+        self.recurrent_kernel = nnx.Param(jnp.stack(gates))
         self.candidate_bias = nnx.Param(jnp.zeros((directions, state_size)))
         inner = directions * state_size
         self.output_kernel = nnx.Param(key.normal((inner, width)) / math.sqrt(inner))
@@ -77,22 +72,19 @@ class GRU(MixerModule):
     ) -> Float[Array, "B L D"]:
         # (L, B, D) for the scan; the gates would be three times as large to transpose
         u = at_least_float32(jnp.swapaxes(x, 0, 1))
-        both = jnp.stack([u, jnp.flip(u, axis=0)]) if self.bidirectional else u[None]
-        gates = jax.vmap(self.input_part)(both, self.input_kernel[...], self.input_bias[...])
-        if self.bidirectional:
-            # padding comes first in the reversed sequence: an update gate of 1 keeps the state at
-            # zero
+        both = u[None] if self.causal else jnp.stack([u, jnp.flip(u, axis=0)])
+        gates = jax.vmap(affine)(both, self.input_kernel[...], self.input_bias[...])
+        if not self.causal:
+            # padding comes first in the reversed sequence: an update gate of 1 keeps the state 0
             padding = jnp.flip(~mask, axis=1).T[..., None]
             size = self.recurrent_kernel.shape[1]
-            gates = gates.at[1, ..., size : 2 * size].set(
-                jnp.where(padding, _SATURATED, gates[1, ..., size : 2 * size])
-            )
-        # one scan for both directions
-        h = jax.vmap(states)(
-            gates, self.recurrent_kernel[...], self.candidate_bias[...]
-        )  # (K, L, B, H)
-        h = jnp.concatenate([h[0], jnp.flip(h[1], axis=0)], axis=-1) if self.bidirectional else h[0]
-        return jnp.swapaxes(self.output(h), 0, 1).astype(x.dtype)
+            update = (1, ..., slice(size, 2 * size))
+            gates = gates.at[update].set(jnp.where(padding, _SATURATED, gates[update]))
+        # one scan for both directions, (K, L, B, H)
+        h = jax.vmap(states)(gates, self.recurrent_kernel[...], self.candidate_bias[...])
+        h = h[0] if self.causal else jnp.concatenate([h[0], jnp.flip(h[1], axis=0)], axis=-1)
+        y = affine(h, self.output_kernel[...], self.output_bias[...])
+        return jnp.swapaxes(y, 0, 1).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Float[Array, "B H"]:
         """The state before the first input, zero; a ValueError if the model is bidirectional."""
@@ -102,21 +94,18 @@ class GRU(MixerModule):
     def step(
         self, state: Float[Array, "B H"], u_t: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B H"], Float[Array, "B D"]]:
-        gates = self.input_part(at_least_float32(u_t), self.input_kernel[0], self.input_bias[0])
+        gates = affine(at_least_float32(u_t), self.input_kernel[0], self.input_bias[0])
         state = next_state(state, gates, self.recurrent_kernel[0], self.candidate_bias[0])
-        return state, self.output(state).astype(u_t.dtype)
+        y = affine(state, self.output_kernel[...], self.output_bias[...])
+        return state, y.astype(u_t.dtype)
 
-    def input_part(
-        self, u: Float[Array, "*B D"], kernel: Float[Array, "D G"], bias: Float[Array, " G"]
-    ) -> Float[Array, "*B G"]:
-        """The part of the three gates that depends on the inputs, W u + b."""
-        gates = u @ kernel
-        return gates + jnp.broadcast_to(bias, gates.shape)
 
-    def output(self, h: Float[Array, "*B H"]) -> Float[Array, "*B D"]:
-        """V h + a; H counts the states of both directions."""
-        y = h @ self.output_kernel[...]
-        return y + jnp.broadcast_to(self.output_bias[...], y.shape)
+def affine(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D G"], bias: Float[Array, " G"]
+) -> Float[Array, "*B G"]:
+    """x W + b."""
+    y = x @ kernel
+    return y + jnp.broadcast_to(bias, y.shape)
 
 
 def states(
@@ -126,8 +115,7 @@ def states(
 ) -> Float[Array, "L B H"]:
     """All states from a zero initial state, given the input part of r, z and n (G = 3 H)."""
 
-    # A scan, because the backward pass of a `fori_loop` that fills an array copies it at every
-    # step.
+    # a scan: the backward pass of a `fori_loop` that fills an array copies it at every step
     def step(h, gates_t):
         h = next_state(h, gates_t, recurrent_kernel, candidate_bias)
         return h, h

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from models.attention import MultiHead
+from models.checks import check_positive
 from models.ops.blocks import merge_blocks, split_blocks
 
 
@@ -43,8 +44,7 @@ class LocalAttention(MultiHead):
         causal: bool,
         rngs: nnx.Rngs,
     ):
-        if block_size < 1:
-            raise ValueError(f"model.block_size={block_size} must be at least 1")
+        check_positive(block_size=block_size)
         if neighbours < 0:
             raise ValueError(f"model.neighbours={neighbours} must be at least 0")
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)

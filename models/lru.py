@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
-from models.checks import at_least_float32, check_option, require_causal
+from models.checks import at_least_float32, check_option, check_positive, require_causal
 from models.mixer import MixerModule
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
 from models.ops.products import matmul_highest, real_product
@@ -71,8 +71,7 @@ class LRU(MixerModule):
             raise ValueError(
                 f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1"
             )
-        if state_size < 1:
-            raise ValueError(f"model.state_size={state_size} must be at least 1")
+        check_positive(state_size=state_size)
         if not 0 < max_phase < math.inf:
             raise ValueError(f"model.max_phase={max_phase} must be an angle above 0")
         self.dense = parametrization == "dense"

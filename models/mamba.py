@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from models.checks import check_positive, expanded_width
 from models.mixer import MixerModule
 from models.ops.selective_scan import selective_scan, selective_step
 from models.ops.state_space import log_uniform_steps
@@ -52,18 +53,8 @@ class Mamba(MixerModule):
         dt_max: float | int,
         rngs: nnx.Rngs,
     ):
-        for key, value in (
-            ("state_size", state_size),
-            ("conv_size", conv_size),
-            ("dt_rank", dt_rank),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1")
-        inner = round(expand * width)
-        if inner < 1 or inner != expand * width:
-            raise ValueError(
-                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
-            )
+        check_positive(state_size=state_size, conv_size=conv_size, dt_rank=dt_rank)
+        inner = expanded_width(expand, width)
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.state_size, self.rank, self.conv_size, self.inner = state_size, rank, conv_size, inner
         key = rngs.params
@@ -88,7 +79,7 @@ class Mamba(MixerModule):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
-        # The backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E).
+        # the backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E)
         u, delta, b, c = jax.checkpoint(self.convolved)(u)
         # 16-bit states would stop decaying after a few hundred steps
         y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
@@ -106,10 +97,7 @@ class Mamba(MixerModule):
         return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
-        """The state before the first input, zero.
-
-        The last W = conv_size - 1 inputs of the convolution, and the recurrent states.
-        """
+        """Zeros: the last W = conv_size - 1 inputs of the convolution, and the recurrent states."""
         window = jnp.zeros((batch_size, self.conv_size - 1, self.inner))
         return window, jnp.zeros((batch_size, self.inner, self.state_size))
 
@@ -131,11 +119,8 @@ class Mamba(MixerModule):
         selected = (u @ self.x_proj[...].astype(u.dtype)).astype(dtype)
         low, b, c = jnp.split(selected, [self.rank, self.rank + self.state_size], axis=-1)
         delta = low @ self.dt_proj[...].astype(dtype)
-        return (
-            jax.nn.softplus(delta + jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)),
-            b,
-            c,
-        )
+        bias = jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)
+        return jax.nn.softplus(delta + bias), b, c
 
     def a(self, dtype) -> Float[Array, "E N"]:
         """The diagonals of A."""

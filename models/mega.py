@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.checks import at_least_float32, check_option, require_causal
+from models.checks import (
+    at_least_float32,
+    check_option,
+    check_positive,
+    expanded_width,
+    require_causal,
+)
 from models.mixer import MixerModule
 from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.fft_convolution import fft_convolution
@@ -60,18 +66,8 @@ class Mega(MixerModule):
         rngs: nnx.Rngs,
     ):
         check_option("model.attention", attention, ATTENTIONS)
-        for key, value in (
-            ("state_size", state_size),
-            ("attention_size", attention_size),
-            ("chunk_size", chunk_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1")
-        values = round(expand * width)
-        if values < 1 or values != expand * width:
-            raise ValueError(
-                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
-            )
+        check_positive(state_size=state_size, attention_size=attention_size, chunk_size=chunk_size)
+        values = expanded_width(expand, width)
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} must be at least 0 and below 1")
         self.causal, self.attention, self.chunk_size = not bidirectional, attention, chunk_size

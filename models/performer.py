@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from models.checks import check_option
+from models.checks import check_option, check_positive
 from models.linear import KernelAttention
 
 KERNELS = ("softmax", "relu")
@@ -35,8 +35,7 @@ class Performer(KernelAttention):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`.
-        num_features: M; None, with kernel relu only, replaces the random projections by the
-            identity.
+        num_features: M; None, with kernel relu only, omits the random projections.
         kernel: softmax | relu, max(w . x, 0) + 0.001 (section 4.2, "generalised attention").
     Raises:
         ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax.
@@ -63,17 +62,13 @@ class Performer(KernelAttention):
                 "model.num_features=null has no random features, but model.kernel=softmax needs "
                 "them; set model.num_features or model.kernel=relu"
             )
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"model.num_features={num_features} must be at least 1")
+        check_positive(num_features=num_features)
         self.kernel = kernel
         self.num_features = width // num_heads if num_features is None else num_features
-        self.directions = (
-            None
-            if num_features is None
-            else RandomFeatures(
-                orthogonal_features(rngs.params(), num_features, width // num_heads)
-            )
-        )
+        self.directions = None
+        if num_features is not None:
+            drawn = orthogonal_features(rngs.params(), num_features, width // num_heads)
+            self.directions = RandomFeatures(drawn)
 
     def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
         if self.kernel == "relu":
@@ -85,11 +80,11 @@ class Performer(KernelAttention):
     def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
         """Features of the keys, without a subtracted maximum.
 
-        All keys must share one factor; the published code uses the maximum over all keys. No factor
-        is needed: exponents are at most |w_j|^2 / 2, about W / 2, and the mean of the features over
-        w is 1. The added 1e-6 keeps the denominator above 0 for a query that fits no feature; the
-        published code adds it to queries too. Keys longer than 2 sqrt(W) have features below 1e-6
-        and therefore equal weights (docs/models/performer.md).
+        The published code subtracts the maximum over all keys. Exponents are at most |w_j|^2 / 2,
+        about W / 2, and the mean of the features over w is 1. The added 1e-6 keeps the denominator
+        above 0 for a query that fits no feature; the published code adds it to queries too. Keys
+        longer than 2 sqrt(W) have features below 1e-6 and therefore equal weights
+        (docs/models/performer.md).
         """
         return self.relu_features(k) if self.kernel == "relu" else jnp.exp(self.exponent(k)) + 1e-6
 
@@ -113,7 +108,5 @@ def orthogonal_features(key: PRNGKeyArray, num_features: int, width: int) -> Flo
     q, r = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, width, width)))
     q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
     rows = jnp.swapaxes(q, 1, 2).reshape(blocks * width, width)[:num_features]
-    length = jnp.linalg.norm(
-        jax.random.normal(key_length, (num_features, width)), axis=1, keepdims=True
-    )
-    return rows * length
+    gaussian = jax.random.normal(key_length, (num_features, width))
+    return rows * jnp.linalg.norm(gaussian, axis=1, keepdims=True)
