@@ -2,11 +2,9 @@
 
 Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models" (arXiv 2312.06837). Reference code
 read: google-deepmind/spectral_ssm, which is this class with a random initial M_u, without negative
-filters and with k_y = 2 (`conf/model/stu_official.yaml`). `models.ops.stu` holds the mathematics,
-this module the parameters.
+filters and with k_y = 2 (`conf/model/stu_official.yaml`). The mathematics: `models.ops.stu`.
 
-Additions to the paper: `bidirectional` and the recurrent form `step`, which `models.ops.filters`
-derives.
+Additions to the paper: `bidirectional` and the recurrent form (`models.ops.filters`).
 """
 
 from collections.abc import Callable
@@ -36,7 +34,7 @@ class STU(MixerModule):
     """Spectral filters over the input plus feedback from the output; causal unless bidirectional.
 
     Args:
-        seq_len: L, the length of the filters and the longest input.
+        seq_len: the length of the filters and the longest input.
         num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
         filters: hankel | alternative, section 2 or appendix D of the paper.
         k_u: number of direct input taps M_u (3 in equation (4)).
@@ -82,9 +80,7 @@ class STU(MixerModule):
             else jax.random.truncated_normal(rngs.params(), -2, 2, (k_u, width, width)) / width**0.5
         )
         self.m_plus = nnx.Param(jnp.zeros((num_filters, width, width)))
-        self.m_minus = (
-            nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
-        )
+        self.m_minus = nnx.Param(jnp.zeros(self.m_plus.shape)) if negative_filters else None
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
         self.anticausal = (
             STU(
@@ -119,11 +115,7 @@ class STU(MixerModule):
         return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first input, zero; its size depends on K, k_u, k_y and D, not on L.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """Zeros, of a size that depends on K, k_u, k_y and D, not on L."""
         require_causal(self.causal)
         k_u, width, _ = self.m_u.shape
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
@@ -135,10 +127,9 @@ class STU(MixerModule):
         return state if self.m_minus is None else state | {"minus": features}
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`.
+        """One position of `__call__` up to the error of `filter_recurrence`, for up to L steps.
 
-        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
-        recurrence continue, and those of `__call__` end.
+        Beyond L, the filters of the recurrence continue, and those of `__call__` end.
         """
         dtype = state["plus"].dtype
         bank = (self.filters, self.seq_len, self.num_filters)
@@ -155,9 +146,8 @@ class STU(MixerModule):
         if self.m_y is None:
             y = y + state["outputs"][:, 1]
         else:
-            y = y + jnp.einsum(
-                "bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=HIGHEST
-            )
+            m_y = self.m_y[...].astype(dtype)
+            y = y + jnp.einsum("bkd,kde->be", state["outputs"], m_y, precision=HIGHEST)
         new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
         return new, y.astype(u_t.dtype)
 
@@ -165,11 +155,7 @@ class STU(MixerModule):
 def filter_variables(
     filters: str, seq_len: int, num_filters: int, negative_filters: bool
 ) -> tuple[Filter, Filter]:
-    """sigma (K,) and phi (L, K) of the named matrix, as variables that are not trained.
-
-    Raises:
-        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`.
-    """
+    """sigma (K,) and phi (L, K) of the named matrix."""
     check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
         raise ValueError(
@@ -186,9 +172,8 @@ def weighted(
     """sum_k sigma_k^(1/4) h_k m_k over the first K states, or over all N if N < K."""
     num = min(h.shape[1], sigma.shape[0])
     scale = sigma[:num].astype(h.dtype) ** 0.25
-    return jnp.einsum(
-        "bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=HIGHEST
-    )
+    h, m = h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype)
+    return jnp.einsum("bkd,kde->be", h, m, precision=HIGHEST)
 
 
 def apply_reversed(
@@ -196,8 +181,7 @@ def apply_reversed(
 ) -> Float[Array, "B L D"]:
     """The outputs of a causal, linear mixer over the reversed sequences, in the original order.
 
-    Padding comes first in the reversed sequence and is set to zero, which keeps the state of a
-    linear mixer at zero.
+    Padding comes first in the reversed sequence; zeros keep the state of a linear mixer at zero.
     """
     reversed_x = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
     return jnp.flip(mixer(reversed_x, jnp.flip(mask, 1)), 1)

@@ -30,11 +30,8 @@ class TensorizedSTU(MixerModule):
     x_t = u_t m_in.
 
     Args:
-        seq_len: L, the length of the filters and the longest input.
-        num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
-        filters: hankel | alternative, section 2 or appendix D of the STU paper.
+        seq_len, num_filters, filters, bidirectional: as in `STU`.
         negative_filters: adds the features X- with signs (-1)^i; hankel only.
-        bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
         ValueError: K > L, or an option that is unknown or does not fit.
     """
@@ -88,8 +85,7 @@ class TensorizedSTU(MixerModule):
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
-        if self.negative_filters:
-            # phi(i) + (-1)^i phi(i)
+        if self.negative_filters:  # phi(i) + (-1)^i phi(i)
             filters = filters * (2.0 * (jnp.arange(length) % 2 == 0)).astype(filters.dtype)[:, None]
         dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the transforms
         u = (x @ self.m_in[...].astype(x.dtype)).astype(dtype)
@@ -98,29 +94,17 @@ class TensorizedSTU(MixerModule):
 
     def scales(self) -> Float[Array, "K D"]:
         """sigma_k^(1/4) m_filters[k], at least in float32."""
-        return (self.sigma[...] ** 0.25)[:, None] * self.m_filters[...].astype(
-            self.sigma[...].dtype
-        )
+        sigma = self.sigma[...]
+        return (sigma**0.25)[:, None] * self.m_filters[...].astype(sigma.dtype)
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first input, zero; its size depends on K and D, not on L.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """Zeros, of a size that depends on K and D, not on L."""
         require_causal(self.causal)
         width = self.m_in.shape[0]
         features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
-        return (
-            {"plus": features, "minus": features} if self.negative_filters else {"plus": features}
-        )
+        return {"plus": features} | ({"minus": features} if self.negative_filters else {})
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`.
-
-        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
-        recurrence continue, and those of `__call__` end.
-        """
         x_t = (u_t @ self.m_in[...].astype(u_t.dtype)).astype(state["plus"].dtype)
         bank = (self.filters, self.seq_len, self.num_filters)
         new = {"plus": next_features(state["plus"], x_t, *bank)}
