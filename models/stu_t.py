@@ -105,6 +105,7 @@ class TensorizedSTU(MixerModule):
         return {"plus": features} | ({"minus": features} if self.negative_filters else {})
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
+        """One position of `__call__`, with the limits of `STU.step`."""
         x_t = (u_t @ self.m_in[...].astype(u_t.dtype)).astype(state["plus"].dtype)
         bank = (self.filters, self.seq_len, self.num_filters)
         new = {"plus": next_features(state["plus"], x_t, *bank)}
