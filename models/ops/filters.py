@@ -10,9 +10,6 @@ for the alternative matrix. A quadrature of this integral gives a factor M with 
 hundred columns. The filters are the left singular vectors of M, the eigenvalues its squared
 singular values. `eigh` of Z has an absolute error of 1e-16 of the largest eigenvalue; the SVD of M
 has this error in the square roots.
-
-The filters also satisfy a small linear recurrence (`filter_recurrence`), which applies them one
-input at a time.
 """
 
 from functools import lru_cache
@@ -21,14 +18,6 @@ import numpy as np
 from jaxtyping import Float
 
 from models.ops.filter_cache import load_or_compute
-
-# With 16 nodes per panel the eigenvalues near 1e-24 lose a digit, with 12 all digits; more than 24
-# change nothing.
-_NODES_PER_PANEL = 24
-# Enough for float32 at K = 24 and any length, see `filter_recurrence`.
-_EXTRA_STATES = 24
-# Eigenvectors of smaller eigenvalues contain noise, which can grow in a recurrence.
-_SMALLEST_EIGENVALUE = 1e-30
 
 
 def spectral_filters(
@@ -39,19 +28,16 @@ def spectral_filters(
     Z[i, j] = 2 / ((i + j)^3 - (i + j)), i, j = 1..L. Relative errors grow as 1e-18 / sqrt(sigma):
     1e-8 at eigenvalues of 1e-20, the 24th at L = 128; 1e-3 at 1e-30, the 24th at L = 32.
     Eigenvalues below 1e-32, which occur only for L < 30, are not resolved by float64: their
-    eigenvectors are finite, orthonormal to the others and otherwise arbitrary. They are not
-    refused, because a model weighs them by sigma^(1/4), at most 1e-8.
+    eigenvectors are finite, orthonormal to the others and otherwise arbitrary; a model weighs them
+    by sigma^(1/4), at most 1e-8.
 
-    The arrays are read-only and cached in memory and, from L = 1024 on, on disk
-    (`models.ops.filter_cache`).
+    The arrays are read-only and cached in memory and on disk (`models.ops.filter_cache`).
 
     Returns:
-        sigma in descending order, and phi as columns with phi[0] > 0.
+        sigma in descending order, and phi as columns with phi[0] > 0 (the paper states no sign).
     Raises:
         ValueError: a size is not positive, or `num_filters` exceeds `seq_len`.
-    Source: Agarwal et al. 2023, section 2. The paper does not state the sign of a filter; here its
-        first entry is
-    positive.
+    Source: Agarwal et al. 2023, section 2.
     """
     return _filters("hankel", seq_len, num_filters)
 
@@ -83,7 +69,7 @@ def alternative_filters(
 
 @lru_cache(maxsize=64)
 def filter_recurrence(
-    kind: str, seq_len: int, num_filters: int, extra_states: int = _EXTRA_STATES
+    kind: str, seq_len: int, num_filters: int, extra_states: int = 24
 ) -> tuple[Float[np.ndarray, "N N"], Float[np.ndarray, " N"]]:
     """a and b such that phi_k(i) = (b a^i)_k: the linear recurrence of the filters in time.
 
@@ -111,8 +97,8 @@ def filter_recurrence(
     """
     _check_sizes(seq_len, num_filters)
     sigma, phi = _filters(kind, seq_len, min(seq_len, num_filters + extra_states))
-    if phi.shape[1] < seq_len:
-        phi = phi[:, sigma > _SMALLEST_EIGENVALUE]
+    if phi.shape[1] < seq_len:  # eigenvectors of smaller eigenvalues are noise, which can grow
+        phi = phi[:, sigma > 1e-30]
     # not phi[:-1].T @ phi[1:], which would shift in a zero after the last entry
     a = np.linalg.lstsq(phi[:-1], phi[1:], rcond=None)[0]
     return _frozen(a, phi[0])
@@ -157,23 +143,19 @@ def _check_sizes(seq_len: int, num_filters: int) -> None:
         raise ValueError(f"model.num_filters={num_filters} is not positive")
     if num_filters > seq_len:
         raise ValueError(
-            f"model.num_filters={num_filters} exceeds task.seq_len={seq_len}, "
-            f"which has only {seq_len} filters; "
-            "lower model.num_filters or raise task.seq_len"
+            f"model.num_filters={num_filters} exceeds task.seq_len={seq_len}, which has only "
+            f"{seq_len} filters; lower model.num_filters or raise task.seq_len"
         )
 
 
 def _quadrature(seq_len: int) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
-    """Gauss-Legendre nodes, as gaps 1 - alpha, and weights on [0, 1].
-
-    The panels are [1 - 2^-j, 1 - 2^-(j+1)].
-    """
-    # Panels shrink until powers up to alpha^(2L) are nearly constant on the last one, which reaches
-    # 1.
+    """Gauss-Legendre nodes, as gaps 1 - alpha, and weights on panels [1 - 2^-j, 1 - 2^-(j+1)]."""
+    # panels shrink until powers up to alpha^(2L) are nearly constant on the last one, up to 1
     panels = int(np.ceil(np.log2(max(seq_len, 2)))) + 3
     upper = 2.0 ** -np.arange(panels)
     lower = np.append(upper[1:], 0.0)
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES_PER_PANEL)
+    # with 16 nodes per panel the eigenvalues near 1e-24 lose a digit; more than 24 change nothing
+    nodes, weights = np.polynomial.legendre.leggauss(24)
     gap = lower[:, None] + (upper - lower)[:, None] * (nodes[None, :] + 1) / 2
     return gap.ravel(), ((upper - lower)[:, None] * weights[None, :] / 2).ravel()
 
