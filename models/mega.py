@@ -232,8 +232,10 @@ class MovingAverage(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         wide = at_least_float32(x)
         u = jnp.where(mask[..., None], wide, 0)
-        logits = (p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta))
-        kernels = ema_kernel(*logits, x.shape[1])
+        alpha, delta, beta, eta = (
+            p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
+        )
+        kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
         # the anticausal kernel begins at the next position; its last entry meets no input
         back = jnp.roll(kernels[1], -1, axis=1) if len(kernels) == 2 else None
         skip = self.omega[...].astype(wide.dtype)[None, None] * wide

@@ -1,9 +1,7 @@
 """The interface between a mixer and the backbone.
 
 A mixer maps a sequence (B, L, D) to a sequence of the same shape and is the only part of the
-network that moves information between positions. `Mixer` states what the backbone reads,
-`MixerFactory` what it passes to a constructor, `StreamingMixer` what a recurrent form adds.
-`MixerModule` is the NNX base class that supplies the defaults.
+network that moves information between positions.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -45,7 +43,6 @@ class Mixer(Protocol):
             train: enables dropout.
             rngs: a stream named `dropout`, required in training by mixers with dropout.
         """
-        ...
 
 
 @runtime_checkable
@@ -56,14 +53,11 @@ class StreamingMixer(Mixer, Protocol):
         """The state before the first input.
 
         Raises:
-            ValueError: the options of this mixer exclude a recurrent form; the message names the
-                config key.
+            ValueError: the options of this mixer exclude a recurrent form.
         """
-        ...
 
     def step(self, state: Any, u_t: Float[Array, "B D"]) -> tuple[Any, Float[Array, "B D"]]:
         """The next state and the output: one position of `__call__`."""
-        ...
 
 
 @runtime_checkable
@@ -72,7 +66,6 @@ class MixerFactory(Protocol):
 
     def __call__(self, *, width: int, seq_len: int, rngs: nnx.Rngs) -> Mixer:
         """The mixer of one layer for inputs (B, L, D) with D = `width` and L <= `seq_len`."""
-        ...
 
 
 class MixerModule(nnx.Module):
