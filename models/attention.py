@@ -1,9 +1,7 @@
 """Multi-head softmax attention with a padding mask.
 
-The backbone adds learned and sinusoidal positions to the embeddings (`backbone.positions`) and
-holds the MLP branch (`backbone.mlp`); rotary positions (Su et al. 2021, arXiv 2104.09864) are
-applied to queries and keys here. `MultiHead` holds the projections that every attention in this
-package uses.
+The backbone adds learned and sinusoidal positions to the embeddings (`backbone.positions`); rotary
+positions (Su et al. 2021, arXiv 2104.09864) are applied to queries and keys here.
 
 Paper: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), equation (1). Reference
 code read: google-research/long-range-arena. Deviations: docs/models/transformer.md.
@@ -43,9 +41,9 @@ class MultiHead(MixerModule):
         rngs: nnx.Rngs,
     ):
         check_option("model.positions", positions, POSITIONS)
-        key, inner = (
-            ("backbone.width", width) if qkv_width is None else ("model.qkv_width", qkv_width)
-        )
+        key, inner = "model.qkv_width", qkv_width
+        if inner is None:
+            key, inner = "backbone.width", width
         if num_heads < 1 or inner < 1 or inner % num_heads:
             raise ValueError(
                 f"model.num_heads={num_heads} must be at least 1 and divide {key}={inner}"
@@ -67,8 +65,7 @@ class MultiHead(MixerModule):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B L D"]:
-        q, k, v = self.project_qkv(x)
-        return self.project_output(self.attend(q, k, v, mask)).astype(x.dtype)
+        return self.project_output(self.attend(*self.project_qkv(x), mask)).astype(x.dtype)
 
     def attend(
         self,
@@ -86,7 +83,6 @@ class MultiHead(MixerModule):
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
     def project_output(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
-        """The output projection of the concatenated heads."""
         return self.output(y.reshape(*y.shape[:2], -1))
 
     def apply_rotary(
