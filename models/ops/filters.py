@@ -42,14 +42,6 @@ def spectral_filters(
     return _filters("hankel", seq_len, num_filters)
 
 
-def uncached_spectral_filters(
-    seq_len: int, num_filters: int
-) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
-    """`spectral_filters` without the cache."""
-    _check_sizes(seq_len, num_filters)
-    return _hankel_filters(seq_len, num_filters)
-
-
 def alternative_filters(
     seq_len: int, num_filters: int
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "L K"]]:
@@ -107,11 +99,12 @@ def filter_recurrence(
 @lru_cache(maxsize=64)
 def _filters(kind: str, seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
     _check_sizes(seq_len, num_filters)
-    make = {"hankel": _hankel_filters, "alternative": _alternative_filters}[kind]
+    make = {"hankel": uncached_spectral_filters, "alternative": _alternative_filters}[kind]
     return _frozen(*load_or_compute(kind, seq_len, num_filters, lambda: make(seq_len, num_filters)))
 
 
-def _hankel_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
+def uncached_spectral_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
+    """`spectral_filters` without the caches and the checks."""
     gap, weight = _quadrature(seq_len)
     powers = np.exp(np.arange(seq_len)[:, None] * np.log1p(-gap)[None, :])
     sigma, phi = _eigenpairs(powers * (gap * np.sqrt(weight))[None, :])
