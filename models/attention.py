@@ -8,13 +8,13 @@ code read: google-research/long-range-arena. Deviations: docs/models/transformer
 """
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.backbone import POSITIONS
 from models.checks import check_option
 from models.layers import Linear
-from models.mixer import MixerModule
-from models.ops.attention import attention
+from models.mixer import Mask, MixerModule, Sequences
+from models.ops.attention import Heads, attention
 from models.ops.positions import rotate
 
 
@@ -58,22 +58,11 @@ class MultiHead(MixerModule):
         self.output = Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         return self.project_output(self.attend(*self.project_qkv(x), mask)).astype(x.dtype)
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         """Weighted means of the values; rotary positions are not applied to `q` and `k` yet."""
         raise NotImplementedError
 
@@ -82,12 +71,10 @@ class MultiHead(MixerModule):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    def project_output(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
+    def project_output(self, y: Heads) -> Float[Array, "B L D"]:
         return self.output(y.reshape(*y.shape[:2], -1))
 
-    def apply_rotary(
-        self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0
-    ) -> Float[Array, "B L H W"]:
+    def apply_rotary(self, x: Heads, first: int | Int[Array, ""] = 0) -> Heads:
         """`x` with rotary positions `first`, `first` + 1, ..., if the mixer is rotary; else `x`."""
         return rotate(x, first=first) if self.rotary else x
 
@@ -137,13 +124,8 @@ class Attention(MultiHead):
         self.attention_dropout = attention_dropout
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         q, k, v = self.project_qkv(x)
         q, k = self.apply_rotary(q), self.apply_rotary(k)
         dropout = self.attention_dropout if train else 0.0

@@ -22,10 +22,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import at_least_float32, check_positive, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.products import matmul_highest
 
 _SATURATED = 1e4  # sigmoid(1e4) is exactly 1
@@ -63,13 +63,8 @@ class GRU(MixerModule):
         self.output_bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         # (L, B, D) for the scan; the gates would be three times as large to transpose
         u = at_least_float32(jnp.swapaxes(x, 0, 1))
         both = u[None] if self.causal else jnp.stack([u, jnp.flip(u, axis=0)])

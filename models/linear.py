@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.attention import MultiHead
 from models.checks import at_least_float32, require_causal
+from models.mixer import Mask
+from models.ops.attention import Heads
 from models.ops.batch_sharding import local_batch_size
 from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.linear_attention import EPSILON, block_rows, causal_sums, weight_totals
@@ -44,19 +46,13 @@ class KernelAttention(MultiHead):
     rotates_features: bool
     num_features: int  # M
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         raise NotImplementedError
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         raise NotImplementedError
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         if not self.causal:
             return self.attend_bidirectional(q, k, v, mask)
         q, k, rotated_q, rotated_k = self.features(q, k)
@@ -65,9 +61,7 @@ class KernelAttention(MultiHead):
         sums = causal_sums(rotated_q, rotated_k, v.astype(q.dtype))
         return sums / (weight_totals(q, k) + EPSILON)[..., None]
 
-    def attend_bidirectional(
-        self, q: Array, k: Array, v: Array, mask: Array
-    ) -> Float[Array, "B L H W"]:
+    def attend_bidirectional(self, q: Array, k: Array, v: Array, mask: Array) -> Heads:
         """The quotient of sums over all positions, one block of positions at a time.
 
         The backward pass recomputes the features of each block; autodiff would save several copies
@@ -162,8 +156,8 @@ class LinearAttention(KernelAttention):
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         self.num_features = width // num_heads
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.elu(q) + 1
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.elu(k) + 1

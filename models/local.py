@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from models.attention import MultiHead
 from models.checks import check_positive
+from models.mixer import Mask
+from models.ops.attention import Heads
 from models.ops.blocks import merge_blocks, split_blocks
 
 
@@ -50,26 +52,14 @@ class LocalAttention(MultiHead):
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         self.block_size, self.neighbours = min(block_size, seq_len), neighbours
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         q, k = self.apply_rotary(q), self.apply_rotary(k)
         return block_attention(q, k, v, mask, self.block_size, self.neighbours, self.causal)
 
 
 def block_attention(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
-    mask: Bool[Array, "B L"],
-    block_size: int,
-    neighbours: int,
-    causal: bool,
-) -> Float[Array, "B L H W"]:
+    q: Heads, k: Heads, v: Heads, mask: Mask, block_size: int, neighbours: int, causal: bool
+) -> Heads:
     """softmax(q k^T / sqrt(W)) v over the real positions of a block and its neighbours."""
     batch, length, *rest = q.shape
     blocks = -(-length // block_size)

@@ -16,10 +16,10 @@ docs/models/longconv.md.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from models.checks import at_least_float32, check_option
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.fft_convolution import convolve_directions
 
 INITS = ("normal", "cosine")
@@ -98,13 +98,8 @@ class LongConv(MixerModule):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)  # the transform loses too many digits in 16 bits
         y = convolve_directions(u, mask, self.kernels(x.shape[1]))
         return (y + self.d[...][None, None] * u).astype(x.dtype)

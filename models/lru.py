@@ -17,10 +17,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float, Inexact
+from jaxtyping import Array, Complex, Float, Inexact
 
 from models.checks import at_least_float32, check_option, check_positive, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
 from models.ops.products import matmul_highest, real_product
 from models.ops.recurrence import linear_recurrence
@@ -121,13 +121,8 @@ class LRU(MixerModule):
                 self.theta = nnx.Param(theta)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)
         bu = self.project_input(u)  # (B, L, N)
         # one direction at a time: concatenating both would hold 4 B L N more numbers

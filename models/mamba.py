@@ -15,10 +15,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import check_positive, expanded_width
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.selective_scan import selective_scan, selective_step
 from models.ops.state_space import log_uniform_steps
 
@@ -71,13 +71,8 @@ class Mamba(MixerModule):
         self.out_proj = nnx.Param(uniform(key, (inner, width), inner))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
         # the backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E)
         u, delta, b, c = jax.checkpoint(self.convolved)(u)

@@ -9,6 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+Sequences = Float[Array, "B L D"]  # inputs and outputs of a mixer
+Mask = Bool[Array, "B L"]  # True at real positions, which come first
+
 
 @runtime_checkable
 class Mixer(Protocol):
@@ -28,18 +31,13 @@ class Mixer(Protocol):
     grows_with_length: bool
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         """Outputs in the dtype of `x`.
 
         Args:
             x: inputs, float32 or bfloat16.
-            mask: True at real positions, which come first; False at padding.
+            mask: False at padding.
             train: enables dropout.
             rngs: a stream named `dropout`, required in training by mixers with dropout.
         """

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from models.checks import check_option, check_positive
 from models.linear import KernelAttention
+from models.ops.attention import Heads
 
 KERNELS = ("softmax", "relu")
 
@@ -70,14 +71,14 @@ class Performer(KernelAttention):
             drawn = orthogonal_features(rngs.params(), num_features, width // num_heads)
             self.directions = RandomFeatures(drawn)
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         if self.kernel == "relu":
             return self.relu_features(q)
         exponent = self.exponent(q)
         # a factor per query cancels in the quotient of the sums
         return jnp.exp(exponent - jax.lax.stop_gradient(exponent.max(axis=-1, keepdims=True)))
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         """Features of the keys, without a subtracted maximum.
 
         The published code subtracts the maximum over all keys. Exponents are at most |w_j|^2 / 2,
@@ -88,15 +89,15 @@ class Performer(KernelAttention):
         """
         return self.relu_features(k) if self.kernel == "relu" else jnp.exp(self.exponent(k)) + 1e-6
 
-    def exponent(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def exponent(self, x: Heads) -> Float[Array, "B L H M"]:
         x = x / x.shape[-1] ** 0.25
         # the factor 1 / sqrt(M) cancels
         return self.project(x) - 0.5 * jnp.square(x).sum(axis=-1, keepdims=True)
 
-    def relu_features(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def relu_features(self, x: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.relu(self.project(x)) + 1e-3
 
-    def project(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def project(self, x: Heads) -> Float[Array, "B L H M"]:
         return x if self.directions is None else x @ self.directions[...].T.astype(x.dtype)
 
 

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Complex, Float
 
 from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.fft_convolution import convolve_directions
 from models.ops.state_space import (
     DISCRETIZATIONS,
@@ -92,13 +92,8 @@ class S4D(MixerModule):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)  # the transform and the kernel lose too many digits in 16 bits
         log_lam_bar, b_bar = self.system()
         c = jax.lax.complex(self.c_re[...], self.c_im[...])

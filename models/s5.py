@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
 from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.products import real_product
 from models.ops.recurrence import linear_recurrence
 from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
@@ -102,13 +102,8 @@ class S5(MixerModule):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         lam_bar, b_bar = self.system()
         u = at_least_float32(x)
         c_re, c_im = self.c_re[...], self.c_im[...]

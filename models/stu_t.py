@@ -14,10 +14,10 @@ taps M_u, the feedback from y and its lag of 2 are absent. Deviations: docs/mode
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
 from models.stu import State, apply_reversed, filter_variables
@@ -69,13 +69,8 @@ class TensorizedSTU(MixerModule):
         )
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         length = x.shape[1]
         if length > self.seq_len:
             raise ValueError(

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from models.ops.batch_sharding import local_batch_size
 from models.ops.blocks import merge_blocks, split_blocks
 
+Heads = Float[Array, "B L H W"]  # queries, keys or values
+
 # Bytes of weights held at once: on a CPU about the size of its caches, with which forward and
 # backward take a third of the time of the whole matrix from L = 256 on; elsewhere not measured.
 WEIGHT_BYTES = {"cpu": 4 * 2**20}
@@ -25,15 +27,15 @@ FEWEST_ROWS = 8  # with fewer rows, the overhead of the loop dominates on a CPU
 
 
 def attention(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
+    q: Heads,
+    k: Heads,
+    v: Heads,
     mask: Bool[Array, "B L"],
     *,
     causal: bool,
     dropout: float | int = 0.0,
     key: PRNGKeyArray | None = None,
-) -> Float[Array, "B L H W"]:
+) -> Heads:
     """Means of the values, weighted by softmax over the real (if causal: past and own) positions.
 
     Args:
@@ -84,15 +86,15 @@ def block_rows(weights_a_row: int) -> int:
 
 
 def attention_by_blocks(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
+    q: Heads,
+    k: Heads,
+    v: Heads,
     mask: Bool[Array, "B L"],
     causal: bool,
     rows: int,
     dropout: float | int = 0.0,
     key: PRNGKeyArray | None = None,
-) -> Float[Array, "B L H W"]:
+) -> Heads:
     """`attention` with the weights of `rows` queries at a time, in the forward and backward pass.
 
     Scores and their sums are at least float32. Gradients are exact; `jax.jvp` works too.
