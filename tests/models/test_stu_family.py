@@ -208,14 +208,6 @@ def test_bfloat16_inputs_lose_no_more_than_rounding(name):
     assert np.abs(np.asarray(y, np.float32) - exact).max() < 2**-6 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in CAUSAL])
-def test_bidirectional_models_look_ahead_and_do_not_stream(name):
-    made = mixer(name)
-    assert not made.causal
-    with pytest.raises(ValueError, match=r"model\.bidirectional=true"):
-        made.init_state(2)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
