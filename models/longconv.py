@@ -85,7 +85,7 @@ class LongConv(MixerModule):
                 f"model.decay_min={decay_min}, model.decay_max={decay_max}: "
                 "expected 0 < decay_min <= decay_max"
             )
-        self.causal, self.seq_len = not bidirectional, seq_len
+        self.causal = not bidirectional
         self.stretch, self.decay, self.interpolation = 2**init_scale, decay, interpolation
         self.rates = (decay_min, decay_max)
         num_scales = 1 + (-(-seq_len // first) - 1).bit_length()
@@ -106,10 +106,6 @@ class LongConv(MixerModule):
 
     def kernels(self, length: int) -> Float[Array, "K D L"]:
         """The kernel of each direction, cut to the input."""
-        if length > self.seq_len:
-            raise ValueError(
-                f"inputs have length {length}, the kernel was built for task.seq_len={self.seq_len}"
-            )
         return self.unscaled_kernel()[..., :length] / self.z[...][..., None]
 
     def unscaled_kernel(self) -> Float[Array, "K D T"]:

@@ -98,27 +98,24 @@ class LRU(MixerModule):
             squared = key.uniform((state_size,), minval=r_min**2, maxval=r_max**2)
             squared = jnp.maximum(squared, 1e-12)
             theta = max_phase * key.uniform((state_size,), minval=1e-7)
-            self.init_eigenvalues(-0.5 * jnp.log(squared), theta)
+            nu = -0.5 * jnp.log(squared)
+            if parametrization == "real_imag":
+                lam = polar(nu, theta)
+                self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
+            elif parametrization == "exp":
+                self.nu, self.theta = nnx.Param(nu), nnx.Param(theta)
+            else:
+                self.nu_log = nnx.Param(jnp.log(nu))
+                if self.log_phase:
+                    self.theta_log = nnx.Param(jnp.log(theta))
+                else:
+                    self.theta = nnx.Param(theta)
             self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
             self.b_re = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
             self.b_im = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
             self.c_re = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
             self.c_im = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         self.d = nnx.Param(key.normal((width,)))
-
-    def init_eigenvalues(self, nu: Float[Array, " N"], theta: Float[Array, " N"]) -> None:
-        """Sets the parameters so that lam = exp(-nu + i theta)."""
-        if self.parametrization == "real_imag":
-            lam = polar(nu, theta)
-            self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
-        elif self.parametrization == "exp":
-            self.nu, self.theta = nnx.Param(nu), nnx.Param(theta)
-        else:
-            self.nu_log = nnx.Param(jnp.log(nu))
-            if self.log_phase:
-                self.theta_log = nnx.Param(jnp.log(theta))
-            else:
-                self.theta = nnx.Param(theta)
 
     def __call__(
         self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None

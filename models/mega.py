@@ -117,10 +117,6 @@ class Mega(MixerModule):
         batch, length, _ = q.shape
         size = min(self.chunk_size or length, length)
         longest = self.chunk_size or (self.rel_bias.shape[0] + 1) // 2
-        if size > longest:
-            raise ValueError(
-                f"inputs have length {length}, the model was built for task.seq_len={longest}"
-            )
         bias = self.rel_bias[...][longest - size : longest + size - 1]
         # chunks become sequences of a larger batch, (B * chunks, size, ...)
         q, k, v, mask = (

@@ -8,6 +8,7 @@ Additions to the paper: `bidirectional` and the recurrent form (`models.ops.filt
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,7 @@ class STU(MixerModule):
         if k_u > seq_len or (k_y is not None and k_y >= seq_len):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
             raise ValueError(f"{taps} reach further back than task.seq_len={seq_len}; lower them")
-        self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
-        self.causal = not bidirectional
+        self.causal, self.bank = not bidirectional, (filters, seq_len, num_filters)
         self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
         self.m_u = nnx.Param(
             jnp.zeros((k_u, width, width))
@@ -105,7 +105,7 @@ class STU(MixerModule):
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
         m_minus = None if self.m_minus is None else self.m_minus[...]
-        m_y = "lag2" if self.m_y is None else self.m_y[...]
+        m_y: Array | Literal["lag2"] = "lag2" if self.m_y is None else self.m_y[...]
         y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
         return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
@@ -113,7 +113,7 @@ class STU(MixerModule):
         """Zeros, of a size that depends on K, k_u, k_y and D, not on L."""
         require_causal(self.causal)
         k_u, width, _ = self.m_u.shape
-        features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
+        features = initial_features(batch_size, width, *self.bank)
         state = {  # inputs and outputs: the latest first
             "inputs": jnp.zeros((batch_size, max(k_u - 1, 2), width)),
             "outputs": jnp.zeros((batch_size, 2 if self.m_y is None else self.m_y.shape[0], width)),
@@ -127,16 +127,15 @@ class STU(MixerModule):
         Beyond L, the filters of the recurrence continue, and those of `__call__` end.
         """
         dtype = state["plus"].dtype
-        bank = (self.filters, self.seq_len, self.num_filters)
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
         m_u = self.m_u[...].astype(dtype)
         y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=HIGHEST)
         # y_t reads U_{t-2}, so the features receive their input two steps late
-        new["plus"] = next_features(state["plus"], recent[:, 2], *bank)
+        new["plus"] = next_features(state["plus"], recent[:, 2], *self.bank)
         y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
         if self.m_minus is not None:
-            new["minus"] = next_features(state["minus"], recent[:, 2], *bank, alternate=True)
+            new["minus"] = next_features(state["minus"], recent[:, 2], *self.bank, alternate=True)
             y = y + weighted(new["minus"], self.sigma[...], self.m_minus[...])
         if self.m_y is None:
             y = y + state["outputs"][:, 1]

@@ -47,7 +47,7 @@ class TensorizedSTU(MixerModule):
         bidirectional: bool,
         rngs: nnx.Rngs,
     ):
-        self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
+        self.bank = (filters, seq_len, num_filters)
         self.causal, self.negative_filters = not bidirectional, negative_filters
         self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
         # If one factor were zero initially, the other would have no gradient.
@@ -72,11 +72,6 @@ class TensorizedSTU(MixerModule):
         self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> Sequences:
         length = x.shape[1]
-        if length > self.seq_len:
-            raise ValueError(
-                f"the filters have length {self.seq_len} and the input {length}; "
-                f"set task.seq_len to {length} or more"
-            )
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
@@ -96,17 +91,16 @@ class TensorizedSTU(MixerModule):
         """Zeros, of a size that depends on K and D, not on L."""
         require_causal(self.causal)
         width = self.m_in.shape[0]
-        features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
+        features = initial_features(batch_size, width, *self.bank)
         return {"plus": features} | ({"minus": features} if self.negative_filters else {})
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
         """One position of `__call__`, with the limits of `STU.step`."""
         x_t = (u_t @ self.m_in[...].astype(u_t.dtype)).astype(state["plus"].dtype)
-        bank = (self.filters, self.seq_len, self.num_filters)
-        new = {"plus": next_features(state["plus"], x_t, *bank)}
+        new = {"plus": next_features(state["plus"], x_t, *self.bank)}
         features = new["plus"]
         if self.negative_filters:
-            new["minus"] = next_features(state["minus"], x_t, *bank, alternate=True)
+            new["minus"] = next_features(state["minus"], x_t, *self.bank, alternate=True)
             features = features + new["minus"]
         scales = self.scales()[: features.shape[1]].astype(features.dtype)
         return new, jnp.sum(features[:, : len(scales)] * scales[None], axis=1).astype(u_t.dtype)

@@ -84,10 +84,7 @@ def filter_recurrence(
         kind: hankel (`spectral_filters`) | alternative (`alternative_filters`).
         extra_states: N - K, at most. N is smaller if L is, or if further eigenvalues are below
             1e-30 (then even below K): the omitted filters weigh less than 4e-8.
-    Raises:
-        ValueError: as `spectral_filters`.
     """
-    _check_sizes(seq_len, num_filters)
     sigma, phi = _filters(kind, seq_len, min(seq_len, num_filters + extra_states))
     if phi.shape[1] < seq_len:  # eigenvectors of smaller eigenvalues are noise, which can grow
         phi = phi[:, sigma > 1e-30]

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from models.checks import check_option
-
 DISCRETIZATIONS = ("zoh", "bilinear")
 
 
@@ -47,7 +45,6 @@ def discretize(
             bilinear, lam_bar = (1 + lam Delta / 2) / (1 - lam Delta / 2) and
             factor = Delta / (1 - lam Delta / 2).
     """
-    check_option("model.discretization", rule, DISCRETIZATIONS)
     z = lam * step
     if rule == "zoh":
         return z, jnp.expm1(z) / lam  # expm1, because exp(z) of slow states is within 1e-3 of 1

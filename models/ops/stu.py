@@ -20,7 +20,7 @@ u_{t-2}. Deviations: none in the values.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def stu(
     m_u: Float[Array, "k_u D_in D_out"],
     m_plus: Float[Array, "K D_in D_out"],
     m_minus: Float[Array, "K D_in D_out"] | None = None,
-    m_y: Float[Array, "k_y D_out D_out"] | str | None = None,
+    m_y: Float[Array, "k_y D_out D_out"] | Literal["lag2"] | None = None,
 ) -> Float[Array, "B L D_out"]:
     """The output of an STU, equations (4) to (6).
 
@@ -68,18 +68,13 @@ def stu(
         y in the dtype of u. With bfloat16 inputs the products have bfloat16 factors and float32
         sums; all else is float32.
     Raises:
-        ValueError: `phi` is shorter than u, or `m_y` is an unknown word.
-    Source: Agarwal et al. 2023, equations (4) to (6).
+        ValueError: `phi` is shorter than u.
     """
     length = u.shape[1]
     if phi.shape[0] < length:
         raise ValueError(
             f"the filters have length {phi.shape[0]} and the input {length}; "
             f"set task.seq_len to {length} or more"
-        )
-    if isinstance(m_y, str) and m_y != "lag2":
-        raise ValueError(
-            f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)"
         )
     # Explicit dtypes: NumPy filters are float64, and strict promotion refuses even `promote_types`.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32

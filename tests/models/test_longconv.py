@@ -144,11 +144,6 @@ def test_cosine_start_has_every_frequency_once_in_each_scale():
     assert any((w[0] != scale).any() for scale in w[1:])
 
 
-def test_longer_inputs_than_the_kernel_was_made_for_are_refused():
-    with pytest.raises(ValueError, match=r"task\.seq_len=17"):
-        longconv(length=17)(inputs(length=18), jnp.ones((2, 18), bool))
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [

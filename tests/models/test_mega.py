@@ -337,9 +337,3 @@ def test_large_speech_model_has_its_published_size():
 def test_bad_sizes_name_their_key(options, key):
     with pytest.raises(ValueError, match=key):
         mega(**options)
-
-
-def test_inputs_longer_than_the_bias_are_refused():
-    x = jnp.zeros((1, LENGTH + 1, WIDTH))
-    with pytest.raises(ValueError, match="task.seq_len=11"):
-        mega(chunk_size=None)(x, jnp.ones(x.shape[:2], bool))

@@ -234,16 +234,6 @@ def test_bad_options_name_their_key(name, options, key):
         mixer(name, **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_inputs_longer_than_the_filters_are_refused(name):
-    with pytest.raises(
-        ValueError, match=rf"length {LENGTH} and the input {LENGTH + 1}.*task\.seq_len"
-    ):
-        jax.eval_shape(
-            mixer(name), jnp.zeros((1, LENGTH + 1, WIDTH)), jnp.ones((1, LENGTH + 1), bool)
-        )
-
-
 def test_official_model_has_the_parameters_of_the_published_code():
     """Embedding, six times [batch norm, m_y, m_u, m_phi, linear to 2 D], head."""
     cfg = lra.compose(["task=scifar", "model=stu_official", "backbone.width=256"])

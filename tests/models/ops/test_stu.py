@@ -252,9 +252,3 @@ def test_short_filters_are_refused():
     arguments = random_arguments(10) | {"u": np.zeros((2, 16, 3))}
     with pytest.raises(ValueError, match=r"length 15 and the input 16; set task\.seq_len to 16"):
         stu(**{key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()})
-
-
-def test_unknown_feedback_is_refused():
-    arrays = {key: jnp.asarray(x, jnp.float32) for key, x in random_arguments(10).items()}
-    with pytest.raises(ValueError, match=r"'lag3' is unknown.*model\.k_y"):
-        stu(**arrays, m_y="lag3")
