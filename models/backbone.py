@@ -51,30 +51,23 @@ class Backbone(nnx.Module):
         seq_len: the padded length of the inputs.
         vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
         num_pairs: 1, or 2 if an example is a pair of sequences; both use this encoder.
-        num_targets: 1, or T if each of the last T positions has a class. Then there is no pooling,
-            and these positions must be real.
+        num_targets: 1, or T if each of the last T positions, which must be real, has a class.
         pair_head: interact | concat, the input of a pair's head: S4's features or the LRA paper's.
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: applied after the mixer; GLU `full` doubles the width and gates,
             `half1` and `half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
         dropout: rate, after the activation and after the GLU (once if there is no GLU), and in and
-            after the MLP.
-        embedding_dropout: rate, after the embeddings and their positions.
-        pool: mean | last over real positions, or cls (a learned token in front; not for causal
-            mixers).
-        positions: none | learned | sinusoidal are added to the encoder's output; rotary is applied
-            by the mixer.
-        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper);
-            pairs use `pair_head` instead.
+            after the MLP; `embedding_dropout` after the embeddings and their positions.
+        pool: mean | last of the real positions | cls (a learned token in front; not causal).
+        positions: none | learned | sinusoidal (added to the encoding) | rotary (by the mixer).
+        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper).
         precision: float32 | tf32 | bf16. With bf16 the activations and the matrix products of the
             blocks are bfloat16; parameters, encoder, norm statistics, pooling and head stay
             float32. A mixer chooses the dtype of its own states and sums.
-        remat: none | block | dots | a policy's name, what each block saves for the backward pass
-            (`REMATS`).
+        remat: what each block saves for the backward pass, a key of `REMATS`.
     Raises:
-        ValueError: an option is unknown, the pool or the positions do not fit the mixer, or the
-            mixer lacks an attribute of `Mixer`.
+        ValueError: an option is unknown or does not fit the mixer.
     """
 
     def __init__(
@@ -115,11 +108,10 @@ class Backbone(nnx.Module):
         self.pool, self.num_targets, self.seq_len = pool, num_targets, seq_len
         self.pair_head = None if num_pairs == 1 else pair_head
         length = seq_len + (pool == "cls")
-        self.encoder = (
-            nnx.Linear(num_features, width, rngs=rngs)
-            if vocab_size is None
-            else Embedding(vocab_size, width, rngs=rngs)
-        )
+        if vocab_size is None:
+            self.encoder: Any = nnx.Linear(num_features, width, rngs=rngs)
+        else:
+            self.encoder = Embedding(vocab_size, width, rngs=rngs)
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
         learned = positions == "learned"
         self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if learned else None
@@ -182,9 +174,7 @@ class Backbone(nnx.Module):
         Args:
             inputs: ids (B, L) or values (B, L, F); (B, 2, L[, F]) for pairs.
             lengths: number of real positions of each sequence, (B,) or (B, 2).
-            train: enables dropout; batch norm uses the statistics of this batch and updates the
-                running ones.
-            rngs: a stream named `dropout`, required in training.
+            train: enables dropout, from the stream `dropout` of `rngs`, and batch statistics.
         """
         if self.pair_head is None:
             return self.head(self.features(inputs, lengths, train=train, rngs=rngs))
@@ -368,12 +358,10 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]
     ) -> Float[Array, "B L D"]:
         y = self.up(x)
-        if self.kind == "swiglu":
-            value, gate = jnp.split(y, 2, axis=-1)
-            y = value * jax.nn.silu(gate)
-        else:
-            y = ACTIVATIONS[self.kind](y)
-        return self.down(drop(y))
+        if self.kind != "swiglu":
+            return self.down(drop(ACTIVATIONS[self.kind](y)))
+        value, gate = jnp.split(y, 2, axis=-1)
+        return self.down(drop(value * jax.nn.silu(gate)))
 
 
 class MLPHead(nnx.Module):
@@ -409,13 +397,9 @@ def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
-    """Sinusoidal positions (L, D), with periods from 2 pi to 10,000 x 2 pi.
+    """Sinusoidal positions (L, D) of Vaswani et al. 2017, section 3.5; a ValueError if D is odd.
 
-    Even channels hold the sine, odd ones the cosine.
-
-    Raises:
-        ValueError: D is odd.
-    Source: Vaswani et al. 2017, section 3.5.
+    Periods are from 2 pi to 10,000 x 2 pi. Even channels hold the sine, odd ones the cosine.
     """
     if width % 2:
         raise ValueError(

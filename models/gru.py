@@ -36,8 +36,7 @@ class GRU(MixerModule):
 
     Args:
         state_size: H.
-        bidirectional: adds a unit with its own parameters over the reversed sequence; y reads both
-            states.
+        bidirectional: adds a unit with its own parameters over the reversed sequence.
     Raises:
         ValueError: state_size is below 1.
     """
@@ -50,9 +49,8 @@ class GRU(MixerModule):
         directions, key = (2 if bidirectional else 1), rngs.params
         orthogonal = jax.nn.initializers.orthogonal()
         # the last axis holds r, z, n
-        self.input_kernel = nnx.Param(
-            key.normal((directions, width, 3 * state_size)) / math.sqrt(width)
-        )
+        drawn = key.normal((directions, width, 3 * state_size))
+        self.input_kernel = nnx.Param(drawn / math.sqrt(width))
         self.input_bias = nnx.Param(jnp.zeros((directions, 3 * state_size)))
         square = [orthogonal(key(), (state_size, state_size)) for _ in range(3 * directions)]
         gates = [jnp.concatenate(square[3 * k : 3 * k + 3], axis=1) for k in range(directions)]

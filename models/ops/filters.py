@@ -71,14 +71,12 @@ def filter_recurrence(
     A filter is a combination of powers alpha^i, and so is the filter shifted by one step. In the
     basis of all filters the shift is a matrix whose entry from filter j to filter k falls as
     sigma_j / sigma_k; truncation to N filters has an error of sigma_N / sigma_K. Orthonormal
-    filters as coordinates suffice in float32; powers as coordinates would need weights near
-    sigma_k^(-1/4) that cancel. The error of filter k is the root of its summed squares times
-    sigma_k^(1/4). Its maximum over k and over L from 64 to 16,384, at K = 24 in float64, for 0, 4,
-    8, 16 and 24 extra states, is
+    filters as coordinates suffice in float32; powers would need weights that cancel. The error of
+    filter k is the root of its summed squares times sigma_k^(1/4). Its maximum over k and over L
+    from 64 to 16,384, at K = 24 in float64, for 0, 4, 8, 16 and 24 extra states, is
         hankel       6e-4, 1e-5, 2e-7, 6e-11, 3e-13,
         alternative  1e-2, 2e-3, 3e-4, 6e-6, 9e-8.
-    N = L is exact. The filters end at time L; the recurrence continues the same combinations of
-    powers.
+    N = L is exact. After time L the recurrence continues the same combinations of powers.
 
     Args:
         kind: hankel (`spectral_filters`) | alternative (`alternative_filters`).
@@ -111,8 +109,7 @@ def uncached_spectral_filters(seq_len: int, num_filters: int) -> tuple[np.ndarra
 def _alternative_filters(seq_len: int, num_filters: int) -> tuple[np.ndarray, np.ndarray]:
     gap, weight = _quadrature(seq_len)
     powers = np.exp(np.arange(seq_len)[:, None] * np.log1p(-gap)[None, :])
-    # 1 - alpha^2 from the gap 1 - alpha, which alpha^2 has rounded away; both halves of [-1, 1]
-    # contribute equally.
+    # 1 - alpha^2 from the gap 1 - alpha; both halves of [-1, 1] contribute equally
     mu = powers * (gap * (2 - gap) * np.sqrt(2 * weight))[None, :]
     sigmas, columns = [], []
     for parity in range(min(2, seq_len)):
