@@ -8,7 +8,7 @@ code read: google-research/long-range-arena. Deviations: docs/models/transformer
 """
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from models.backbone import POSITIONS
 from models.checks import check_option
@@ -66,12 +66,12 @@ class MultiHead(MixerModule):
         """Weighted means of the values; rotary positions are not applied to `q` and `k` yet."""
         raise NotImplementedError
 
-    def project_qkv(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x: Sequences) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each (B, L, H, W)."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    def project_output(self, y: Heads) -> Float[Array, "B L D"]:
+    def project_output(self, y: Heads) -> Sequences:
         return self.output(y.reshape(*y.shape[:2], -1))
 
     def apply_rotary(self, x: Heads, first: int | Int[Array, ""] = 0) -> Heads:

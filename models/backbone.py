@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.checks import check_option
 from models.layers import Linear
-from models.mixer import Mixer, MixerFactory
+from models.mixer import Mask, Mixer, MixerFactory, Sequences
 
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -230,7 +230,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(rngs.params.normal((vocab_size, width)))
 
-    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: Int[Array, "B L"]) -> Sequences:
         table = self.table[...]
         rows = jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype)
         return jnp.matmul(rows, table, precision="highest")  # tf32 would round the table
@@ -269,13 +269,8 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool,
-        rngs: nnx.Rngs | None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool, rngs: nnx.Rngs | None
+    ) -> Sequences:
         def drop(y):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
@@ -312,9 +307,7 @@ class Norm(nnx.Module):
             "none": lambda: None,
         }[kind]()
 
-    def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, mask: Mask, *, train: bool) -> Sequences:
         if self.norm is None:
             return x
         if isinstance(self.norm, nnx.BatchNorm):
@@ -331,9 +324,7 @@ class GLU(nnx.Module):
         outputs = 2 * width if kind == "full" else width
         self.linear = None if kind == "none" else Linear(width, outputs, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B L D"], act: Callable[[Array], Array]
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, act: Callable[[Array], Array]) -> Sequences:
         """The gated `act(x)`; `act` is the activation and the dropout in front of the gate."""
         y = act(x)
         if self.linear is None:
@@ -354,9 +345,7 @@ class MLP(nnx.Module):
         self.up = Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
         self.down = Linear(hidden, width, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, drop: Callable[[Array], Array]) -> Sequences:
         y = self.up(x)
         if self.kind != "swiglu":
             return self.down(drop(ACTIVATIONS[self.kind](y)))
@@ -384,7 +373,7 @@ class MLPHead(nnx.Module):
         return self.output(self.activation(self.hidden(features)))
 
 
-def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:
+def pool(x: Sequences, mask: Mask, kind: str) -> Float[Array, "B D"]:
     """One vector per sequence: mean or last of the real positions, or the first position (cls)."""
     if kind == "cls":
         return x[:, 0]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Complex, Float
 
 from models.backbone import Backbone
-from models.ops.attention import attention
+from models.mixer import Mask, Sequences
+from models.ops.attention import Heads, attention
 from models.ops.filters import spectral_filters, uncached_spectral_filters
 from models.ops.recurrence import linear_recurrence
 from models.ops.stu import feedback, stu
@@ -100,14 +101,14 @@ def stu_case(
 
 
 def published_stu(
-    u: Float[Array, "B L D"],
+    u: Sequences,
     m_u: Float[Array, "k_u D D"],
     m_plus: Float[Array, "K D D"],
     m_minus: Float[Array, "K D D"],
     m_y: Float[Array, "k_y D D"],
     phi: Float[Array, "L K"],
     sigma: Float[Array, " K"],
-) -> Float[Array, "B L D"]:
+) -> Sequences:
     """The order of google-deepmind/spectral_ssm: all K filtered copies of the input at once."""
     length = u.shape[1]
     size = 1 << (2 * length - 1).bit_length()
@@ -137,9 +138,7 @@ def feedback_case(batch: int, length: int, width: int, *, k_y: int) -> Case:
     return Case(what, published_feedback, feedback, _float32(learned))
 
 
-def published_feedback(
-    x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
-) -> Float[Array, "B L D"]:
+def published_feedback(x: Sequences, m_y: Float[Array, "k_y D D"]) -> Sequences:
     """y_t = x_t + sum_j y_{t-1-j} m_y[j], as a scan over time."""
 
     def step(past: Array, x_t: Array) -> tuple[Array, Array]:
@@ -179,12 +178,7 @@ def attention_case(batch: int, length: int, heads: int, head_width: int) -> Case
     return Case(what, materialized_attention, partial(attention, causal=False), learned, (mask,))
 
 
-def materialized_attention(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
-    mask: Bool[Array, "B L"],
-) -> Float[Array, "B L H W"]:
+def materialized_attention(q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
     """Attention that materializes the (B, H, L, L) weights."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
 

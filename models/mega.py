@@ -23,7 +23,7 @@ from models.checks import (
     expanded_width,
     require_causal,
 )
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.fft_convolution import fft_convolution
 from models.ops.state_space import split_powers
@@ -89,13 +89,13 @@ class Mega(MixerModule):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
+        x: Sequences,
+        mask: Mask,
         *,
-        residual: Float[Array, "B L D"] | None = None,
+        residual: Sequences | None = None,
         train: bool = False,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+    ) -> Sequences:
         """phi * (H - X), the update of the residual stream X (`residual`, default `x`)."""
 
         def drop(y):
@@ -111,7 +111,7 @@ class Mega(MixerModule):
         q: Float[Array, "B L Z"],
         k: Float[Array, "B L Z"],
         v: Float[Array, "B L V"],
-        mask: Bool[Array, "B L"],
+        mask: Mask,
     ) -> Float[Array, "B L V"]:
         """Equation (11), within chunks unless `chunk_size` is None."""
         batch, length, _ = q.shape
@@ -144,10 +144,7 @@ class Mega(MixerModule):
         return averages, keys, jnp.zeros((*keys.shape[:2], values)), jnp.int32(0)
 
     def step(
-        self,
-        state: State,
-        u_t: Float[Array, "B D"],
-        residual: Float[Array, "B D"] | None = None,
+        self, state: State, u_t: Float[Array, "B D"], residual: Float[Array, "B D"] | None = None
     ) -> tuple[State, Float[Array, "B D"]]:
         averages, keys, values, time = state
         size = keys.shape[1]
@@ -225,7 +222,7 @@ class MovingAverage(nnx.Module):
         self.eta = nnx.Param(key.normal(shape))
         self.omega = nnx.Param(key.normal((width,)))
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, mask: Mask) -> Sequences:
         wide = at_least_float32(x)
         u = jnp.where(mask[..., None], wide, 0)
         alpha, delta, beta, eta = (

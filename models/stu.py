@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import check_option, require_causal
 from models.mixer import Mask, MixerModule, Sequences
@@ -170,9 +170,7 @@ def weighted(
     return jnp.einsum("bkd,kde->be", h, m, precision=HIGHEST)
 
 
-def apply_reversed(
-    mixer: Callable[..., Array], x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
-) -> Float[Array, "B L D"]:
+def apply_reversed(mixer: Callable[..., Array], x: Sequences, mask: Mask) -> Sequences:
     """The outputs of a causal, linear mixer over the reversed sequences, in the original order.
 
     Padding comes first in the reversed sequence; zeros keep the state of a linear mixer at zero.
