@@ -28,8 +28,6 @@ from models.checks import at_least_float32, check_positive, require_causal
 from models.mixer import Mask, MixerModule, Sequences
 from models.ops.products import matmul_highest
 
-_SATURATED = 1e4  # sigmoid(1e4) is exactly 1
-
 
 class GRU(MixerModule):
     """Gated recurrent unit with L dependent steps; causal unless bidirectional.
@@ -68,11 +66,12 @@ class GRU(MixerModule):
         both = u[None] if self.causal else jnp.stack([u, jnp.flip(u, axis=0)])
         gates = jax.vmap(affine)(both, self.input_kernel[...], self.input_bias[...])
         if not self.causal:
-            # padding comes first in the reversed sequence: an update gate of 1 keeps the state 0
+            # padding comes first in the reversed sequence: an update gate of sigmoid(1e4) = 1
+            # keeps the state 0
             padding = jnp.flip(~mask, axis=1).T[..., None]
             size = self.recurrent_kernel.shape[1]
             update = (1, ..., slice(size, 2 * size))
-            gates = gates.at[update].set(jnp.where(padding, _SATURATED, gates[update]))
+            gates = gates.at[update].set(jnp.where(padding, 1e4, gates[update]))
         # one scan for both directions, (K, L, B, H)
         h = jax.vmap(states)(gates, self.recurrent_kernel[...], self.candidate_bias[...])
         h = h[0] if self.causal else jnp.concatenate([h[0], jnp.flip(h[1], axis=0)], axis=-1)

@@ -22,8 +22,6 @@ from models.mixer import Mask, MixerModule, Sequences
 from models.ops.selective_scan import selective_scan, selective_step
 from models.ops.state_space import log_uniform_steps
 
-_DT_FLOOR = 1e-4  # smallest initial step size, as in the published code
-
 
 class Mamba(MixerModule):
     """Gated block around a selective state-space model; causal.
@@ -63,7 +61,8 @@ class Mamba(MixerModule):
         self.conv_bias = nnx.Param(uniform(key, (inner,), conv_size))
         self.x_proj = nnx.Param(uniform(key, (inner, rank + 2 * state_size), inner))
         self.dt_proj = nnx.Param(uniform(key, (rank, inner), rank))
-        dt = jnp.maximum(jnp.exp(log_uniform_steps(key(), (inner,), dt_min, dt_max)), _DT_FLOOR)
+        # the floor is that of the published code
+        dt = jnp.maximum(jnp.exp(log_uniform_steps(key(), (inner,), dt_min, dt_max)), 1e-4)
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
         # S4D-Real: A = -1, -2, ..., -N in every channel
         self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, 1)))

@@ -79,8 +79,14 @@ def stu(
     # Explicit dtypes: NumPy filters are float64, and strict promotion refuses even `promote_types`.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
     phi, sigma = jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype)
-    basis = _basis(phi, sigma, length, m_u.shape[0], m_minus is not None)
-    matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
+    filters, matrices = phi[:length] * (sigma**0.25)[None], [m_plus, m_u]
+    if m_minus is not None:
+        signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), dtype)
+        filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
+        matrices = [m_plus, m_minus, m_u]
+    # a lag of 2, not as a phase, which would wrap the last inputs onto the first outputs
+    delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
+    basis = jnp.concatenate([delayed, jnp.eye(length, len(m_u), dtype=dtype)], axis=1)
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
     wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])
@@ -90,20 +96,6 @@ def stu(
     elif m_y is not None:
         y = feedback(y, m_y.astype(dtype))
     return y.astype(u.dtype)
-
-
-def _basis(
-    phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
-) -> Float[Array, "L J"]:
-    """The scalar filters, in the order m_plus, m_minus, m_u."""
-    filters = phi[:length] * (sigma**0.25)[None]
-    if alternate:
-        signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), phi.dtype)
-        filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
-    # The lag of 2 is applied to the filter; as a phase it would wrap the last inputs onto the first
-    # outputs.
-    delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
-    return jnp.concatenate([delayed, jnp.eye(length, num_taps, dtype=phi.dtype)], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
