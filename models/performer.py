@@ -65,11 +65,13 @@ class Performer(KernelAttention):
             )
         check_positive(num_features=num_features)
         self.kernel = kernel
-        self.num_features = width // num_heads if num_features is None else num_features
-        self.directions = None
-        if num_features is not None:
-            drawn = orthogonal_features(rngs.params(), num_features, width // num_heads)
-            self.directions = RandomFeatures(drawn)
+        head_width = width // num_heads
+        self.num_features = num_features or head_width
+        self.directions = (
+            RandomFeatures(orthogonal_features(rngs.params(), num_features, head_width))
+            if num_features
+            else None
+        )
 
     def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         if self.kernel == "relu":
