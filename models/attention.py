@@ -1,22 +1,20 @@
 """Multi-head softmax attention with a padding mask.
 
-The backbone adds learned and sinusoidal positions to the embeddings (`backbone.positions`) and
-holds the MLP branch (`backbone.mlp`); rotary positions (Su et al. 2021, arXiv 2104.09864) are
-applied to queries and keys here. `MultiHead` holds the projections that every attention in this
-package uses.
+The backbone adds learned and sinusoidal positions to the embeddings (`backbone.positions`); rotary
+positions (Su et al. 2021, arXiv 2104.09864) are applied to queries and keys here.
 
 Paper: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), equation (1). Reference
 code read: google-research/long-range-arena. Deviations: docs/models/transformer.md.
 """
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from models.backbone import POSITIONS
 from models.checks import check_option
 from models.layers import Linear
-from models.mixer import MixerModule
-from models.ops.attention import attention
+from models.mixer import Mask, MixerModule, Sequences
+from models.ops.attention import Heads, attention
 from models.ops.positions import rotate
 
 
@@ -24,14 +22,12 @@ class MultiHead(MixerModule):
     """Projections to H heads and back, without biases; subclasses implement `attend` between them.
 
     Args:
-        width: D.
         num_heads: H; the head width W must be even for rotary positions.
         positions: learned | sinusoidal | rotary | none; only rotary has an effect here.
         causal: whether a position attends only to itself and earlier positions.
         qkv_width: H W, divisible by H; None for D.
     Raises:
-        ValueError: the heads do not divide the width, or positions are unknown; the message names
-            the config key.
+        ValueError: the heads do not divide the width, or positions are unknown.
     """
 
     def __init__(
@@ -45,9 +41,9 @@ class MultiHead(MixerModule):
         rngs: nnx.Rngs,
     ):
         check_option("model.positions", positions, POSITIONS)
-        key, inner = (
-            ("backbone.width", width) if qkv_width is None else ("model.qkv_width", qkv_width)
-        )
+        key, inner = "model.qkv_width", qkv_width
+        if inner is None:
+            key, inner = "backbone.width", width
         if num_heads < 1 or inner < 1 or inner % num_heads:
             raise ValueError(
                 f"model.num_heads={num_heads} must be at least 1 and divide {key}={inner}"
@@ -62,38 +58,23 @@ class MultiHead(MixerModule):
         self.output = Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
-        q, k, v = self.project_qkv(x)
-        return self.project_output(self.attend(q, k, v, mask)).astype(x.dtype)
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
+        return self.project_output(self.attend(*self.project_qkv(x), mask)).astype(x.dtype)
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         """Weighted means of the values; rotary positions are not applied to `q` and `k` yet."""
         raise NotImplementedError
 
-    def project_qkv(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x: Sequences) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each (B, L, H, W)."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    def project_output(self, y: Float[Array, "B L H W"]) -> Float[Array, "B L D"]:
-        """The output projection of the concatenated heads."""
+    def project_output(self, y: Heads) -> Sequences:
         return self.output(y.reshape(*y.shape[:2], -1))
 
-    def apply_rotary(
-        self, x: Float[Array, "B L H W"], first: int | Int[Array, ""] = 0
-    ) -> Float[Array, "B L H W"]:
+    def apply_rotary(self, x: Heads, first: int | Int[Array, ""] = 0) -> Heads:
         """`x` with rotary positions `first`, `first` + 1, ..., if the mixer is rotary; else `x`."""
         return rotate(x, first=first) if self.rotary else x
 
@@ -107,8 +88,7 @@ class Attention(MultiHead):
         attention_dropout: dropout rate of the attention weights.
         max_len: the longest L that is accepted, None for any.
     Raises:
-        ValueError: as `MultiHead`; L > max_len, or a rate outside of [0, 1); the message names the
-            config key.
+        ValueError: as `MultiHead`; L > max_len, or a rate outside of [0, 1).
     """
 
     def __init__(
@@ -144,13 +124,8 @@ class Attention(MultiHead):
         self.attention_dropout = attention_dropout
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         q, k, v = self.project_qkv(x)
         q, k = self.apply_rotary(q), self.apply_rotary(k)
         dropout = self.attention_dropout if train else 0.0

@@ -1,10 +1,8 @@
 """The network around a mixer: encoder, blocks of norm, mixer, GLU and MLP, pooling and head.
 
-One backbone serves every model. `mixer(width=D, seq_len=L, rngs=...)` makes the mixer of one layer
-(`models.mixer.Mixer`); the `recipe` in a model's YAML sets the options of the backbone that its
-paper uses. A mixer with `gates_residual` receives the residual stream as `residual` and applies its
-own dropout. Blocks follow the LRU paper (Orvieto et al. 2023, appendix C) and S5; the Transformer's
-follow Vaswani et al. 2017, with the norm before the branch.
+The `recipe` in a model's YAML sets the options that its paper uses. Blocks follow the LRU paper
+(Orvieto et al. 2023, appendix C) and S5; the Transformer's follow Vaswani et al. 2017, with the
+norm before the branch.
 
 Padding never changes a real position: pooling and batch-norm statistics exclude masked positions,
 and non-causal mixers use the mask. Batch norm over real positions is a deliberate difference from
@@ -20,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.checks import check_option
 from models.layers import Linear
-from models.mixer import Mixer, MixerFactory
+from models.mixer import Mask, Mixer, MixerFactory, Sequences
 
 NORMS = ("batch", "layer", "rms", "none")
 ACTIVATIONS = {"none": lambda x: x, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -50,34 +48,26 @@ class Backbone(nnx.Module):
 
     Args:
         mixer: makes the mixer of one layer from `width`, `seq_len` and `rngs`.
-        num_classes: C.
-        seq_len: L, the padded length of the inputs.
+        seq_len: the padded length of the inputs.
         vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
         num_pairs: 1, or 2 if an example is a pair of sequences; both use this encoder.
-        num_targets: 1, or T if each of the last T positions has a class. Then there is no pooling,
-            and these positions must be real.
+        num_targets: 1, or T if each of the last T positions, which must be real, has a class.
         pair_head: interact | concat, the input of a pair's head: S4's features or the LRA paper's.
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: applied after the mixer; GLU `full` doubles the width and gates,
             `half1` and `half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
         dropout: rate, after the activation and after the GLU (once if there is no GLU), and in and
-            after the MLP.
-        embedding_dropout: rate, after the embeddings and their positions.
-        pool: mean | last over real positions, or cls (a learned token in front; not for causal
-            mixers).
-        positions: none | learned | sinusoidal are added to the encoder's output; rotary is applied
-            by the mixer.
-        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper);
-            pairs use `pair_head` instead.
+            after the MLP; `embedding_dropout` after the embeddings and their positions.
+        pool: mean | last of the real positions | cls (a learned token in front; not causal).
+        positions: none | learned | sinusoidal (added to the encoding) | rotary (by the mixer).
+        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper).
         precision: float32 | tf32 | bf16. With bf16 the activations and the matrix products of the
             blocks are bfloat16; parameters, encoder, norm statistics, pooling and head stay
             float32. A mixer chooses the dtype of its own states and sums.
-        remat: none | block | dots | a policy's name, what each block saves for the backward pass
-            (`REMATS`).
+        remat: what each block saves for the backward pass, a key of `REMATS`.
     Raises:
-        ValueError: an option is unknown, the pool or the positions do not fit the mixer, or the
-            mixer lacks an attribute of `Mixer`; the message names the config key.
+        ValueError: an option is unknown or does not fit the mixer.
     """
 
     def __init__(
@@ -115,24 +105,16 @@ class Backbone(nnx.Module):
         check_option("backbone.precision", precision, PRECISIONS)
         check_option("backbone.remat", remat, REMATS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
-        self.pool, self.num_pairs, self.num_targets, self.seq_len = (
-            pool,
-            num_pairs,
-            num_targets,
-            seq_len,
-        )
+        self.pool, self.num_targets, self.seq_len = pool, num_targets, seq_len
+        self.pair_head = None if num_pairs == 1 else pair_head
         length = seq_len + (pool == "cls")
-        self.encoder = (
-            nnx.Linear(num_features, width, rngs=rngs)
-            if vocab_size is None
-            else Embedding(vocab_size, width, rngs=rngs)
-        )
+        if vocab_size is None:
+            self.encoder: Any = nnx.Linear(num_features, width, rngs=rngs)
+        else:
+            self.encoder = Embedding(vocab_size, width, rngs=rngs)
         self.cls = nnx.Param(rngs.params.normal((1, 1, width))) if pool == "cls" else None
-        self.positions = (
-            nnx.Param(0.02 * rngs.params.normal((length, width)))
-            if positions == "learned"
-            else None
-        )
+        learned = positions == "learned"
+        self.positions = nnx.Param(0.02 * rngs.params.normal((length, width))) if learned else None
         self.sinusoidal = positions == "sinusoidal"
         if self.sinusoidal:
             sinusoids(1, width)  # raises for an odd width at construction
@@ -168,13 +150,16 @@ class Backbone(nnx.Module):
             )
         self.final_norm = Norm(norm, width, norm_momentum, rngs=rngs) if final_norm else None
         self.dtype, self.remat = PRECISIONS[precision], remat
-        self.head: Any = (
-            PairHead(width, num_classes, pair_head, rngs=rngs)
-            if num_pairs > 1
-            else MLPHead(width, round(mlp_ratio * width), num_classes, rngs=rngs)
-            if head == "mlp"
-            else nnx.Linear(width, num_classes, rngs=rngs)
-        )
+        self.head: Any
+        if num_pairs > 1:
+            check_option("backbone.pair_head", pair_head, PAIR_HEADS)
+            inputs = (4 if pair_head == "interact" else 2) * width
+            self.head = MLPHead(inputs, 2 * width, num_classes, jax.nn.gelu, rngs=rngs)
+        elif head == "mlp":
+            hidden = round(mlp_ratio * width)
+            self.head = MLPHead(width, hidden, num_classes, jax.nn.relu, rngs=rngs)
+        else:
+            self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
     def __call__(
         self,
@@ -189,16 +174,17 @@ class Backbone(nnx.Module):
         Args:
             inputs: ids (B, L) or values (B, L, F); (B, 2, L[, F]) for pairs.
             lengths: number of real positions of each sequence, (B,) or (B, 2).
-            train: enables dropout; batch norm uses the statistics of this batch and updates the
-                running ones.
-            rngs: a stream named `dropout`, required in training.
+            train: enables dropout, from the stream `dropout` of `rngs`, and batch statistics.
         """
-        if self.num_pairs == 1:
+        if self.pair_head is None:
             return self.head(self.features(inputs, lengths, train=train, rngs=rngs))
         # one batch for both sequences, so that they share batch-norm statistics
         flat_inputs = inputs.reshape(-1, *inputs.shape[2:])
         flat = self.features(flat_inputs, lengths.reshape(-1), train=train, rngs=rngs)
-        return self.head(flat.reshape(inputs.shape[0], self.num_pairs, -1))
+        pairs = flat.reshape(inputs.shape[0], 2, -1)
+        u, v = pairs[:, 0], pairs[:, 1]
+        combined = [u, v, u - v, u * v] if self.pair_head == "interact" else [u, v]
+        return self.head(jnp.concatenate(combined, axis=-1))
 
     def features(
         self, inputs: Array, lengths: Int[Array, " B"], *, train: bool, rngs: nnx.Rngs | None
@@ -212,19 +198,23 @@ class Backbone(nnx.Module):
         x = self.encoder(inputs)  # (B, L, D)
         mask = jnp.arange(inputs.shape[1])[None, :] < lengths[:, None]
         if self.cls is not None:
-            x = jnp.concatenate(
-                [jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2])), x], axis=1
-            )
+            first = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([first, x], axis=1)
             mask = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), mask], axis=1)
         if self.positions is not None:
             x = x + self.positions[...][None]
         if self.sinusoidal:
             x = x + jnp.asarray(sinusoids(x.shape[1], x.shape[2]), x.dtype)[None]
         x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train, rngs=rngs)
+
+        def apply(block, x, mask, rngs):
+            return block(x, mask, train=train, rngs=rngs)
+
+        if train and self.remat != "none":
+            policy = getattr(jax.checkpoint_policies, REMATS[self.remat])
+            apply = nnx.remat(apply, policy=policy)
         for block in self.blocks:
-            x = rematerialize(block, self.remat if train else "none")(
-                x, mask, train=train, rngs=rngs
-            )
+            x = apply(block, x, mask, rngs)
         x = x.astype(jnp.float32)  # the mean over thousands of positions loses digits in bfloat16
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
@@ -240,7 +230,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(rngs.params.normal((vocab_size, width)))
 
-    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: Int[Array, "B L"]) -> Sequences:
         table = self.table[...]
         rows = jax.nn.one_hot(ids, table.shape[0], dtype=table.dtype)
         return jnp.matmul(rows, table, precision="highest")  # tf32 would round the table
@@ -279,13 +269,8 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool,
-        rngs: nnx.Rngs | None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool, rngs: nnx.Rngs | None
+    ) -> Sequences:
         def drop(y):
             return self.dropout(y, deterministic=not train, rngs=rngs)
 
@@ -322,9 +307,7 @@ class Norm(nnx.Module):
             "none": lambda: None,
         }[kind]()
 
-    def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], *, train: bool
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, mask: Mask, *, train: bool) -> Sequences:
         if self.norm is None:
             return x
         if isinstance(self.norm, nnx.BatchNorm):
@@ -338,15 +321,10 @@ class GLU(nnx.Module):
     def __init__(self, kind: str, width: int, *, rngs: nnx.Rngs):
         check_option("backbone.glu", kind, GLUS)
         self.kind = kind
-        self.linear = (
-            None
-            if kind == "none"
-            else Linear(width, 2 * width if kind == "full" else width, rngs=rngs)
-        )
+        outputs = 2 * width if kind == "full" else width
+        self.linear = None if kind == "none" else Linear(width, outputs, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B L D"], act: Callable[[Array], Array]
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, act: Callable[[Array], Array]) -> Sequences:
         """The gated `act(x)`; `act` is the activation and the dropout in front of the gate."""
         y = act(x)
         if self.linear is None:
@@ -367,48 +345,35 @@ class MLP(nnx.Module):
         self.up = Linear(width, 2 * hidden if kind == "swiglu" else hidden, rngs=rngs)
         self.down = Linear(hidden, width, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B L D"], drop: Callable[[Array], Array]
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, drop: Callable[[Array], Array]) -> Sequences:
         y = self.up(x)
-        if self.kind == "swiglu":
-            value, gate = jnp.split(y, 2, axis=-1)
-            y = value * jax.nn.silu(gate)
-        else:
-            y = ACTIVATIONS[self.kind](y)
-        return self.down(drop(y))
+        if self.kind != "swiglu":
+            return self.down(drop(ACTIVATIONS[self.kind](y)))
+        value, gate = jnp.split(y, 2, axis=-1)
+        return self.down(drop(value * jax.nn.silu(gate)))
 
 
 class MLPHead(nnx.Module):
-    """The head of the LRA paper: one hidden layer with ReLU."""
+    """A head with one hidden layer."""
 
-    def __init__(self, width: int, hidden: int, num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_classes: int,
+        activation: Callable[[Array], Array],
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.hidden = nnx.Linear(width, hidden, rngs=rngs)
         self.output = nnx.Linear(hidden, num_classes, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, features: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
-        return self.output(jax.nn.relu(self.hidden(features)))
+        return self.output(self.activation(self.hidden(features)))
 
 
-class PairHead(nnx.Module):
-    """A two-layer MLP over the features u, v of a pair.
-
-    Its input is [u, v, u - v, u * v] (`interact`, as in S4) or [u, v] (`concat`, the LRA paper).
-    """
-
-    def __init__(self, width: int, num_classes: int, kind: str, *, rngs: nnx.Rngs):
-        check_option("backbone.pair_head", kind, PAIR_HEADS)
-        self.kind = kind
-        self.hidden = nnx.Linear((4 if kind == "interact" else 2) * width, 2 * width, rngs=rngs)
-        self.output = nnx.Linear(2 * width, num_classes, rngs=rngs)
-
-    def __call__(self, features: Float[Array, "B 2 D"]) -> Float[Array, "B C"]:
-        u, v = features[:, 0], features[:, 1]
-        inputs = [u, v, u - v, u * v] if self.kind == "interact" else [u, v]
-        return self.output(jax.nn.gelu(self.hidden(jnp.concatenate(inputs, axis=-1))))
-
-
-def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float[Array, "B D"]:
+def pool(x: Sequences, mask: Mask, kind: str) -> Float[Array, "B D"]:
     """One vector per sequence: mean or last of the real positions, or the first position (cls)."""
     if kind == "cls":
         return x[:, 0]
@@ -421,13 +386,9 @@ def pool(x: Float[Array, "B L D"], mask: Bool[Array, "B L"], kind: str) -> Float
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
-    """Sinusoidal positions (L, D), with periods from 2 pi to 10,000 x 2 pi.
+    """Sinusoidal positions (L, D) of Vaswani et al. 2017, section 3.5; a ValueError if D is odd.
 
-    Even channels hold the sine, odd ones the cosine.
-
-    Raises:
-        ValueError: D is odd.
-    Source: Vaswani et al. 2017, section 3.5.
+    Periods are from 2 pi to 10,000 x 2 pi. Even channels hold the sine, odd ones the cosine.
     """
     if width % 2:
         raise ValueError(
@@ -438,11 +399,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def check_mixer(mixer: Any) -> Mixer:
-    """`mixer`, if it has every attribute of `Mixer`.
-
-    Raises:
-        ValueError: an attribute is missing.
-    """
+    """`mixer`, if it has every attribute of `Mixer`, else a ValueError."""
     missing = [name for name in Mixer.__annotations__ if not hasattr(mixer, name)]
     if missing:
         raise ValueError(
@@ -450,18 +407,3 @@ def check_mixer(mixer: Any) -> Mixer:
             f"{', '.join(missing)}; derive the class from models.mixer.MixerModule and set causal"
         )
     return mixer
-
-
-def rematerialize(block: Callable[..., Array], policy: str) -> Callable[..., Array]:
-    """`block`, which saves what `policy` names for the backward pass and recomputes the rest."""
-    if policy == "none":
-        return block
-
-    def call(x, mask, *, train, rngs):
-        rerun = nnx.remat(
-            lambda block, x, mask, rngs: block(x, mask, train=train, rngs=rngs),
-            policy=getattr(jax.checkpoint_policies, REMATS[policy]),
-        )
-        return rerun(block, x, mask, rngs)
-
-    return call

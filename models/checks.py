@@ -7,13 +7,26 @@ from jaxtyping import Array
 
 
 def check_option(key: str, found: str, allowed: Collection[str]) -> None:
-    """Check that `found` is one of `allowed`.
-
-    Raises:
-        ValueError: it is not; the message names the config key.
-    """
+    """Raises a ValueError that names `key` unless `found` is one of `allowed`."""
     if found not in allowed:
         raise ValueError(f"{key}={found} is unknown; choose one of {', '.join(allowed)}")
+
+
+def check_positive(**sizes: int | None) -> None:
+    """Raises a ValueError unless each option of the model is at least 1 or None."""
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.{key}={value} must be at least 1")
+
+
+def expanded_width(expand: float | int, width: int) -> int:
+    """`expand` times `width`; a ValueError unless this is a whole number above 0."""
+    inner = round(expand * width)
+    if inner < 1 or inner != expand * width:
+        raise ValueError(
+            f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
+        )
+    return inner
 
 
 def require_causal(
@@ -21,13 +34,11 @@ def require_causal(
     found: str = "model.bidirectional=true",
     instead: str = "model.bidirectional=false",
 ) -> None:
-    """Check that a mixer is causal; only then it has a recurrent form.
+    """Raises a ValueError unless a mixer is causal; only then it has a recurrent form.
 
     Args:
         found: the option that makes the mixer non-causal.
         instead: the option to set.
-    Raises:
-        ValueError: the mixer is not causal.
     """
     if not causal:
         raise ValueError(f"{found} reads the future and has no recurrent form; set {instead}")

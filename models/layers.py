@@ -9,9 +9,8 @@ from jaxtyping import Array, Float
 class Linear(nnx.Linear):
     """`nnx.Linear` that multiplies in the dtype of its inputs and returns it.
 
-    NNX promotes float32 parameters and bfloat16 inputs to float32, or, with `dtype=bfloat16`,
-    rounds the bias too. Here the kernel takes the dtype of the inputs, and the bias is added in
-    float32, because its gradient is a sum over B L terms.
+    The bias is added in float32, because its gradient is a sum over B L terms; NNX would promote
+    bfloat16 inputs to float32 or, with `dtype=bfloat16`, round the bias too.
     """
 
     def __init__(

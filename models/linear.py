@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from models.attention import MultiHead
 from models.checks import at_least_float32, require_causal
+from models.mixer import Mask
+from models.ops.attention import Heads
 from models.ops.batch_sharding import local_batch_size
 from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.linear_attention import EPSILON, block_rows, causal_sums, weight_totals
@@ -44,37 +46,26 @@ class KernelAttention(MultiHead):
     rotates_features: bool
     num_features: int  # M
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         raise NotImplementedError
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         raise NotImplementedError
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         if not self.causal:
             return self.attend_bidirectional(q, k, v, mask)
         q, k, rotated_q, rotated_k = self.features(q, k)
         # keys at padding have weight 0, in the numerator and in the denominator
         k, rotated_k = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, rotated_k))
-        return (
-            causal_sums(rotated_q, rotated_k, v.astype(q.dtype))
-            / (weight_totals(q, k) + EPSILON)[..., None]
-        )
+        sums = causal_sums(rotated_q, rotated_k, v.astype(q.dtype))
+        return sums / (weight_totals(q, k) + EPSILON)[..., None]
 
-    def attend_bidirectional(
-        self, q: Array, k: Array, v: Array, mask: Array
-    ) -> Float[Array, "B L H W"]:
+    def attend_bidirectional(self, q: Array, k: Array, v: Array, mask: Array) -> Heads:
         """The quotient of sums over all positions, one block of positions at a time.
 
-        Features are M / W times as large as queries and keys, and autodiff would save several
-        copies. The backward pass recomputes the features of each block, so that memory does not
-        grow with M.
+        The backward pass recomputes the features of each block; autodiff would save several copies
+        of the features, which are M / W times as large as queries and keys.
         """
         batch, length, heads, width = q.shape
         rows = block_rows(length, local_batch_size(batch) * heads * self.num_features)
@@ -111,27 +102,17 @@ class KernelAttention(MultiHead):
     def features(
         self, q: Array, k: Array, first: int | Int[Array, ""] = 0
     ) -> tuple[Array, Array, Array, Array]:
-        """Features of queries and keys: two for the denominator, two for the numerator.
-
-        Args:
-            first: the position of q[:, 0] and k[:, 0].
-        """
+        """Features from position `first` on: q, k of the denominator, then of the numerator."""
         q, k = at_least_float32(q), at_least_float32(k)
         if self.rotates_features:
             q, k = self.query_features(q), self.key_features(k)
             return q, k, self.apply_rotary(q, first), self.apply_rotary(k, first)
-        q, k = (
-            self.query_features(self.apply_rotary(q, first)),
-            self.key_features(self.apply_rotary(k, first)),
-        )
+        q = self.query_features(self.apply_rotary(q, first))
+        k = self.key_features(self.apply_rotary(k, first))
         return q, k, q, k
 
     def init_state(self, batch_size: int) -> KernelState:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is not causal.
-        """
+        """The state before the first input, zero; a ValueError if the model is not causal."""
         require_causal(self.causal, "model.causal=false", "model.causal=true")
         head_width = self.output.in_features // self.num_heads
         sums = jnp.zeros((batch_size, self.num_heads, self.num_features, head_width))
@@ -156,7 +137,6 @@ class LinearAttention(KernelAttention):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`.
-        seq_len: L, not used.
     Raises:
         ValueError: as `MultiHead`.
     """
@@ -176,8 +156,8 @@ class LinearAttention(KernelAttention):
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         self.num_features = width // num_heads
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.elu(q) + 1
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.elu(k) + 1

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from models.attention import MultiHead
+from models.checks import check_positive
+from models.mixer import Mask
+from models.ops.attention import Heads
 from models.ops.blocks import merge_blocks, split_blocks
 
 
@@ -28,7 +31,7 @@ class LocalAttention(MultiHead):
         neighbours: number of neighbouring blocks on each side that a position attends to; only
             earlier ones if causal.
     Raises:
-        ValueError: as `MultiHead`, or a size is too small; the message names the config key.
+        ValueError: as `MultiHead`, or a size is too small.
     """
 
     def __init__(
@@ -43,55 +46,31 @@ class LocalAttention(MultiHead):
         causal: bool,
         rngs: nnx.Rngs,
     ):
-        if block_size < 1:
-            raise ValueError(f"model.block_size={block_size} must be at least 1")
+        check_positive(block_size=block_size)
         if neighbours < 0:
             raise ValueError(f"model.neighbours={neighbours} must be at least 0")
         super().__init__(width, num_heads=num_heads, positions=positions, causal=causal, rngs=rngs)
         self.block_size, self.neighbours = min(block_size, seq_len), neighbours
 
-    def attend(
-        self,
-        q: Float[Array, "B L H W"],
-        k: Float[Array, "B L H W"],
-        v: Float[Array, "B L H W"],
-        mask: Bool[Array, "B L"],
-    ) -> Float[Array, "B L H W"]:
+    def attend(self, q: Heads, k: Heads, v: Heads, mask: Mask) -> Heads:
         q, k = self.apply_rotary(q), self.apply_rotary(k)
-        return block_attention(q, k, v, mask, self.block_size, self.neighbours, self.causal)
+        batch, length, *rest = q.shape
+        size, before = self.block_size, self.neighbours
+        after = 0 if self.causal else before
+        blocks = -(-length // size)
 
+        def window(x: Array) -> Array:
+            """(B, L, ...) to (B blocks, keys, ...), the keys of each block in order of time."""
+            around = ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 1)
+            padded = jnp.pad(split_blocks(x, size), around)
+            parts = [padded[:, i : i + blocks] for i in range(before + 1 + after)]
+            return jnp.concatenate(parts, axis=2).reshape(batch * blocks, -1, *x.shape[2:])
 
-def block_attention(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
-    mask: Bool[Array, "B L"],
-    block_size: int,
-    neighbours: int,
-    causal: bool,
-) -> Float[Array, "B L H W"]:
-    """softmax(q k^T / sqrt(W)) v over the real positions of a block and its neighbours."""
-    batch, length, *rest = q.shape
-    blocks = -(-length // block_size)
-    after = 0 if causal else neighbours
-
-    def window(x: Array) -> Array:
-        """(B, L, ...) to (B blocks, keys, ...), the keys of each block in order of time."""
-        padded = jnp.pad(
-            split_blocks(x, block_size), ((0, 0), (neighbours, after)) + ((0, 0),) * (x.ndim - 1)
-        )
-        windows = jnp.concatenate(
-            [padded[:, i : i + blocks] for i in range(neighbours + 1 + after)], axis=2
-        )
-        return windows.reshape(batch * blocks, -1, *x.shape[2:])
-
-    # False also for blocks beyond either end and for the fill of the last block
-    visible = window(mask)[:, None, None, :]
-    if causal:
-        past = np.tri(
-            block_size, (neighbours + 1) * block_size, neighbours * block_size, dtype=bool
-        )
-        visible = visible & past[None, None]
-    queries = split_blocks(q, block_size).reshape(batch * blocks, block_size, *rest)
-    y = jax.nn.dot_product_attention(queries, window(k), window(v), mask=visible)
-    return merge_blocks(y.reshape(batch, blocks, block_size, *rest), length)
+        # False also for blocks beyond either end and for the fill of the last block
+        visible = window(mask)[:, None, None, :]
+        if self.causal:
+            past = np.tri(size, (before + 1) * size, before * size, dtype=bool)
+            visible = visible & past[None, None]
+        queries = split_blocks(q, size).reshape(batch * blocks, size, *rest)
+        y = jax.nn.dot_product_attention(queries, window(k), window(v), mask=visible)
+        return merge_blocks(y.reshape(batch, blocks, size, *rest), length)

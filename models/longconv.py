@@ -16,11 +16,11 @@ docs/models/longconv.md.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from models.checks import at_least_float32, check_option
-from models.mixer import MixerModule
-from models.ops.fft_convolution import fft_convolution
+from models.mixer import Mask, MixerModule, Sequences
+from models.ops.fft_convolution import convolve_directions
 
 INITS = ("normal", "cosine")
 DECAYS = ("geometric", "power")
@@ -35,13 +35,10 @@ class LongConv(MixerModule):
     """Structured global convolution; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, the longest input; it sets the number of sub-kernels.
-        kernel_dim: d, parameters of each sub-kernel of a channel; length of the first one, times
-            2^init_scale.
+        seq_len: the longest input; it sets the number of sub-kernels.
+        kernel_dim: d, parameters of each sub-kernel of a channel.
         init: normal | cosine (channel c, in random order, has c periods in each sub-kernel).
-        init_scale: sub-kernels are 2^init_scale times longer, and their number is accordingly
-            smaller.
+        init_scale: sub-kernels are 2^init_scale times longer, and accordingly fewer.
         decay: geometric, k_i has the factor rate^-i (alpha = 1 / rate) | power, k(t) has the factor
             (t + 1)^-rate.
         decay_min, decay_max: range of the channels' rates, evenly spaced and not trained.
@@ -49,7 +46,7 @@ class LongConv(MixerModule):
         bidirectional: adds a kernel over the positions after the current one.
     Raises:
         ValueError: an option is unknown, the first sub-kernel is longer than L, or the rates are
-            not 0 < decay_min <= decay_max; the message names the config key.
+            not 0 < decay_min <= decay_max.
     """
 
     grows_with_length = True  # one more sub-kernel whenever L doubles
@@ -88,43 +85,27 @@ class LongConv(MixerModule):
                 f"model.decay_min={decay_min}, model.decay_max={decay_max}: "
                 "expected 0 < decay_min <= decay_max"
             )
-        self.causal, self.bidirectional, self.seq_len = not bidirectional, bidirectional, seq_len
+        self.causal = not bidirectional
         self.stretch, self.decay, self.interpolation = 2**init_scale, decay, interpolation
         self.rates = (decay_min, decay_max)
         num_scales = 1 + (-(-seq_len // first) - 1).bit_length()
         directions = 2 if bidirectional else 1
-        start = normal_kernels if init == "normal" else cosine_kernels
-        self.w = nnx.Param(start(rngs.params(), num_scales, directions, width, kernel_dim))
+        shape = (num_scales, directions, width, kernel_dim)
+        self.w = nnx.Param(
+            rngs.params.normal(shape) if init == "normal" else cosine_kernels(rngs.params(), *shape)
+        )
         self.z = KernelNorm(jnp.linalg.norm(self.unscaled_kernel(), axis=-1))
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)  # the transform loses too many digits in 16 bits
-        kernels = self.kernels(x.shape[1])
-        if self.bidirectional:
-            # padding must not enter the anticausal kernel
-            y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
-        else:
-            y = fft_convolution(u, kernels[0])
+        y = convolve_directions(u, mask, self.kernels(x.shape[1]))
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def kernels(self, length: int) -> Float[Array, "K D L"]:
-        """The kernel of each direction, cut to the input.
-
-        Raises:
-            ValueError: the input is longer than `seq_len`.
-        """
-        if length > self.seq_len:
-            raise ValueError(
-                f"inputs have length {length}, the kernel was built for task.seq_len={self.seq_len}"
-            )
+        """The kernel of each direction, cut to the input."""
         return self.unscaled_kernel()[..., :length] / self.z[...][..., None]
 
     def unscaled_kernel(self) -> Float[Array, "K D T"]:
@@ -136,11 +117,9 @@ class LongConv(MixerModule):
             part = upsample(w[i], self.stretch * 2 ** max(i - 1, 0), self.interpolation)
             parts.append(part * rates**-i if self.decay == "geometric" else part)
         kernel = jnp.concatenate(parts, axis=-1)
-        if self.decay == "power":
-            kernel = (
-                kernel * (1.0 + jnp.arange(kernel.shape[-1], dtype=w.dtype))[None, None] ** -rates
-            )
-        return kernel
+        if self.decay == "geometric":
+            return kernel
+        return kernel * (1.0 + jnp.arange(kernel.shape[-1], dtype=w.dtype))[None, None] ** -rates
 
 
 def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float[Array, "K D T"]:
@@ -162,13 +141,6 @@ def upsample(w: Float[Array, "K D d"], factor: int, interpolation: str) -> Float
         + after[..., None] * jax.nn.relu(offset)
     )
     return steps.reshape(*w.shape[:2], -1)
-
-
-def normal_kernels(
-    key: PRNGKeyArray, scales: int, directions: int, width: int, size: int
-) -> Float[Array, "S K D d"]:
-    """Independent N(0, 1) entries."""
-    return jax.random.normal(key, (scales, directions, width, size))
 
 
 def cosine_kernels(

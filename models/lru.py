@@ -17,10 +17,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float, Inexact
+from jaxtyping import Array, Complex, Float, Inexact
 
-from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
+from models.checks import at_least_float32, check_option, check_positive, require_causal
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.dense_recurrence import ACTIVATIONS, dense_recurrence
 from models.ops.products import matmul_highest, real_product
 from models.ops.recurrence import linear_recurrence
@@ -33,24 +33,19 @@ class LRU(MixerModule):
     """Recurrence with a diagonal complex or a dense real matrix; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, complex states unless dense.
-        parametrization: of the matrix: dense, all N x N entries; real_imag, lam itself; exp, lam =
-            exp(-nu + i theta); stable_exp, lam = exp(-exp(nu_log) + i theta), always inside the
-            unit circle.
-        phase: log | linear, whether stable_exp learns log theta, as the LRU does, or theta.
+        parametrization: dense, all N x N entries | real_imag, lam itself | exp, lam = exp(-nu + i
+            theta) | stable_exp, lam = exp(-exp(nu_log) + i theta), always inside the unit circle.
+        phase: log | linear, whether stable_exp learns log theta or theta.
         activation: none | tanh | relu, of the dense recurrence.
         r_min, r_max: ring of the initial |lam|, uniform in area; 0 and 1 give the disk of a Glorot
             matrix's eigenvalues. A dense matrix has Glorot initialization.
         max_phase: largest initial angle of lam, in radians.
-        gamma_norm: scales the input of each state by gamma, which is learned from sqrt(1 - |lam|^2)
-            on.
+        gamma_norm: scales the input of each state by a learned gamma, at first sqrt(1 - |lam|^2).
         bidirectional: adds a scan over the reversed sequence; C reads both.
     Raises:
-        ValueError: an option is unknown or does not fit the parametrization, the ring is not 0 <=
-            r_min < r_max <= 1, or a size or angle is not positive; the message names the config
-            key.
+        ValueError: an option is unknown or does not fit the parametrization, or a number is out of
+            its range.
     """
 
     def __init__(
@@ -76,8 +71,7 @@ class LRU(MixerModule):
             raise ValueError(
                 f"model.r_min={r_min}, model.r_max={r_max}: expected 0 <= r_min < r_max <= 1"
             )
-        if state_size < 1:
-            raise ValueError(f"model.state_size={state_size} must be at least 1")
+        check_positive(state_size=state_size)
         if not 0 < max_phase < math.inf:
             raise ValueError(f"model.max_phase={max_phase} must be an angle above 0")
         self.dense = parametrization == "dense"
@@ -91,12 +85,8 @@ class LRU(MixerModule):
                 f"model.activation={activation} requires model.parametrization=dense; "
                 "set model.activation=none"
             )
-        self.causal, self.bidirectional = not bidirectional, bidirectional
-        self.parametrization, self.log_phase, self.activation = (
-            parametrization,
-            phase == "log",
-            activation,
-        )
+        self.causal, self.parametrization = not bidirectional, parametrization
+        self.log_phase, self.activation = phase == "log", activation
         key, columns = rngs.params, state_size * (2 if bidirectional else 1)
         if self.dense:
             # Glorot initialization: variance 1/N (figure 2)
@@ -105,11 +95,21 @@ class LRU(MixerModule):
             self.c = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         else:
             # uniform in area means uniform |lam|^2; above 0, where log(-log) diverges
-            squared = jnp.maximum(
-                key.uniform((state_size,), minval=r_min**2, maxval=r_max**2), 1e-12
-            )
+            squared = key.uniform((state_size,), minval=r_min**2, maxval=r_max**2)
+            squared = jnp.maximum(squared, 1e-12)
             theta = max_phase * key.uniform((state_size,), minval=1e-7)
-            self.init_eigenvalues(-0.5 * jnp.log(squared), theta)
+            nu = -0.5 * jnp.log(squared)
+            if parametrization == "real_imag":
+                lam = polar(nu, theta)
+                self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
+            elif parametrization == "exp":
+                self.nu, self.theta = nnx.Param(nu), nnx.Param(theta)
+            else:
+                self.nu_log = nnx.Param(jnp.log(nu))
+                if self.log_phase:
+                    self.theta_log = nnx.Param(jnp.log(theta))
+                else:
+                    self.theta = nnx.Param(theta)
             self.gamma_log = nnx.Param(0.5 * jnp.log1p(-squared)) if gamma_norm else None
             self.b_re = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
             self.b_im = nnx.Param(key.normal((width, state_size)) / math.sqrt(2 * width))
@@ -117,46 +117,21 @@ class LRU(MixerModule):
             self.c_im = nnx.Param(key.normal((columns, width)) / math.sqrt(columns))
         self.d = nnx.Param(key.normal((width,)))
 
-    def init_eigenvalues(self, nu: Float[Array, " N"], theta: Float[Array, " N"]) -> None:
-        """Sets the parameters so that lam = exp(-nu + i theta)."""
-        if self.parametrization == "real_imag":
-            lam = polar(nu, theta)
-            self.lam_re, self.lam_im = nnx.Param(lam.real), nnx.Param(lam.imag)
-        elif self.parametrization == "exp":
-            self.nu, self.theta = nnx.Param(nu), nnx.Param(theta)
-        else:
-            self.nu_log = nnx.Param(jnp.log(nu))
-            if self.log_phase:
-                self.theta_log = nnx.Param(jnp.log(theta))
-            else:
-                self.theta = nnx.Param(theta)
-
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)
         bu = self.project_input(u)  # (B, L, N)
-        # One direction at a time, with its own rows of C: concatenating both would hold 4 B L N
-        # more numbers.
+        # one direction at a time: concatenating both would hold 4 B L N more numbers
         y = self.read_out(self.states(bu, reverse=False))
-        if self.bidirectional:
+        if not self.causal:
             # padding must not enter the reversed scan
-            y = y + self.read_out(
-                self.states(jnp.where(mask[..., None], bu, 0), reverse=True), anticausal=True
-            )
+            states = self.states(jnp.where(mask[..., None], bu, 0), reverse=True)
+            y = y + self.read_out(states, anticausal=True)
         return (y + self.d[...][None, None, :] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Inexact[Array, "B N"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         size = (self.c if self.dense else self.c_re).shape[0]
         return jnp.zeros((batch_size, size), jnp.float32 if self.dense else jnp.complex64)
@@ -164,13 +139,12 @@ class LRU(MixerModule):
     def step(
         self, state: Inexact[Array, "B N"], u_t: Float[Array, "B D"]
     ) -> tuple[Inexact[Array, "B N"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         u = at_least_float32(u_t)
         bu = self.project_input(u)
-        decayed = (
-            matmul_highest(state, self.a[...]) if self.dense else self.eigenvalues()[None] * state
-        )
-        state = ACTIVATIONS[self.activation][0](decayed + bu)
+        if self.dense:
+            state = ACTIVATIONS[self.activation][0](matmul_highest(state, self.a[...]) + bu)
+        else:
+            state = self.eigenvalues()[None] * state + bu
         return state, (self.read_out(state) + self.d[...][None] * u).astype(u_t.dtype)
 
     def states(self, bu: Inexact[Array, "B L N"], reverse: bool) -> Inexact[Array, "B L N"]:
@@ -204,10 +178,8 @@ class LRU(MixerModule):
             return jax.lax.complex(self.lam_re[...], self.lam_im[...])
         if self.parametrization == "exp":
             return polar(self.nu[...], self.theta[...])
-        return polar(
-            jnp.exp(self.nu_log[...]),
-            jnp.exp(self.theta_log[...]) if self.log_phase else self.theta[...],
-        )
+        nu = jnp.exp(self.nu_log[...])
+        return polar(nu, jnp.exp(self.theta_log[...]) if self.log_phase else self.theta[...])
 
 
 def polar(nu: Float[Array, " N"], theta: Float[Array, " N"]) -> Complex[Array, " N"]:

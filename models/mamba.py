@@ -15,29 +15,25 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from models.mixer import MixerModule
+from models.checks import check_positive, expanded_width
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.selective_scan import selective_scan, selective_step
 from models.ops.state_space import log_uniform_steps
-
-_DT_FLOOR = 1e-4  # smallest initial step size, as in the published code
 
 
 class Mamba(MixerModule):
     """Gated block around a selective state-space model; causal.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, real states of each of the E inner channels.
         expand: E / D; E must be whole.
         conv_size: taps of the causal depthwise convolution before the state-space model.
         dt_rank: rank of the projection to the step sizes; None for ceil(D / 16).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
     Raises:
-        ValueError: a size below 1, E is not a whole number, or the range is empty; the message
-            names the config key.
+        ValueError: a size below 1, E is not a whole number, or the range is empty.
     """
 
     causal = True
@@ -55,18 +51,8 @@ class Mamba(MixerModule):
         dt_max: float | int,
         rngs: nnx.Rngs,
     ):
-        for key, value in (
-            ("state_size", state_size),
-            ("conv_size", conv_size),
-            ("dt_rank", dt_rank),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1")
-        inner = round(expand * width)
-        if inner < 1 or inner != expand * width:
-            raise ValueError(
-                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
-            )
+        check_positive(state_size=state_size, conv_size=conv_size, dt_rank=dt_rank)
+        inner = expanded_width(expand, width)
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.state_size, self.rank, self.conv_size, self.inner = state_size, rank, conv_size, inner
         key = rngs.params
@@ -75,7 +61,8 @@ class Mamba(MixerModule):
         self.conv_bias = nnx.Param(uniform(key, (inner,), conv_size))
         self.x_proj = nnx.Param(uniform(key, (inner, rank + 2 * state_size), inner))
         self.dt_proj = nnx.Param(uniform(key, (rank, inner), rank))
-        dt = jnp.maximum(jnp.exp(log_uniform_steps(key(), (inner,), dt_min, dt_max)), _DT_FLOOR)
+        # the floor is that of the published code
+        dt = jnp.maximum(jnp.exp(log_uniform_steps(key(), (inner,), dt_min, dt_max)), 1e-4)
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
         # S4D-Real: A = -1, -2, ..., -N in every channel
         self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, 1)))
@@ -83,15 +70,10 @@ class Mamba(MixerModule):
         self.out_proj = nnx.Param(uniform(key, (inner, width), inner))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)  # (B, L, E)
-        # The backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E).
+        # the backward pass recomputes taps and gates; autodiff would save 13 arrays of (B, L, E)
         u, delta, b, c = jax.checkpoint(self.convolved)(u)
         # 16-bit states would stop decaying after a few hundred steps
         y = selective_scan(u.astype(delta.dtype), delta, self.a(delta.dtype), b, c)
@@ -109,17 +91,13 @@ class Mamba(MixerModule):
         return u, *self.selected(u)
 
     def init_state(self, batch_size: int) -> tuple[Float[Array, "B W E"], Float[Array, "B E N"]]:
-        """The state before the first input, zero.
-
-        The last W = conv_size - 1 inputs of the convolution, and the recurrent states.
-        """
+        """Zeros: the last W = conv_size - 1 inputs of the convolution, and the recurrent states."""
         window = jnp.zeros((batch_size, self.conv_size - 1, self.inner))
         return window, jnp.zeros((batch_size, self.inner, self.state_size))
 
     def step(
         self, state: tuple[Float[Array, "B W E"], Float[Array, "B E N"]], u_t: Float[Array, "B D"]
     ) -> tuple[tuple[Float[Array, "B W E"], Float[Array, "B E N"]], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         window, states = state
         u, z = jnp.split(u_t @ self.in_proj[...].astype(u_t.dtype), 2, axis=-1)  # (B, E)
         window = jnp.concatenate([window, u[:, None].astype(window.dtype)], axis=1)
@@ -135,11 +113,8 @@ class Mamba(MixerModule):
         selected = (u @ self.x_proj[...].astype(u.dtype)).astype(dtype)
         low, b, c = jnp.split(selected, [self.rank, self.rank + self.state_size], axis=-1)
         delta = low @ self.dt_proj[...].astype(dtype)
-        return (
-            jax.nn.softplus(delta + jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)),
-            b,
-            c,
-        )
+        bias = jnp.broadcast_to(self.dt_bias[...].astype(dtype), delta.shape)
+        return jax.nn.softplus(delta + bias), b, c
 
     def a(self, dtype) -> Float[Array, "E N"]:
         """The diagonals of A."""

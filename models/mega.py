@@ -1,14 +1,14 @@
 """Mega: gated attention over an exponential moving average.
 
-A gate mixes the output with the residual stream, Y = phi * H + (1 - phi) * X. The mixer therefore
-receives the stream X besides its normalized copy and returns Y - X, which the backbone adds
-(`gates_residual`).
+A gate mixes the output with the residual stream X, Y = phi * H + (1 - phi) * X. The mixer returns
+Y - X, which the backbone adds (`gates_residual`).
 
 Paper: Ma et al. 2023, "Mega: Moving Average Equipped Gated Attention" (arXiv 2209.10655), equations
 (5) to (14). Reference code read: facebookresearch/mega. Its additions to the equations and the
 deviations: docs/models/mega.md.
 """
 
+import itertools
 import math
 
 import jax
@@ -16,8 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
+from models.checks import (
+    at_least_float32,
+    check_option,
+    check_positive,
+    expanded_width,
+    require_causal,
+)
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.fft_convolution import fft_convolution
 from models.ops.state_space import split_powers
@@ -25,12 +31,13 @@ from models.ops.state_space import split_powers
 ATTENTIONS = ("softmax", "laplace", "relu2")
 _ROWS = 256  # queries per block of attention weights, so that memory grows with L, not with L^2
 
+State = tuple[Array, Array, Array, Int[Array, ""]]
+
 
 class Mega(MixerModule):
     """Moving-average gated attention; causal unless bidirectional.
 
     Args:
-        width: D.
         seq_len: L; without chunks, the longest input of the position bias.
         state_size: N, moving averages per channel.
         attention_size: Z, width of queries and keys.
@@ -41,8 +48,7 @@ class Mega(MixerModule):
             sequence.
         dropout: rate, after the averages and on H, as in the published code.
     Raises:
-        ValueError: a size below 1, V is not whole, or an unknown attention; the message names the
-            config key.
+        ValueError: a size below 1, V is not whole, or an unknown attention.
     """
 
     gates_residual = True
@@ -62,18 +68,8 @@ class Mega(MixerModule):
         rngs: nnx.Rngs,
     ):
         check_option("model.attention", attention, ATTENTIONS)
-        for key, value in (
-            ("state_size", state_size),
-            ("attention_size", attention_size),
-            ("chunk_size", chunk_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1")
-        values = round(expand * width)
-        if values < 1 or values != expand * width:
-            raise ValueError(
-                f"model.expand={expand} times backbone.width={width} must be a whole number above 0"
-            )
+        check_positive(state_size=state_size, attention_size=attention_size, chunk_size=chunk_size)
+        values = expanded_width(expand, width)
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} must be at least 0 and below 1")
         self.causal, self.attention, self.chunk_size = not bidirectional, attention, chunk_size
@@ -93,13 +89,13 @@ class Mega(MixerModule):
 
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
+        x: Sequences,
+        mask: Mask,
         *,
-        residual: Float[Array, "B L D"] | None = None,
+        residual: Sequences | None = None,
         train: bool = False,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+    ) -> Sequences:
         """phi * (H - X), the update of the residual stream X (`residual`, default `x`)."""
 
         def drop(y):
@@ -115,16 +111,12 @@ class Mega(MixerModule):
         q: Float[Array, "B L Z"],
         k: Float[Array, "B L Z"],
         v: Float[Array, "B L V"],
-        mask: Bool[Array, "B L"],
+        mask: Mask,
     ) -> Float[Array, "B L V"]:
         """Equation (11), within chunks unless `chunk_size` is None."""
         batch, length, _ = q.shape
         size = min(self.chunk_size or length, length)
         longest = self.chunk_size or (self.rel_bias.shape[0] + 1) // 2
-        if size > longest:
-            raise ValueError(
-                f"inputs have length {length}, the model was built for task.seq_len={longest}"
-            )
         bias = self.rel_bias[...][longest - size : longest + size - 1]
         # chunks become sequences of a larger batch, (B * chunks, size, ...)
         q, k, v, mask = (
@@ -133,15 +125,12 @@ class Mega(MixerModule):
         o = attend(q, k, v, mask, bias, attention=self.attention, causal=self.causal)
         return merge_blocks(o.reshape(batch, -1, *o.shape[1:]), length)
 
-    def init_state(self, batch_size: int) -> tuple[Array, Array, Array, Int[Array, ""]]:
-        """The state before the first input, zero.
-
-        Averages (B, D, N), keys (B, C, Z) and values (B, C, V) of the current chunk, and the number
-        of steps.
+    def init_state(self, batch_size: int) -> State:
+        """Zeros: averages (B, D, N), the chunk's keys (B, C, Z) and values (B, C, V), the time.
 
         Raises:
-            ValueError: the model is bidirectional, or has no chunks, so that no bounded state holds
-                its past.
+            ValueError: the model is bidirectional, or has no chunks: no bounded state holds its
+                past.
         """
         require_causal(self.causal)
         if self.chunk_size is None:
@@ -150,33 +139,22 @@ class Mega(MixerModule):
                 "set model.chunk_size"
             )
         _, attention_size, values = self.sizes
-        keys = jnp.zeros((batch_size, self.chunk_size, attention_size))
         averages = jnp.zeros((batch_size, *self.average.beta.shape[1:]))
-        return (
-            averages,
-            keys,
-            jnp.zeros((batch_size, self.chunk_size, values)),
-            jnp.zeros((), jnp.int32),
-        )
+        keys = jnp.zeros((batch_size, self.chunk_size, attention_size))
+        return averages, keys, jnp.zeros((*keys.shape[:2], values)), jnp.int32(0)
 
     def step(
-        self,
-        state: tuple[Array, Array, Array, Int[Array, ""]],
-        u_t: Float[Array, "B D"],
-        residual: Float[Array, "B D"] | None = None,
-    ) -> tuple[tuple[Array, Array, Array, Int[Array, ""]], Float[Array, "B D"]]:
-        """The next state and output of a causal model with chunks; the state holds one chunk."""
+        self, state: State, u_t: Float[Array, "B D"], residual: Float[Array, "B D"] | None = None
+    ) -> tuple[State, Float[Array, "B D"]]:
         averages, keys, values, time = state
         size = keys.shape[1]
         averages, average = self.average.step(averages, u_t)
         update, q, k, reset, candidate = self.project(average)
         slot = time % size
         v = jax.nn.silu(affine(u_t, self.value_kernel, self.value_bias))
-        keys = jax.lax.dynamic_update_slice_in_dim(
-            keys, k[:, None].astype(keys.dtype), slot, axis=1
-        )
-        values = jax.lax.dynamic_update_slice_in_dim(
-            values, v[:, None].astype(values.dtype), slot, axis=1
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(past, x[:, None].astype(past.dtype), slot, axis=1)
+            for past, x in ((keys, k), (values, v))
         )
         bias = jax.lax.dynamic_slice_in_dim(self.rel_bias[...], size - 1 - slot, size)[None]
         visible = jnp.broadcast_to(jnp.arange(size) <= slot, (q.shape[0], 1, size))
@@ -186,15 +164,10 @@ class Mega(MixerModule):
         return (averages, keys, values, time + 1), y
 
     def project(self, average: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Update gate, Q, K, reset gate and X' W_h + b_h of the candidate, from the averages X'.
-
-        Gates are returned before the sigmoid of phi and the SiLU of gamma.
-        """
-        width, attention_size, values = self.sizes
-        ends = [width, width + attention_size, width + attention_size + values]
-        update, z, reset, candidate = jnp.split(
-            affine(average, self.gate_kernel, self.gate_bias), ends, axis=-1
-        )
+        """phi, Q, K, gamma and X' W_h + b_h, from the averages X'; phi and gamma as logits."""
+        ends = list(itertools.accumulate(self.sizes))  # of D, Z and V; the candidate has D more
+        gates = affine(average, self.gate_kernel, self.gate_bias)
+        update, z, reset, candidate = jnp.split(gates, ends, axis=-1)
         q, k = queries_and_keys(z, self.kappa[...], self.mu[...])
         return update, q, k, reset, candidate
 
@@ -223,7 +196,7 @@ def gated_update(update: Array, h: Array, residual: Array) -> Array:
 def queries_and_keys(
     z: Float[Array, "*B Z"], kappa: Float[Array, "2 Z"], mu: Float[Array, "2 Z"]
 ) -> tuple[Array, Array]:
-    """Queries and keys, two scales and shifts of the shared SiLU(z), in the dtype of z."""
+    """Two scales and shifts of the shared SiLU(z), in the dtype of z."""
     z = jax.nn.silu(z)
     q, k = (
         z * jnp.broadcast_to(kappa[i], z.shape) + jnp.broadcast_to(mu[i], z.shape) for i in (0, 1)
@@ -236,22 +209,20 @@ class MovingAverage(nnx.Module):
 
     The skip and the SiLU are those of the code. Each channel has N averages, h_t = alpha beta x_t +
     (1 - alpha delta) h_{t-1}, read by eta / sqrt(N); a sigmoid keeps alpha and delta in (0, 1).
-    Bidirectional: adds averages over the reversed sequence, without the current position.
+    The averages over the reversed sequence exclude the current position.
     """
 
     def __init__(self, width: int, state_size: int, *, bidirectional: bool, rngs: nnx.Rngs):
         key, shape = rngs.params, (2 if bidirectional else 1, width, state_size)
         self.alpha = nnx.Param(0.2 * key.normal(shape))
         self.delta = nnx.Param(0.2 * key.normal(shape))
-        # alternating signs make the initial kernel nearly zero ("seems more stable", the published
-        # code says)
-        self.beta = nnx.Param(
-            0.02 * key.normal(shape) + (-1.0) ** jnp.arange(state_size)[None, None]
-        )
+        # alternating signs make the initial kernel nearly zero (published code: "more stable")
+        noise = 0.02 * key.normal(shape)
+        self.beta = nnx.Param(noise + (-1.0) ** jnp.arange(state_size)[None, None])
         self.eta = nnx.Param(key.normal(shape))
         self.omega = nnx.Param(key.normal((width,)))
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Sequences, mask: Mask) -> Sequences:
         wide = at_least_float32(x)
         u = jnp.where(mask[..., None], wide, 0)
         alpha, delta, beta, eta = (
@@ -284,13 +255,10 @@ def ema_kernel(
     eta: Float[Array, "S D N"],
     length: int,
 ) -> Float[Array, "S D L"]:
-    """Impulse responses sum_n eta alpha beta (1 - alpha delta)^l / sqrt(N).
+    """Impulse responses sum_n eta alpha beta (1 - alpha delta)^l / sqrt(N) of S directions.
 
     The exponent l is the sum of a coarse and a fine one, so that D N sqrt(L) exponentials and one
-    product replace D N L.
-
-    Args:
-        alpha, delta: before the sigmoid; S is 1 or 2 directions.
+    product replace D N L. `alpha` and `delta` are those before the sigmoid.
     """
     log_q = log_decay(alpha, delta)[..., None]
     fine_size, coarse_size = split_powers(length)
@@ -307,8 +275,7 @@ def log_decay(alpha: Float[Array, "*S"], delta: Float[Array, "*S"]) -> Float[Arr
     """log(1 - sigmoid(alpha) sigmoid(delta)), accurate also if the product rounds to 0 or 1."""
     product = jax.nn.sigmoid(alpha) * jax.nn.sigmoid(delta)
     slow = jnp.log1p(-jnp.minimum(product, 0.5))
-    # 1 - 1/((1 + a)(1 + d)) = (a + d + a d) / ((1 + a)(1 + d)) with a = exp(-alpha), d =
-    # exp(-delta)
+    # 1 - 1/((1 + a)(1 + d)) = (a + d + a d) / ((1 + a)(1 + d)); a = exp(-alpha), d = exp(-delta)
     fast = jnp.logaddexp(jnp.logaddexp(-alpha, -delta), -alpha - delta)
     fast = fast + jax.nn.log_sigmoid(alpha) + jax.nn.log_sigmoid(delta)
     return jnp.where(product < 0.5, slow, fast)
@@ -334,13 +301,9 @@ def attend(
     blocks = -(-length // rows)
     total = blocks * rows
     dtype = v.dtype
-    # at least float32 outside the blocks, because the backward pass sums the gradients of the
-    # blocks
-    q, k, v = (
-        at_least_float32(jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))),
-        at_least_float32(k),
-        at_least_float32(v),
-    )
+    q = jnp.pad(q, ((0, 0), (0, total - length), (0, 0)))
+    # at least float32 outside the blocks: the backward pass sums the gradients of the blocks
+    q, k, v = (at_least_float32(x) for x in (q, k, v))
     bias = jnp.pad(bias, (total - length, 0))
 
     def block(start):
@@ -351,9 +314,8 @@ def attend(
             visible = visible & past[None]
         queries = jax.lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         bias_rows = toeplitz(part, rows, length)
-        weights = attention_weights(
-            queries.astype(dtype), k.astype(dtype), bias_rows, visible, attention
-        )
+        queries, keys = queries.astype(dtype), k.astype(dtype)
+        weights = attention_weights(queries, keys, bias_rows, visible, attention)
         return weights.astype(dtype) @ v.astype(dtype)
 
     if blocks == 1:
@@ -369,18 +331,14 @@ def attention_weights(
     visible: Bool[Array, "B Q K"],
     attention: str,
 ) -> Float[Array, "B Q K"]:
-    """f(Q K^T / tau + b_rel), at least float32.
-
-    tau is sqrt(Z) for softmax, else the number of visible keys.
-    """
+    """f(Q K^T / tau + b_rel), tau = sqrt(Z) for softmax, else the number of visible keys."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bqz,bkz->bqk", q, k, preferred_element_type=dtype)
     bias = bias.astype(dtype)[None]
     if attention == "softmax":
         # not -inf, because rows of padding have no visible key
-        return jax.nn.softmax(
-            jnp.where(visible, scores / math.sqrt(q.shape[-1]) + bias, -1e30), axis=-1
-        )
+        scores = scores / math.sqrt(q.shape[-1]) + bias
+        return jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
     scores = scores / jnp.maximum(visible.sum(axis=-1, keepdims=True), 1).astype(dtype) + bias
     weights = laplace(scores) if attention == "laplace" else jax.nn.relu(scores) ** 2
     return jnp.where(visible, weights, 0)
@@ -403,9 +361,6 @@ def toeplitz(diagonals: Float[Array, " R"], rows: int, columns: int) -> Float[Ar
 
 
 def affine(x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
-    """x W + b in the dtype of x.
-
-    b is added in its own dtype, because its gradient is a sum over B L terms.
-    """
+    """x W + b in the dtype of x; b is added in its own, as its gradient sums over B L terms."""
     y = x @ kernel[...].astype(x.dtype)
     return (y + jnp.broadcast_to(bias[...], y.shape)).astype(x.dtype)

@@ -1,15 +1,16 @@
 """The interface between a mixer and the backbone.
 
 A mixer maps a sequence (B, L, D) to a sequence of the same shape and is the only part of the
-network that moves information between positions. `Mixer` states what the backbone reads,
-`MixerFactory` what it passes to a constructor, `StreamingMixer` what a recurrent form adds.
-`MixerModule` is the NNX base class that supplies the defaults.
+network that moves information between positions.
 """
 
 from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float
+
+Sequences = Float[Array, "B L D"]  # inputs and outputs of a mixer
+Mask = Bool[Array, "B L"]  # True at real positions, which come first
 
 
 @runtime_checkable
@@ -30,22 +31,16 @@ class Mixer(Protocol):
     grows_with_length: bool
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         """Outputs in the dtype of `x`.
 
         Args:
             x: inputs, float32 or bfloat16.
-            mask: True at real positions, which come first; False at padding.
+            mask: False at padding.
             train: enables dropout.
             rngs: a stream named `dropout`, required in training by mixers with dropout.
         """
-        ...
 
 
 @runtime_checkable
@@ -56,14 +51,11 @@ class StreamingMixer(Mixer, Protocol):
         """The state before the first input.
 
         Raises:
-            ValueError: the options of this mixer exclude a recurrent form; the message names the
-                config key.
+            ValueError: the options of this mixer exclude a recurrent form.
         """
-        ...
 
     def step(self, state: Any, u_t: Float[Array, "B D"]) -> tuple[Any, Float[Array, "B D"]]:
         """The next state and the output: one position of `__call__`."""
-        ...
 
 
 @runtime_checkable
@@ -72,7 +64,6 @@ class MixerFactory(Protocol):
 
     def __call__(self, *, width: int, seq_len: int, rngs: nnx.Rngs) -> Mixer:
         """The mixer of one layer for inputs (B, L, D) with D = `width` and L <= `seq_len`."""
-        ...
 
 
 class MixerModule(nnx.Module):

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from models.checks import check_option
+from models.checks import check_option, check_positive
 from models.linear import KernelAttention
+from models.ops.attention import Heads
 
 KERNELS = ("softmax", "relu")
 
@@ -35,13 +36,10 @@ class Performer(KernelAttention):
 
     Args:
         width, num_heads, positions, causal: as in `MultiHead`.
-        seq_len: L, not used.
-        num_features: M; None, with kernel relu only, replaces the random projections by the
-            identity.
+        num_features: M; None, with kernel relu only, omits the random projections.
         kernel: softmax | relu, max(w . x, 0) + 0.001 (section 4.2, "generalised attention").
     Raises:
-        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax; the
-            message names the config key.
+        ValueError: as `MultiHead`; an unknown kernel, M < 1, or no M with kernel softmax.
     """
 
     rotates_features = False
@@ -65,45 +63,43 @@ class Performer(KernelAttention):
                 "model.num_features=null has no random features, but model.kernel=softmax needs "
                 "them; set model.num_features or model.kernel=relu"
             )
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"model.num_features={num_features} must be at least 1")
+        check_positive(num_features=num_features)
         self.kernel = kernel
-        self.num_features = width // num_heads if num_features is None else num_features
+        head_width = width // num_heads
+        self.num_features = num_features or head_width
         self.directions = (
-            None
-            if num_features is None
-            else RandomFeatures(
-                orthogonal_features(rngs.params(), num_features, width // num_heads)
-            )
+            RandomFeatures(orthogonal_features(rngs.params(), num_features, head_width))
+            if num_features
+            else None
         )
 
-    def query_features(self, q: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def query_features(self, q: Heads) -> Float[Array, "B L H M"]:
         if self.kernel == "relu":
             return self.relu_features(q)
         exponent = self.exponent(q)
         # a factor per query cancels in the quotient of the sums
         return jnp.exp(exponent - jax.lax.stop_gradient(exponent.max(axis=-1, keepdims=True)))
 
-    def key_features(self, k: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def key_features(self, k: Heads) -> Float[Array, "B L H M"]:
         """Features of the keys, without a subtracted maximum.
 
-        All keys must share one factor; the published code uses the maximum over all keys. No factor
-        is needed: exponents are at most |w_j|^2 / 2, about W / 2, and the mean of the features over
-        w is 1. The added 1e-6 keeps the denominator above 0 for a query that fits no feature; the
-        published code adds it to queries too. Keys longer than 2 sqrt(W) have features below 1e-6
-        and therefore equal weights (docs/models/performer.md).
+        The published code subtracts the maximum over all keys. Exponents are at most |w_j|^2 / 2,
+        about W / 2, and the mean of the features over w is 1. The added 1e-6 keeps the denominator
+        above 0 for a query that fits no feature; the published code adds it to queries too. Keys
+        longer than 2 sqrt(W) have features below 1e-6 and therefore equal weights
+        (docs/models/performer.md).
         """
         return self.relu_features(k) if self.kernel == "relu" else jnp.exp(self.exponent(k)) + 1e-6
 
-    def exponent(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def exponent(self, x: Heads) -> Float[Array, "B L H M"]:
         x = x / x.shape[-1] ** 0.25
         # the factor 1 / sqrt(M) cancels
         return self.project(x) - 0.5 * jnp.square(x).sum(axis=-1, keepdims=True)
 
-    def relu_features(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def relu_features(self, x: Heads) -> Float[Array, "B L H M"]:
         return jax.nn.relu(self.project(x)) + 1e-3
 
-    def project(self, x: Float[Array, "B L H W"]) -> Float[Array, "B L H M"]:
+    def project(self, x: Heads) -> Float[Array, "B L H M"]:
         return x if self.directions is None else x @ self.directions[...].T.astype(x.dtype)
 
 
@@ -115,7 +111,5 @@ def orthogonal_features(key: PRNGKeyArray, num_features: int, width: int) -> Flo
     q, r = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, width, width)))
     q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
     rows = jnp.swapaxes(q, 1, 2).reshape(blocks * width, width)[:num_features]
-    length = jnp.linalg.norm(
-        jax.random.normal(key_length, (num_features, width)), axis=1, keepdims=True
-    )
-    return rows * length
+    gaussian = jax.random.normal(key_length, (num_features, width))
+    return rows * jnp.linalg.norm(gaussian, axis=1, keepdims=True)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Complex, Float
 
 from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
-from models.ops.fft_convolution import fft_convolution
+from models.mixer import Mask, MixerModule, Sequences
+from models.ops.fft_convolution import convolve_directions
 from models.ops.state_space import (
     DISCRETIZATIONS,
     discretize,
@@ -42,8 +42,6 @@ class S4D(MixerModule):
     """A diagonal state space model per channel, as a long convolution; causal unless bidirectional.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N, even; each channel has N/2 complex states, one of each conjugate pair.
         init: lin | inv | legs, the initial eigenvalues of A: S4D-Lin, S4D-Inv, S4D-LegS.
         num_ssms: number of pairs (A, B), a divisor of D; channels share them in turn. None for one
@@ -52,8 +50,7 @@ class S4D(MixerModule):
         dt_min, dt_max: range of the initial Delta of each channel, log-uniform.
         bidirectional: adds a kernel, with its own C, over the positions after the current one.
     Raises:
-        ValueError: an option is unknown, N is odd, or num_ssms does not divide D; the message names
-            the config key.
+        ValueError: an option is unknown, N is odd, or num_ssms does not divide D.
     """
 
     def __init__(
@@ -81,11 +78,7 @@ class S4D(MixerModule):
             )
         check_option("model.discretization", discretization, DISCRETIZATIONS)
         check_option("model.init", init, INITS)
-        self.causal, self.bidirectional, self.discretization = (
-            not bidirectional,
-            bidirectional,
-            discretization,
-        )
+        self.causal, self.discretization = not bidirectional, discretization
         a_imag, b = initial_system(init, state_size)
         half, copies = state_size // 2, width if num_ssms is None else num_ssms
         self.log_a_real = nnx.Param(jnp.full((copies, half), math.log(0.5)))
@@ -99,45 +92,28 @@ class S4D(MixerModule):
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         u = at_least_float32(x)  # the transform and the kernel lose too many digits in 16 bits
         log_lam_bar, b_bar = self.system()
         c = jax.lax.complex(self.c_re[...], self.c_im[...])
         kernels = vandermonde_kernel(c * b_bar[None], log_lam_bar, x.shape[1])  # (1 or 2, D, L)
-        if self.bidirectional:
-            # padding must not enter the anticausal kernel
-            y = fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
-        else:
-            y = fft_convolution(u, kernels[0])
+        y = convolve_directions(u, mask, kernels)
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B D N_half"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         return jnp.zeros((batch_size, *self.c_re.shape[1:]), jnp.complex64)
 
     def step(
         self, state: Complex[Array, "B D N_half"], u_t: Float[Array, "B D"]
     ) -> tuple[Complex[Array, "B D N_half"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         log_lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = jnp.exp(log_lam_bar)[None] * state + b_bar[None] * u[..., None]
-        y = (
-            2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1)
-            + self.d[...][None] * u
-        )
-        return state, y.astype(u_t.dtype)
+        y = 2 * jnp.sum(state.real * self.c_re[...] - state.imag * self.c_im[...], axis=-1)
+        return state, (y + self.d[...][None] * u).astype(u_t.dtype)
 
     def system(self) -> tuple[Complex[Array, "D N_half"], Complex[Array, "D N_half"]]:
         """log(lam_bar) and b_bar of the sampled system of each channel."""

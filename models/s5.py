@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Complex, Float
 
 from models.checks import at_least_float32, check_option, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.products import real_product
 from models.ops.recurrence import linear_recurrence
 from models.ops.state_space import DISCRETIZATIONS, discretize, hippo_normal, log_uniform_steps
@@ -37,8 +37,6 @@ class S5(MixerModule):
     The scan holds all states, (B, L, P) complex, because C reads them.
 
     Args:
-        width: D.
-        seq_len: L, not used.
         state_size: N eigenvalues. With `conj_sym` the model has P = N/2 states, one of each
             conjugate pair, else P = N.
         num_blocks: J, the copies of HiPPO-N of size N/J on the diagonal of the initial A.
@@ -48,11 +46,9 @@ class S5(MixerModule):
         c_init: trunc_standard_normal | lecun_normal (C V, with C of variance 1/N or 1/(N D)) |
             complex_normal (variance 1).
         clip_eigs: clips the real parts of the eigenvalues to at most -1e-4.
-        bidirectional: adds a scan over the reversed sequence; C has twice the columns and reads
-            both.
+        bidirectional: adds a scan over the reversed sequence, with its own columns of C.
     Raises:
-        ValueError: an option is unknown, or the sizes do not divide; the message names the config
-            key.
+        ValueError: an option is unknown, or the sizes do not divide.
     """
 
     def __init__(
@@ -79,17 +75,17 @@ class S5(MixerModule):
             )
         check_option("model.discretization", discretization, DISCRETIZATIONS)
         check_option("model.c_init", c_init, C_INITS)
-        self.causal, self.bidirectional = not bidirectional, bidirectional
-        self.conj_sym, self.discretization, self.clip_eigs = conj_sym, discretization, clip_eigs
+        self.causal, self.conj_sym = not bidirectional, conj_sym
+        self.discretization, self.clip_eigs = discretization, clip_eigs
         block = state_size // num_blocks
         lam, vectors = hippo_normal(block)
         lam, vectors = np.tile(lam[: block // part], num_blocks), vectors[:, : block // part]
-        states, columns = state_size // part, state_size // part * (2 if bidirectional else 1)
+        states, directions = state_size // part, 2 if bidirectional else 1
+        columns = directions * states
         self.lam_re = nnx.Param(jnp.asarray(lam.real, jnp.float32))
         self.lam_im = nnx.Param(jnp.asarray(lam.imag, jnp.float32))
         self.log_step = nnx.Param(log_uniform_steps(rngs.params(), (states,), dt_min, dt_max))
-        # B and C are drawn in the basis of HiPPO and transformed to that of its eigenvectors: V^H B
-        # and C V
+        # drawn in the basis of HiPPO; in the basis of its eigenvectors they are V^H B and C V
         v_re, v_im = jnp.asarray(vectors.real, jnp.float32), jnp.asarray(vectors.imag, jnp.float32)
         b = lecun_normal(rngs.params(), (width, num_blocks, block), state_size)
         self.b_re = nnx.Param((b @ v_re).reshape(width, states))
@@ -98,51 +94,30 @@ class S5(MixerModule):
             c_re, c_im = math.sqrt(0.5) * rngs.params.normal((2, width, columns))
         else:
             fan_in = state_size * (width if c_init == "lecun_normal" else 1)
-            re, im = lecun_normal(
-                rngs.params(), (2, width, columns // states * num_blocks, block), fan_in
-            )
-            c_re, c_im = (
-                x.reshape(width, columns) for x in (re @ v_re - im @ v_im, re @ v_im + im @ v_re)
-            )
+            shape = (2, width, directions * num_blocks, block)
+            re, im = lecun_normal(rngs.params(), shape, fan_in)
+            c_re = (re @ v_re - im @ v_im).reshape(width, columns)
+            c_im = (re @ v_im + im @ v_re).reshape(width, columns)
         self.c_re, self.c_im = nnx.Param(c_re.T), nnx.Param(c_im.T)
         self.d = nnx.Param(rngs.params.normal((width,)))
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         lam_bar, b_bar = self.system()
         u = at_least_float32(x)
         c_re, c_im = self.c_re[...], self.c_im[...]
-        y = apply_ssm(
-            lam_bar,
-            b_bar,
-            c_re,
-            c_im,
-            u,
-            mask,
-            conj_sym=self.conj_sym,
-            bidirectional=self.bidirectional,
-        )
+        y = apply_ssm(lam_bar, b_bar, c_re, c_im, u, mask, self.conj_sym)
         return (y + self.d[...][None, None] * u).astype(x.dtype)
 
     def init_state(self, batch_size: int) -> Complex[Array, "B P"]:
-        """The state before the first input, zero.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """The state before the first input, zero; a ValueError if the model is bidirectional."""
         require_causal(self.causal)
         return jnp.zeros((batch_size, self.lam_re.shape[0]), jnp.complex64)
 
     def step(
         self, state: Complex[Array, "B P"], u_t: Float[Array, "B D"]
     ) -> tuple[Complex[Array, "B P"], Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`."""
         lam_bar, b_bar = self.system()
         u = at_least_float32(u_t)
         state = lam_bar[None] * state + jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)
@@ -164,24 +139,19 @@ def apply_ssm(
     c_im: Float[Array, "R D"],
     u: Float[Array, "B L D"],
     mask: Bool[Array, "B L"],
-    *,
     conj_sym: bool,
-    bidirectional: bool,
 ) -> Float[Array, "B L D"]:
-    """y_k = 2 Re(C x_k) of the sampled system, in the precision of `u`.
-
-    Without `conj_sym` y_k = Re(C x_k).
+    """y_k = 2 Re(C x_k) of the sampled system, without `conj_sym` Re(C x_k).
 
     Args:
-        c_re, c_im: C transposed, R = P rows or, if bidirectional, 2P: the second half reads the
-            reversed scan.
+        c_re, c_im: C transposed, R = P rows or 2P: the second half reads the reversed scan.
     Source: S5, sections 3.1 to 3.3 and appendix A (the parallel scan).
     """
     # two real products, because complex ones are slow on every backend
     bu = jax.lax.complex(u @ b_bar.real, u @ b_bar.imag)
     p = lam_bar.shape[0]
     y = read_out(linear_recurrence(lam_bar, bu), c_re[:p], c_im[:p], conj_sym)
-    if bidirectional:
+    if len(c_re) > p:
         # padding must not enter the reversed scan
         states = linear_recurrence(lam_bar, jnp.where(mask[..., None], bu, 0), reverse=True)
         y = y + read_out(states, c_re[p:], c_im[p:], conj_sym)

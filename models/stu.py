@@ -2,22 +2,21 @@
 
 Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models" (arXiv 2312.06837). Reference code
 read: google-deepmind/spectral_ssm, which is this class with a random initial M_u, without negative
-filters and with k_y = 2 (`conf/model/stu_official.yaml`). `models.ops.stu` holds the mathematics,
-this module the parameters.
+filters and with k_y = 2 (`conf/model/stu_official.yaml`). The mathematics: `models.ops.stu`.
 
-Additions to the paper: `bidirectional` and the recurrent form `step`, which `models.ops.filters`
-derives.
+Additions to the paper: `bidirectional` and the recurrent form (`models.ops.filters`).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import check_option, require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.filter_step import initial_features, next_features
 from models.ops.filters import alternative_filters, spectral_filters
 from models.ops.stu import HIGHEST, stu
@@ -36,8 +35,7 @@ class STU(MixerModule):
     """Spectral filters over the input plus feedback from the output; causal unless bidirectional.
 
     Args:
-        width: D, of input and output.
-        seq_len: L, the length of the filters and the longest input.
+        seq_len: the length of the filters and the longest input.
         num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
         filters: hankel | alternative, section 2 or appendix D of the paper.
         k_u: number of direct input taps M_u (3 in equation (4)).
@@ -49,7 +47,7 @@ class STU(MixerModule):
         bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
         ValueError: K, k_u or k_y exceeds L, a size is below 1, or an option is unknown or does not
-            fit; the message names the config key.
+            fit.
     """
 
     def __init__(
@@ -74,8 +72,7 @@ class STU(MixerModule):
         if k_u > seq_len or (k_y is not None and k_y >= seq_len):
             taps = f"model.k_u={k_u} and model.k_y={'null' if k_y is None else k_y}"
             raise ValueError(f"{taps} reach further back than task.seq_len={seq_len}; lower them")
-        self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
-        self.causal = not bidirectional
+        self.causal, self.bank = not bidirectional, (filters, seq_len, num_filters)
         self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
         self.m_u = nnx.Param(
             jnp.zeros((k_u, width, width))
@@ -83,9 +80,7 @@ class STU(MixerModule):
             else jax.random.truncated_normal(rngs.params(), -2, 2, (k_u, width, width)) / width**0.5
         )
         self.m_plus = nnx.Param(jnp.zeros((num_filters, width, width)))
-        self.m_minus = (
-            nnx.Param(jnp.zeros((num_filters, width, width))) if negative_filters else None
-        )
+        self.m_minus = nnx.Param(jnp.zeros(self.m_plus.shape)) if negative_filters else None
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
         self.anticausal = (
             STU(
@@ -105,29 +100,20 @@ class STU(MixerModule):
         )
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
         m_minus = None if self.m_minus is None else self.m_minus[...]
-        m_y = "lag2" if self.m_y is None else self.m_y[...]
+        m_y: Array | Literal["lag2"] = "lag2" if self.m_y is None else self.m_y[...]
         y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
         return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first input, zero; its size depends on K, k_u, k_y and D, not on L.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """Zeros, of a size that depends on K, k_u, k_y and D, not on L."""
         require_causal(self.causal)
         k_u, width, _ = self.m_u.shape
-        features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
+        features = initial_features(batch_size, width, *self.bank)
         state = {  # inputs and outputs: the latest first
             "inputs": jnp.zeros((batch_size, max(k_u - 1, 2), width)),
             "outputs": jnp.zeros((batch_size, 2 if self.m_y is None else self.m_y.shape[0], width)),
@@ -136,29 +122,26 @@ class STU(MixerModule):
         return state if self.m_minus is None else state | {"minus": features}
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`.
+        """One position of `__call__` up to the error of `filter_recurrence`, for up to L steps.
 
-        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
-        recurrence continue, and those of `__call__` end.
+        Beyond L, the filters of the recurrence continue, and those of `__call__` end.
         """
         dtype = state["plus"].dtype
-        bank = (self.filters, self.seq_len, self.num_filters)
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
         m_u = self.m_u[...].astype(dtype)
         y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=HIGHEST)
         # y_t reads U_{t-2}, so the features receive their input two steps late
-        new["plus"] = next_features(state["plus"], recent[:, 2], *bank)
+        new["plus"] = next_features(state["plus"], recent[:, 2], *self.bank)
         y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
         if self.m_minus is not None:
-            new["minus"] = next_features(state["minus"], recent[:, 2], *bank, alternate=True)
+            new["minus"] = next_features(state["minus"], recent[:, 2], *self.bank, alternate=True)
             y = y + weighted(new["minus"], self.sigma[...], self.m_minus[...])
         if self.m_y is None:
             y = y + state["outputs"][:, 1]
         else:
-            y = y + jnp.einsum(
-                "bkd,kde->be", state["outputs"], self.m_y[...].astype(dtype), precision=HIGHEST
-            )
+            m_y = self.m_y[...].astype(dtype)
+            y = y + jnp.einsum("bkd,kde->be", state["outputs"], m_y, precision=HIGHEST)
         new["outputs"] = jnp.concatenate([y[:, None], state["outputs"][:, :-1]], axis=1)
         return new, y.astype(u_t.dtype)
 
@@ -166,12 +149,7 @@ class STU(MixerModule):
 def filter_variables(
     filters: str, seq_len: int, num_filters: int, negative_filters: bool
 ) -> tuple[Filter, Filter]:
-    """sigma (K,) and phi (L, K) of the named matrix, as variables that are not trained.
-
-    Raises:
-        ValueError: an unknown name, K > L, or alternative filters with `negative_filters`; the
-            message names the config key.
-    """
+    """sigma (K,) and phi (L, K) of the named matrix."""
     check_option("model.filters", filters, FILTERS)
     if filters == "alternative" and negative_filters:
         raise ValueError(
@@ -188,18 +166,14 @@ def weighted(
     """sum_k sigma_k^(1/4) h_k m_k over the first K states, or over all N if N < K."""
     num = min(h.shape[1], sigma.shape[0])
     scale = sigma[:num].astype(h.dtype) ** 0.25
-    return jnp.einsum(
-        "bkd,kde->be", h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype), precision=HIGHEST
-    )
+    h, m = h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype)
+    return jnp.einsum("bkd,kde->be", h, m, precision=HIGHEST)
 
 
-def apply_reversed(
-    mixer: Callable[..., Array], x: Float[Array, "B L D"], mask: Bool[Array, "B L"]
-) -> Float[Array, "B L D"]:
+def apply_reversed(mixer: Callable[..., Array], x: Sequences, mask: Mask) -> Sequences:
     """The outputs of a causal, linear mixer over the reversed sequences, in the original order.
 
-    Padding comes first in the reversed sequence and is set to zero, which keeps the state of a
-    linear mixer at zero.
+    Padding comes first in the reversed sequence; zeros keep the state of a linear mixer at zero.
     """
     reversed_x = jnp.flip(jnp.where(mask[..., None], x, 0), 1)
     return jnp.flip(mixer(reversed_x, jnp.flip(mask, 1)), 1)

@@ -14,10 +14,10 @@ taps M_u, the feedback from y and its lag of 2 are absent. Deviations: docs/mode
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from models.checks import require_causal
-from models.mixer import MixerModule
+from models.mixer import Mask, MixerModule, Sequences
 from models.ops.fft_convolution import fft_convolution
 from models.ops.filter_step import initial_features, next_features
 from models.stu import State, apply_reversed, filter_variables
@@ -30,15 +30,10 @@ class TensorizedSTU(MixerModule):
     x_t = u_t m_in.
 
     Args:
-        width: D, of input and output.
-        seq_len: L, the length of the filters and the longest input.
-        num_filters: K, the number of leading eigenpairs of the matrix named by `filters`.
-        filters: hankel | alternative, section 2 or appendix D of the STU paper.
+        seq_len, num_filters, filters, bidirectional: as in `STU`.
         negative_filters: adds the features X- with signs (-1)^i; hankel only.
-        bidirectional: adds a unit with its own matrices over the reversed sequence.
     Raises:
-        ValueError: K > L, or an option that is unknown or does not fit; the message names the
-            config key.
+        ValueError: K > L, or an option that is unknown or does not fit.
     """
 
     def __init__(
@@ -52,7 +47,7 @@ class TensorizedSTU(MixerModule):
         bidirectional: bool,
         rngs: nnx.Rngs,
     ):
-        self.seq_len, self.num_filters, self.filters = seq_len, num_filters, filters
+        self.bank = (filters, seq_len, num_filters)
         self.causal, self.negative_filters = not bidirectional, negative_filters
         self.sigma, self.phi = filter_variables(filters, seq_len, num_filters, negative_filters)
         # If one factor were zero initially, the other would have no gradient.
@@ -74,24 +69,13 @@ class TensorizedSTU(MixerModule):
         )
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        *,
-        train: bool = False,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "B L D"]:
+        self, x: Sequences, mask: Mask, *, train: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Sequences:
         length = x.shape[1]
-        if length > self.seq_len:
-            raise ValueError(
-                f"the filters have length {self.seq_len} and the input {length}; "
-                f"set task.seq_len to {length} or more"
-            )
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
         filters = self.phi[...][:length] @ self.scales()  # (L, D)
-        if self.negative_filters:
-            # phi(i) + (-1)^i phi(i)
+        if self.negative_filters:  # phi(i) + (-1)^i phi(i)
             filters = filters * (2.0 * (jnp.arange(length) % 2 == 0)).astype(filters.dtype)[:, None]
         dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the transforms
         u = (x @ self.m_in[...].astype(x.dtype)).astype(dtype)
@@ -100,35 +84,23 @@ class TensorizedSTU(MixerModule):
 
     def scales(self) -> Float[Array, "K D"]:
         """sigma_k^(1/4) m_filters[k], at least in float32."""
-        return (self.sigma[...] ** 0.25)[:, None] * self.m_filters[...].astype(
-            self.sigma[...].dtype
-        )
+        sigma = self.sigma[...]
+        return (sigma**0.25)[:, None] * self.m_filters[...].astype(sigma.dtype)
 
     def init_state(self, batch_size: int) -> State:
-        """The state before the first input, zero; its size depends on K and D, not on L.
-
-        Raises:
-            ValueError: the model is bidirectional.
-        """
+        """Zeros, of a size that depends on K and D, not on L."""
         require_causal(self.causal)
         width = self.m_in.shape[0]
-        features = initial_features(batch_size, width, self.filters, self.seq_len, self.num_filters)
-        return (
-            {"plus": features, "minus": features} if self.negative_filters else {"plus": features}
-        )
+        features = initial_features(batch_size, width, *self.bank)
+        return {"plus": features} | ({"minus": features} if self.negative_filters else {})
 
     def step(self, state: State, u_t: Float[Array, "B D"]) -> tuple[State, Float[Array, "B D"]]:
-        """The next state and output: one position of `__call__`.
-
-        `filter_recurrence` states the error. Valid for L steps; beyond, the filters of the
-        recurrence continue, and those of `__call__` end.
-        """
+        """One position of `__call__`, with the limits of `STU.step`."""
         x_t = (u_t @ self.m_in[...].astype(u_t.dtype)).astype(state["plus"].dtype)
-        bank = (self.filters, self.seq_len, self.num_filters)
-        new = {"plus": next_features(state["plus"], x_t, *bank)}
+        new = {"plus": next_features(state["plus"], x_t, *self.bank)}
         features = new["plus"]
         if self.negative_filters:
-            new["minus"] = next_features(state["minus"], x_t, *bank, alternate=True)
+            new["minus"] = next_features(state["minus"], x_t, *self.bank, alternate=True)
             features = features + new["minus"]
         scales = self.scales()[: features.shape[1]].astype(features.dtype)
         return new, jnp.sum(features[:, : len(scales)] * scales[None], axis=1).astype(u_t.dtype)

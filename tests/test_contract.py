@@ -294,6 +294,20 @@ def test_recurrent_state_does_not_grow_with_length(name):
     assert size(2000) <= 1.1 * short
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_mixers_that_read_the_future_have_no_recurrent_form(name):
+    section = lra.compose([f"model={name}"]).model
+    ahead = {"bidirectional": "true", "causal": "false"}
+    words = [f"model.{key}={value}" for key, value in ahead.items() if key in section]
+    cfg = lra.compose([f"model={name}", *TINY_TASK, f"backbone.width={WIDTH}", *words])
+    mixer = abstract_model(cfg, build_task(cfg)).blocks[0].mixer
+    if not words or not isinstance(mixer, StreamingMixer):
+        pytest.skip("no recurrent form, or no such option")
+    assert not mixer.causal
+    with pytest.raises(ValueError, match=re.escape(words[0])):
+        mixer.init_state(1)
+
+
 def causal_words(name, max_length):
     """Overrides of a one-layer model, made causal if it has such an option."""
     words = [f"model={name}", "task=listops_short", f"task.max_length={max_length}"]

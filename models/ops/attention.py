@@ -4,7 +4,7 @@ Paper: Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762, equat
 chooses one of three implementations: cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135) if
 the GPU has it; the whole matrix of weights if it is small; else one block of queries after the
 other, whose weights the backward pass recomputes. Rabe and Staats 2021 (arXiv 2112.05682) split the
-keys too; a row of 16,384 weights is small enough without.
+keys too, which 16,384 weights per row do not need.
 """
 
 from typing import Any
@@ -17,32 +17,30 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from models.ops.batch_sharding import local_batch_size
 from models.ops.blocks import merge_blocks, split_blocks
 
-# Bytes of weights held at once. On a CPU about the size of its caches: with blocks of 4 MiB,
-# forward and backward take a third of the time of the whole matrix from L = 256 on. On an
-# accelerator enough rows to fill it; not measured.
+Heads = Float[Array, "B L H W"]  # queries, keys or values
+
+# Bytes of weights held at once: on a CPU about the size of its caches, with which forward and
+# backward take a third of the time of the whole matrix from L = 256 on; elsewhere not measured.
 WEIGHT_BYTES = {"cpu": 4 * 2**20}
 WEIGHT_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 8  # with fewer rows, the overhead of the loop dominates on a CPU
 
 
 def attention(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
+    q: Heads,
+    k: Heads,
+    v: Heads,
     mask: Bool[Array, "B L"],
     *,
     causal: bool,
     dropout: float | int = 0.0,
     key: PRNGKeyArray | None = None,
-) -> Float[Array, "B L H W"]:
+) -> Heads:
     """Means of the values, weighted by softmax over the real (if causal: past and own) positions.
 
     Args:
         mask: real positions, which come first in every sequence.
-        dropout: rate, of the attention weights.
-        key: random key of the dropout.
-    Raises:
-        ValueError: dropout without a key.
+        dropout: rate, of the attention weights; requires `key`.
     """
     batch, length, heads, head_width = q.shape
     rows = block_rows(local_batch_size(batch) * heads * length)
@@ -70,51 +68,42 @@ def has_flash(dtype: jnp.dtype, head_width: int, device: Any = None) -> bool:
 
     It requires 16-bit inputs, an NVIDIA GPU from Ampere on, and a head width that is a multiple of
     8 and at most 128 (256 from Hopper on). Capability 10.3 is excluded, because it needs a newer
-    cuDNN (9.11) than JAX requires, and so are AMD's GPUs, whose capability is a name such as
-    gfx90a.
+    cuDNN (9.11) than JAX requires; the capability of AMD's GPUs is a name such as gfx90a.
     """
     device = jax.devices()[0] if device is None else device
     exact = str(getattr(device, "compute_capability", ""))
     capability = exact.partition(".")[0]
-    if exact == "10.3":
+    if device.platform not in ("gpu", "cuda") or exact == "10.3" or not capability.isdigit():
         return False
-    if device.platform not in ("gpu", "cuda") or not capability.isdigit() or int(capability) < 8:
-        return False
-    widest = 256 if int(capability) >= 9 else 128
+    widest = 256 if int(capability) >= 9 else 128 if int(capability) >= 8 else 0
     return dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= widest
 
 
 def block_rows(weights_a_row: int) -> int:
-    """Queries per block, a power of two.
-
-    Args:
-        weights_a_row: weights of one query position over all heads and examples.
-    """
+    """Queries per block, a power of two, if one query has so many weights in all heads."""
     rows = WEIGHT_BYTES.get(jax.default_backend(), WEIGHT_BYTES_ELSEWHERE) // (4 * weights_a_row)
     return max(FEWEST_ROWS, 1 << max(rows, 1).bit_length() - 1)
 
 
 def attention_by_blocks(
-    q: Float[Array, "B L H W"],
-    k: Float[Array, "B L H W"],
-    v: Float[Array, "B L H W"],
+    q: Heads,
+    k: Heads,
+    v: Heads,
     mask: Bool[Array, "B L"],
     causal: bool,
     rows: int,
     dropout: float | int = 0.0,
     key: PRNGKeyArray | None = None,
-) -> Float[Array, "B L H W"]:
-    """`attention` with the weights of `rows` queries at a time.
+) -> Heads:
+    """`attention` with the weights of `rows` queries at a time, in the forward and backward pass.
 
-    Forward and backward hold B H rows L weights. Scores and their sums are at least float32.
-    Gradients are exact; `jax.jvp` works too.
+    Scores and their sums are at least float32. Gradients are exact; `jax.jvp` works too.
     """
     length, head_width = q.shape[1], q.shape[3]
     rows = min(rows, length)
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     queries = jnp.transpose(split_blocks(q, rows), (1, 0, 3, 2, 4))  # (blocks, B, H, rows, W)
-    # at least float32 outside the blocks, because the backward pass sums the gradients of the
-    # blocks
+    # at least float32 outside the blocks: the backward pass sums the gradients of the blocks
     keys = jnp.transpose(k, (0, 2, 3, 1)).astype(dtype)  # (B, H, W, L), once for all blocks
     values = jnp.transpose(v, (0, 2, 1, 3)).astype(dtype)  # (B, H, L, W)
     real = mask[:, None, None, :]
@@ -125,9 +114,8 @@ def attention_by_blocks(
         if causal:
             now = index * rows + jnp.arange(rows)
             visible = visible & (jnp.arange(length)[None, :] <= now[:, None])[None, None]
-        scores = jnp.matmul(q, keys.astype(k.dtype), preferred_element_type=dtype) / jnp.sqrt(
-            jnp.asarray(head_width, dtype)
-        )
+        scores = jnp.matmul(q, keys.astype(k.dtype), preferred_element_type=dtype)
+        scores = scores / jnp.sqrt(jnp.asarray(head_width, dtype))
         # not -inf, because a sequence without a real position would give NaN
         weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(dtype).min), axis=-1)
         if key is not None:

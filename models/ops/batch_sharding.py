@@ -12,16 +12,10 @@ from jaxtyping import Array
 
 
 def shard_over_batch(function: Callable[..., Array], x: Array, *shared: Array) -> Array:
-    """`function(x, *shared)`, on each device's shard of `x`.
+    """`function(x, *shared)` on each device's shard of `x`; examples are on axis 0 of all batches.
 
     The mesh is the one that `jax.sharding.use_abstract_mesh` sets. Without a mesh, or if the batch
-    does not divide among its devices, this is the plain call.
-
-    Args:
-        function: maps a batch and arrays that do not depend on it to an array with the batch on
-            axis 0.
-        x: a batch, examples on axis 0.
-        shared: arrays that every device holds whole.
+    does not divide among its devices, this is the plain call. Every device holds `shared` whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % mesh.size:

@@ -4,9 +4,8 @@ Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequence
 2303.06349, equation (1), section 3.1. The steps run in order, because a parallel scan over matrix
 products costs N times the work.
 
-Deviation: autodiff would accumulate the gradient of A step by step and save every product. The
-backward pass here is the reversed recurrence, needs only the states, and computes the gradient of A
-as one matrix product.
+Deviation: the backward pass is the reversed recurrence, needs only the states, and computes the
+gradient of A as one matrix product.
 """
 
 from functools import partial

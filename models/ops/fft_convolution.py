@@ -1,7 +1,7 @@
 """Convolves each channel with a filter as long as the input, in O(L log L)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from models.ops.batch_sharding import shard_over_batch
 
@@ -18,25 +18,31 @@ def fft_convolution(
     it depends on. All arguments share one dtype, float32 or float64.
 
     Source: Gu et al. 2022 (S4, arXiv 2111.00396), section 2.4. As in state-spaces/s4, one transform
-        serves both directions,
-    and the anticausal filter starts at the next position, so that the current one is not counted
-    twice.
+        serves both directions, and the anticausal filter starts at the next position, so that the
+        current one is not counted twice.
     """
     length = x.shape[1]
     size = smooth_size(2 * length - 1)
-    if anticausal is None:
-        filters = kernel
-    else:
+    if anticausal is not None:
         gap = jnp.zeros((kernel.shape[0], size - 2 * length + 1), kernel.dtype)
-        filters = jnp.concatenate(
-            [kernel, gap, jnp.flip(anticausal[:, : length - 1], axis=1)], axis=1
-        )
+        later = jnp.flip(anticausal[:, : length - 1], axis=1)
+        kernel = jnp.concatenate([kernel, gap, later], axis=1)
 
     def convolve(x: Array, filters: Array) -> Array:
         spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), size) * jnp.fft.rfft(filters, size)[None]
         return jnp.swapaxes(jnp.fft.irfft(spectrum, size)[..., :length], 1, 2)
 
-    return shard_over_batch(convolve, x, filters)
+    return shard_over_batch(convolve, x, kernel)
+
+
+def convolve_directions(
+    u: Float[Array, "B L D"], mask: Bool[Array, "B L"], kernels: Float[Array, "K D L"]
+) -> Float[Array, "B L D"]:
+    """`fft_convolution` with a causal and, if K = 2, an anticausal kernel over real positions."""
+    if len(kernels) == 1:
+        return fft_convolution(u, kernels[0])
+    # padding must not enter the anticausal kernel
+    return fft_convolution(jnp.where(mask[..., None], u, 0), kernels[0], kernels[1])
 
 
 def smooth_size(at_least: int) -> int:

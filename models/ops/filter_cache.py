@@ -1,8 +1,8 @@
 """Caches spectral filters on disk between runs.
 
 The folder is `$XDG_CACHE_HOME/lra/filters` (default `~/.cache/lra/filters`), with one .npz per
-kind, L and K that includes a digest of its arrays. A file that does not match its name or its
-digest is replaced; a folder that cannot be written is not used. No error of the cache stops a run.
+kind, L and K. A file that does not match its name or its digest is replaced; a folder that cannot
+be written is not used. No error of the cache stops a run.
 """
 
 import hashlib
@@ -14,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Part of the file's name; increase it if the filters change.
-_VERSION = 1
-# Computing shorter filters takes less time than a shared file system may need; every LRA task is at
-# least this long.
+_VERSION = 1  # part of the file's name; increase it if the filters change
+# shorter filters are computed in less time than a shared file system may need
 _SHORTEST = 1024
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -46,7 +44,7 @@ def cache_folder() -> Path:
 
 def _read(file: Path, seq_len: int, num_filters: int) -> Arrays | None:
     try:
-        # Opened here, because NumPy does not close a file that is a truncated archive.
+        # opened here, because NumPy does not close a file that is a truncated archive
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
             sigma, phi, digest = data["sigma"], data["phi"], str(data["digest"])
     except Exception:  # a damaged file raises many exceptions; all mean: compute the filters
@@ -74,6 +72,4 @@ def _write(file: Path, sigma: np.ndarray, phi: np.ndarray) -> None:
 
 
 def _digest(sigma: np.ndarray, phi: np.ndarray) -> str:
-    return hashlib.sha256(
-        np.ascontiguousarray(sigma).tobytes() + np.ascontiguousarray(phi).tobytes()
-    ).hexdigest()
+    return hashlib.sha256(sigma.tobytes() + phi.tobytes()).hexdigest()

@@ -35,10 +35,6 @@ def next_features(
     """
     a, b = filter_recurrence(kind, seq_len, num_filters)
     # highest precision, because errors of the transition accumulate over L steps
-    moved = jnp.einsum(
-        "bnd,nm->bmd",
-        h,
-        jnp.asarray(-a if alternate else a, h.dtype),
-        precision=lax.Precision.HIGHEST,
-    )
+    transition = jnp.asarray(-a if alternate else a, h.dtype)
+    moved = jnp.einsum("bnd,nm->bmd", h, transition, precision=lax.Precision.HIGHEST)
     return moved + jnp.asarray(np.array(b), h.dtype)[None, :, None] * u_t[:, None, :]

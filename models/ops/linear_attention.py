@@ -21,27 +21,17 @@ CHUNK = 128  # C; here the weights inside chunks, L C, cost about as much as the
 # Added to the sum of the weights, for sequences without a key. The published codes add 1e-6, a
 # fifth of the smallest sum of ReLU features of width 4.
 EPSILON = 1e-12
-# Numbers in the features of one block of the bidirectional sums: what fits a CPU's caches, and
-# enough to fill an accelerator.
-_CPU_FEATURES, _ACCELERATOR_FEATURES = 2**20, 2**26
 
 
 def block_rows(length: int, features_a_row: int) -> int:
-    """Positions per block, a power of two.
-
-    Args:
-        features_a_row: numbers in the features of one position over all heads and examples.
-    """
-    wanted = _CPU_FEATURES if jax.default_backend() == "cpu" else _ACCELERATOR_FEATURES
+    """Positions per block, a power of two, if one position has so many features in all heads."""
+    # numbers that fit a CPU's caches or fill an accelerator
+    wanted = 2**20 if jax.default_backend() == "cpu" else 2**26
     return min(length, 1 << max(wanted // features_a_row, 16).bit_length() - 1)
 
 
 def weight_totals(q: Float[Array, "B L H M"], k: Float[Array, "B L H M"]) -> Float[Array, "B L H"]:
-    """sum_{s <= t} q_t . k_s, the denominator of the causal form.
-
-    Separate from the numerator, because rotary positions are applied only there (Su et al. 2021,
-    equation 19).
-    """
+    """sum_{s <= t} q_t . k_s, the denominator of the causal form, without rotary positions."""
     return jnp.einsum("blhm,blhm->blh", q, jnp.cumsum(k, axis=1))
 
 
@@ -62,8 +52,7 @@ def _sums_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Arr
 
 def _sums_backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     q, k, v = saved
-    # equations (13) to (15) of the paper: y_t reads s <= t, so the gradients of k_s and v_s sum
-    # over t >= s
+    # equations (13) to (15): y_t reads s <= t, so the gradients of k_s and v_s sum over t >= s
     return (
         _sums(dy, v, k, reverse=False),
         _sums(v, dy, q, reverse=True),

@@ -12,15 +12,10 @@ def rotate(
     Products of rotated queries and keys depend on distances only.
 
     Args:
+        x: of even W.
         first: the position of x[:, 0].
-    Raises:
-        ValueError: W is odd.
     """
     length, half = x.shape[1], x.shape[3] // 2
-    if x.shape[3] % 2:
-        raise ValueError(
-            f"rotary positions need an even head width, found {x.shape[3]}; change model.num_heads"
-        )
     # bfloat16 does not distinguish position 257 from 256
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     frequency = base ** (-jnp.arange(half, dtype=dtype) / half)

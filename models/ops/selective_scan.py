@@ -3,10 +3,8 @@
 Paper: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
 2312.00752, algorithm 2 and section 3.3. Reference code read: state-spaces/mamba, `mamba_simple.py`.
 
-The states of the whole sequence would be B L E N numbers, N times the input. As in the paper they
-are not stored: the sequence is split into chunks, each chunk saves only its initial state, and the
-backward pass recomputes its states. Memory holds the states of one chunk and L / chunk initial
-states.
+As in the paper the states of the whole sequence, N times the input, are not stored: each chunk of
+the sequence saves only its initial state, and the backward pass recomputes its states.
 """
 
 from functools import partial
@@ -17,11 +15,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.ops.blocks import merge_blocks, split_blocks
-
-# Numbers in the states of one chunk. On a CPU, 4 MB in float32 take half the time of 16 MB, which
-# exceed its caches. On an accelerator few chunks are faster, because chunks run in sequence, and 64
-# MB fit.
-_CPU_STATES, _ACCELERATOR_STATES = 2**20, 2**24
 
 
 def selective_scan(
@@ -47,9 +40,7 @@ def selective_scan(
     batch, length, channels = u.shape
     size = chunk_length(length, batch * channels * a.shape[1])
 
-    def chunks(
-        x,
-    ):  # (B, L, .) -> (chunks, size, B, .); the zeros at the end do not change the state
+    def chunks(x):  # (chunks, size, B, .); the zeros at the end do not change the state
         return jnp.transpose(split_blocks(x, size), (1, 2, 0, 3))
 
     @jax.checkpoint
@@ -81,7 +72,9 @@ def selective_step(
 
 def chunk_length(length: int, states: int) -> int:
     """Steps in a chunk of `states` numbers per step: a power of two from 16 to 256, at most L."""
-    wanted = _CPU_STATES if jax.default_backend() == "cpu" else _ACCELERATOR_STATES
+    # On a CPU, 4 MB in float32 take half the time of 16 MB, which exceed its caches. Elsewhere few
+    # chunks are faster, because they run in sequence.
+    wanted = 2**20 if jax.default_backend() == "cpu" else 2**24
     room = min(max(wanted // states, 16), 256, max(length, 1))
     return 2 ** (room.bit_length() - 1)
 

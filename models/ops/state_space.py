@@ -15,18 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from models.checks import check_option
-
 DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 def hippo_normal(size: int) -> tuple[Complex[np.ndarray, " N"], Complex[np.ndarray, "N N"]]:
     """Eigenvalues and unit eigenvectors (columns) of HiPPO-N, in complex128.
 
-    HiPPO-N is the normal part of HiPPO-LegS.     HiPPO-LegS is -sqrt(2i+1) sqrt(2j+1) below the
-    diagonal and -(i+1) on it; adding p p^T with p_i = sqrt(i + 1/2) gives -1/2 plus a
-    skew-symmetric matrix. Imaginary parts ascend, so that the first half holds one of each
-    conjugate pair.
+    HiPPO-LegS is -sqrt(2i+1) sqrt(2j+1) below the diagonal and -(i+1) on it; adding p p^T with
+    p_i = sqrt(i + 1/2) gives its normal part, -1/2 plus a skew-symmetric matrix. Imaginary parts
+    ascend, so that the first half holds one of each conjugate pair.
 
     Source: S5, section 2.3 and appendix B.1; S4D, section 3.
     """
@@ -47,30 +44,22 @@ def discretize(
         rule: zoh, lam_bar = exp(lam Delta) and factor = (lam_bar - 1) / lam; or
             bilinear, lam_bar = (1 + lam Delta / 2) / (1 - lam Delta / 2) and
             factor = Delta / (1 - lam Delta / 2).
-    Raises:
-        ValueError: `rule` is neither.
     """
-    check_option("model.discretization", rule, DISCRETIZATIONS)
     z = lam * step
     if rule == "zoh":
         return z, jnp.expm1(z) / lam  # expm1, because exp(z) of slow states is within 1e-3 of 1
     half = 0.5 * z
     re, im = half.real, half.imag
     distance = (1 - re) ** 2 + im**2  # |1 - z/2|^2
-    log_lam_bar = jax.lax.complex(
-        0.5 * jnp.log1p(4 * re / distance), jnp.arctan2(2 * im, 1 - re**2 - im**2)
-    )
-    return log_lam_bar, step / (1 - half)
+    log_radius = 0.5 * jnp.log1p(4 * re / distance)
+    angle = jnp.arctan2(2 * im, 1 - re**2 - im**2)
+    return jax.lax.complex(log_radius, angle), step / (1 - half)
 
 
 def log_uniform_steps(
     key: Array, shape: tuple[int, ...], low: float | int, high: float | int
 ) -> Float[Array, "*S"]:
-    """log(Delta), uniform between log(low) and log(high).
-
-    Raises:
-        ValueError: not 0 < low <= high; the message names the config keys.
-    """
+    """log(Delta), uniform between log(low) and log(high); a ValueError unless 0 < low <= high."""
     if not 0 < low <= high < math.inf:
         raise ValueError(f"model.dt_min={low}, model.dt_max={high}: expected 0 < dt_min <= dt_max")
     return jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high))
@@ -90,10 +79,8 @@ def vandermonde_kernel(
     inner_re, inner_im = _powers(log_lam_bar, 1, inner_size)  # (D, N, T)
     outer_re, outer_im = _powers(log_lam_bar, inner_size, outer_size)  # (D, N, Q)
     w_re, w_im = weights.real[..., None], weights.imag[..., None]
-    left_re, left_im = (
-        w_re * outer_re[None] - w_im * outer_im[None],
-        w_re * outer_im[None] + w_im * outer_re[None],
-    )
+    left_re = w_re * outer_re[None] - w_im * outer_im[None]
+    left_im = w_re * outer_im[None] + w_im * outer_re[None]
 
     def product(left, right):
         # highest precision, because the terms of the sum cancel

@@ -8,9 +8,8 @@ All terms except the feedback from y are one causal convolution with matrix-valu
 basis_j(i) m_j; the basis consists of the filters, the sign-alternated filters and one unit impulse
 per m_u. The published order convolves with each basis element before multiplying by its matrix, and
 holds (B, L, K, D). Here the order is swapped: at each frequency first G = sum_j basis_j m_j, then Y
-= U G. The published order is cheaper only for a batch of one or two wide sequences; it is used
-there, one basis element at a time. Complex products are written as real ones, which run on matrix
-units and are several times faster on XLA:CPU.
+= U G. The published order, one basis element at a time, serves only a batch of one or two wide
+sequences. Complex products are written as real ones, several times faster on XLA:CPU.
 
 Interpretation: the paper's feature sum runs over i = 0..t-1, u_1 is the first input, and the index
 of the first entry of phi_k is not stated. Here, as in the published code, phi_k(i) is entry i
@@ -21,7 +20,7 @@ u_{t-2}. Deviations: none in the values.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.ops.batch_sharding import shard_over_batch
+from models.ops.blocks import merge_blocks
 from models.ops.fft_convolution import smooth_size
 
 # for products that feed the next step: the rounding errors of tf32 would accumulate over L steps
@@ -45,7 +45,7 @@ def stu(
     m_u: Float[Array, "k_u D_in D_out"],
     m_plus: Float[Array, "K D_in D_out"],
     m_minus: Float[Array, "K D_in D_out"] | None = None,
-    m_y: Float[Array, "k_y D_out D_out"] | str | None = None,
+    m_y: Float[Array, "k_y D_out D_out"] | Literal["lag2"] | None = None,
 ) -> Float[Array, "B L D_out"]:
     """The output of an STU, equations (4) to (6).
 
@@ -54,10 +54,9 @@ def stu(
 
     Vectors are rows and multiply matrices from the left. With times counted from 0, U+_{t,k} =
     sum_{i=0..t} u_{t-i} phi[i, k]; U- has the extra factor (-1)^i. Inputs, features and outputs
-    before time 0 are zero. All gradients are exact; forward mode (`jax.jvp`) is not supported.
-    Rounding errors of y_t are relative to the whole input, not to the inputs before t, because the
-    transforms mix all times: about 1e-6 of the largest output in float32, 2e-4 with products in
-    tf32, 1e-2 in bfloat16. Inputs after the end of a sequence should therefore be zero.
+    before time 0 are zero. Gradients are exact; forward mode (`jax.jvp`) is not supported. The
+    transforms mix all times: errors of y_t are about 1e-6 of the largest output in float32, 2e-4
+    with products in tf32, 1e-2 in bfloat16, so inputs after the end of a sequence should be zero.
 
     Args:
         phi: filters as columns, in any order and of any sign; rows beyond L are not used.
@@ -69,8 +68,7 @@ def stu(
         y in the dtype of u. With bfloat16 inputs the products have bfloat16 factors and float32
         sums; all else is float32.
     Raises:
-        ValueError: `phi` is shorter than u, or `m_y` is an unknown word.
-    Source: Agarwal et al. 2023, equations (4) to (6).
+        ValueError: `phi` is shorter than u.
     """
     length = u.shape[1]
     if phi.shape[0] < length:
@@ -78,44 +76,26 @@ def stu(
             f"the filters have length {phi.shape[0]} and the input {length}; "
             f"set task.seq_len to {length} or more"
         )
-    if isinstance(m_y, str) and m_y != "lag2":
-        raise ValueError(
-            f"feedback m_y={m_y!r} is unknown; pass 'lag2', matrices or None (set model.k_y)"
-        )
     # Explicit dtypes: NumPy filters are float64, and strict promotion refuses even `promote_types`.
     dtype = jnp.float64 if u.dtype == jnp.float64 else jnp.float32
-    basis = _basis(
-        jnp.asarray(phi, dtype),
-        jnp.asarray(sigma, dtype),
-        length,
-        m_u.shape[0],
-        m_minus is not None,
-    )
-    matrices = [m_plus, m_u] if m_minus is None else [m_plus, m_minus, m_u]
+    phi, sigma = jnp.asarray(phi, dtype), jnp.asarray(sigma, dtype)
+    filters, matrices = phi[:length] * (sigma**0.25)[None], [m_plus, m_u]
+    if m_minus is not None:
+        signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), dtype)
+        filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
+        matrices = [m_plus, m_minus, m_u]
+    # a lag of 2, not as a phase, which would wrap the last inputs onto the first outputs
+    delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
+    basis = jnp.concatenate([delayed, jnp.eye(length, len(m_u), dtype=dtype)], axis=1)
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
-    y = shard_over_batch(
-        convolution, u.astype(dtype), basis, jnp.concatenate([m.astype(dtype) for m in matrices])
-    )
+    wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])
+    y = shard_over_batch(convolution, wide, basis, m)
     if isinstance(m_y, str):
         y = lag_two_sum(y)
     elif m_y is not None:
         y = feedback(y, m_y.astype(dtype))
     return y.astype(u.dtype)
-
-
-def _basis(
-    phi: Array, sigma: Array, length: int, num_taps: int, alternate: bool
-) -> Float[Array, "L J"]:
-    """The scalar filters, in the order m_plus, m_minus, m_u."""
-    filters = phi[:length] * (sigma**0.25)[None]
-    if alternate:
-        signs = jnp.asarray(1 - 2 * (np.arange(length) % 2), phi.dtype)
-        filters = jnp.concatenate([filters, filters * signs[:, None]], axis=1)
-    # The lag of 2 is applied to the filter; as a phase it would wrap the last inputs onto the first
-    # outputs.
-    delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
-    return jnp.concatenate([delayed, jnp.eye(length, num_taps, dtype=phi.dtype)], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -127,8 +107,8 @@ def causal_convolution(
 ) -> Float[Array, "B L D_out"]:
     """y_t = sum_j sum_{i=0..t} basis[i, j] u_{t-i} m[j].
 
-    The transforms are long enough that nothing wraps around. The backward pass saves only u, basis
-    and m and recomputes their transforms and G. All arguments share one dtype, float32 or float64.
+    The backward pass saves only u, basis and m and recomputes their transforms and G. All arguments
+    share one dtype, float32 or float64.
 
     Args:
         products: dtype to which the factors of matrix products are rounded; None for their own.
@@ -147,11 +127,8 @@ def _convolution_backward(
     products: Any, saved: tuple[Array, Array, Array], dy: Array
 ) -> tuple[Array, Array, Array]:
     u, basis, m = saved
-    order = (
-        _each_basis_element_backward
-        if basis_first(*u.shape[:2], *m.shape[::2])
-        else _each_frequency_backward
-    )
+    first = basis_first(*u.shape[:2], *m.shape[::2])
+    order = _each_basis_element_backward if first else _each_frequency_backward
     return order(u, basis, m, dy, products)
 
 
@@ -207,9 +184,8 @@ def _each_basis_element_backward(
         dfilter = jnp.fft.irfft(jnp.sum(dfeatures_hat * u_hat.conj(), axis=(0, 1)), size)[:length]
         return du_hat + dfeatures_hat * filter_hat.conj(), (dfilter, dm)
 
-    du_hat, (dbasis, dm) = lax.scan(
-        add, jnp.zeros_like(u_hat), (_spectrum(basis[None], size)[0], m)
-    )
+    basis_hat = _spectrum(basis[None], size)[0]
+    du_hat, (dbasis, dm) = lax.scan(add, jnp.zeros_like(u_hat), (basis_hat, m))
     return _signal(du_hat, size, length), dbasis.T, dm
 
 
@@ -238,17 +214,15 @@ def _each_frequency_backward(
     def block(spectra: list[Array], outputs: list[Array], at: Any, width: int) -> list[Array]:
         u_part, dy_part, basis_part = (_read(x, at, width) for x in spectra)
         du, dbasis, dm = outputs
-        du_part = _product(
-            dy_part, basis_part * conjugate, m_transposed, products
-        )  # dY G^H: a correlation
+        # dY G^H: a correlation
+        du_part = _product(dy_part, basis_part * conjugate, m_transposed, products)
         dg = _outer_product(u_part, dy_part, products)  # (f, 2, D_in, D_out)
         dbasis_part = _multiply("frdo,jdo->frj", dg, m, products)[:, :, None]
         # All frequencies except the first and the last also represent their conjugates.
         index = at + jnp.arange(width)
         weight = jnp.where((index == 0) | (index == size // 2), 1, 2).astype(m.dtype) / size
-        dm = dm + _multiply(
-            "frj,frdo->jdo", basis_part[:, :, 0] * weight[:, None, None], dg, products
-        )
+        weighted = basis_part[:, :, 0] * weight[:, None, None]
+        dm = dm + _multiply("frj,frdo->jdo", weighted, dg, products)
         return [_write(du, du_part, at), _write(dbasis, dbasis_part, at), dm]
 
     spectra = [_spectrum(u, size), _spectrum(dy, size), _spectrum(basis[None], size)]
@@ -261,8 +235,7 @@ def _over_blocks(
     block: Callable[..., list[Array]], spectra: list[Array], outputs: list[Array], m: Array
 ) -> list[Array]:
     """Runs `block` over all frequencies, as many at a time as `_block_bytes` of G allow (>= 32)."""
-    fitting = _block_bytes() // (2 * m.shape[1] * m.shape[2] * m.dtype.itemsize)
-    width = max(fitting, _FEWEST_FREQUENCIES)
+    width = max(_block_bytes() // (2 * m.nbytes // len(m)), _FEWEST_FREQUENCIES)
     whole, rest = divmod(spectra[0].shape[2], width)
     if whole:
         outputs = lax.fori_loop(
@@ -280,23 +253,17 @@ def _product(u: Array, basis: Array, m: Array, products: Any) -> Array:
     """Y = U G of a block of frequencies: (f, 2, B, D_in) and (f, 2, 1, J) to (f, 2, B, D_out)."""
     width, _, batch, d_in = u.shape
     rows, matrix = u.reshape(width, 2 * batch, d_in), m.reshape(m.shape[0], -1)
-    by_real, by_imag = (
-        _multiply(
-            "fbd,fdo->fbo",
-            rows,
-            _multiply("fj,jx->fx", basis[:, part, 0], matrix, products).reshape(width, d_in, -1),
-            products,
-        ).reshape(width, 2, batch, -1)
-        for part in range(2)
-    )
+
+    def rows_times(part: int) -> Array:
+        g = _multiply("fj,jx->fx", basis[:, part, 0], matrix, products).reshape(width, d_in, -1)
+        return _multiply("fbd,fdo->fbo", rows, g, products).reshape(width, 2, batch, -1)
+
+    by_real, by_imag = rows_times(0), rows_times(1)
     return jnp.stack([by_real[:, 0] - by_imag[:, 1], by_real[:, 1] + by_imag[:, 0]], axis=1)
 
 
 def _outer_product(u: Array, dy: Array, products: Any) -> Array:
-    """U^H dY, the gradient of G, of a block of frequencies.
-
-    (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out).
-    """
+    """U^H dY, the gradient of G: (f, 2, B, D_in) and (f, 2, B, D_out) to (f, 2, D_in, D_out)."""
     width, _, batch, d_in = u.shape
     rows = u.reshape(width, 2 * batch, d_in)
     turned = jnp.stack([dy[:, 1], -dy[:, 0]], axis=1)
@@ -318,8 +285,7 @@ def _signal(spectrum: Array, size: int, length: int) -> Array:
 
 def _read(spectrum: Array, at: Any, width: int) -> Array:
     """A block of frequencies as (f, 2, B, D), real and imaginary parts on axis 1."""
-    # Transposed block by block, in the cache: transposing whole spectra takes XLA:CPU longer than
-    # the transforms.
+    # transposed by blocks: transposing whole spectra takes XLA:CPU longer than the transforms
     part = lax.dynamic_slice_in_dim(spectrum, at, width, axis=2)
     return jnp.transpose(jnp.stack([part.real, part.imag]), (3, 0, 1, 2))
 
@@ -377,39 +343,34 @@ def feedback_by_steps(
     taps = m_y.shape[0]
     stacked = m_y.reshape(taps * width, width)
 
-    # Not `lax.scan`, which would transpose x and y to have time in front.
+    # not `lax.scan`, which would transpose x and y to have time in front
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         past, y = carry  # past: (B, k_y D), the latest output first
-        y_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False) + jnp.matmul(
-            past, stacked, precision=HIGHEST
-        )
+        x_t = lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)
+        y_t = x_t + jnp.matmul(past, stacked, precision=HIGHEST)
         past = jnp.concatenate([y_t, past[:, : (taps - 1) * width]], axis=1)
         return past, lax.dynamic_update_index_in_dim(y, y_t, t, axis=1)
 
-    return lax.fori_loop(
-        0, length, step, (jnp.zeros((batch, taps * width), x.dtype), jnp.zeros_like(x))
-    )[1]
+    start = jnp.zeros((batch, taps * width), x.dtype)
+    return lax.fori_loop(0, length, step, (start, jnp.zeros_like(x)))[1]
 
 
 def feedback_by_chunks(
     x: Float[Array, "B L D"], m_y: Float[Array, "k_y D D"]
 ) -> Float[Array, "B L D"]:
-    """`feedback` in chunks of about sqrt(L) steps that run in parallel.
+    """`feedback` in chunks of about sqrt(L) steps that run in parallel from a zero past.
 
-    Chunks start from a zero past. Pairs of chunks are merged into chunks of twice the length until
-    about sqrt(L) chunks are left; a scan over these adds the contributions of their true pasts.
-
-    A past contributes through the impulse response h, which is computed as one more chunk per
-    output. This takes 2.5 to 4.5 times the operations of the step-by-step form, as matrix products,
-    and k_y T D^2 numbers for the responses W.
+    Pairs of chunks are merged into chunks of twice the length until about sqrt(L) chunks are left;
+    a scan over these adds the contributions of their true pasts, through the impulse response h,
+    which is computed as one more chunk per output. This takes 2.5 to 4.5 times the operations of
+    the step-by-step form, as matrix products, and k_y T D^2 numbers for the responses W.
     """
     batch, length, width = x.shape
     taps = m_y.shape[0]
     chunk = _chunk_length(length, taps, width)
     chunks = -(-length // chunk)
-    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0))).reshape(
-        batch * chunks, chunk, width
-    )
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0)))
+    x = x.reshape(batch * chunks, chunk, width)
     impulse = jnp.zeros((width, chunk, width), x.dtype).at[:, 0].set(jnp.eye(width, dtype=x.dtype))
     rows = jnp.concatenate([x, impulse])
     size = 1
@@ -421,10 +382,8 @@ def feedback_by_chunks(
         late = pairs[:, :, 1] + jnp.einsum("rckd,kdte->rcte", ends, w, precision=HIGHEST)
         rows = jnp.stack([pairs[:, :, 0], late], axis=2).reshape(rows.shape)
         size *= 2
-    alone, w = (
-        rows[: batch * chunks].reshape(batch, chunks, chunk, width),
-        _responses(m_y, rows[batch * chunks :]),
-    )
+    alone = rows[: batch * chunks].reshape(batch, chunks, chunk, width)
+    w = _responses(m_y, rows[batch * chunks :])
 
     latest_first = chunk - 1 - np.arange(taps)
     ends = jnp.swapaxes(alone[:, :, latest_first], 0, 1).reshape(chunks, batch, taps * width)
@@ -436,7 +395,7 @@ def feedback_by_chunks(
     _, pasts = lax.scan(pass_on, jnp.zeros_like(ends[0]), ends)
     pasts = pasts.reshape(chunks, batch, taps, width)
     added = jnp.einsum("cbkd,kdte->bcte", pasts, w, precision=HIGHEST)
-    return (alone + added).reshape(batch, chunks * chunk, width)[:, :length]
+    return merge_blocks(alone + added, length)
 
 
 def _responses(m_y: Float[Array, "k_y D D"], h: Float[Array, "D T D"]) -> Float[Array, "k_y D T D"]:
@@ -454,9 +413,6 @@ def _responses(m_y: Float[Array, "k_y D D"], h: Float[Array, "D T D"]) -> Float[
 
 
 def _chunk_length(length: int, taps: int, width: int) -> int:
-    """A power of two near sqrt(L), at least k_y.
-
-    W has at most 2^27 numbers (half a GB), unless k_y needs more.
-    """
+    """A power of two near sqrt(L), at least k_y; W has 2^27 numbers or what k_y needs."""
     wanted = max(taps, min(math.isqrt(length - 1) + 1, 2**27 // (taps * width * width)))
     return 1 << (wanted - 1).bit_length()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from float64_checks import check_mixer_against_loop
+from mixer_checks import check_bfloat16, check_streaming
 
 from models.gru import GRU
 
@@ -86,50 +87,6 @@ def test_recurrent_matrices_start_orthogonal_and_differ():
     assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(squares) for b in squares[:i])
 
 
-def test_causal_ignores_the_future_and_examples_do_not_meet():
-    mixer, u, mask = gru(), inputs(), jnp.ones((2, 9), bool)
-    y = mixer(u, mask)
-    np.testing.assert_allclose(y[:, :5], mixer(u.at[:, 5:].add(1.0), mask)[:, :5], atol=1e-6)
-    np.testing.assert_allclose(y[1], mixer(u[1:], mask[1:])[0], atol=1e-6)
-
-
-def test_bidirectional_starts_at_the_last_real_position():
-    mixer, u = gru(bidirectional=True), inputs()
-    mask = jnp.arange(9)[None] < jnp.asarray([[5], [9]])
-    y = mixer(u, mask)
-    np.testing.assert_allclose(y[:1, :5], mixer(u[:1, :5], mask[:1, :5]), atol=1e-6)
-    np.testing.assert_allclose(y[0, :5], mixer(u.at[0, 5:].add(1.0), mask)[0, :5], atol=1e-6)
-    assert np.abs(y[1, 0] - mixer(u.at[1, 8].add(1.0), mask)[1, 0]).max() > 1e-4
-
-
-def test_streaming_equals_the_scan():
-    mixer, u = gru(), inputs(length=200)
-    state = mixer.init_state(2)
-    assert state.shape == (2, 3)
-    _, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(u, 0, 1))
-    np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), mixer(u, jnp.ones((2, 200), bool)), atol=1e-5)
-
-
-def test_bidirectional_has_no_recurrent_form():
-    with pytest.raises(ValueError, match=r"model\.bidirectional"):
-        gru(bidirectional=True).init_state(1)
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_bfloat16_input_has_a_float32_state(bidirectional):
-    mixer, u, mask = gru(bidirectional=bidirectional), inputs(length=100), jnp.ones((2, 100), bool)
-    y = mixer(u.astype(jnp.bfloat16), mask)
-    assert y.dtype == jnp.bfloat16
-    exact = mixer(u.astype(jnp.bfloat16).astype(jnp.float32), mask)
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
-
-
-def test_streamed_state_is_float32_for_bfloat16_input():
-    mixer = gru()
-    state, y_t = mixer.step(mixer.init_state(2), inputs()[:, 0].astype(jnp.bfloat16))
-    assert (state.dtype, y_t.dtype) == (jnp.float32, jnp.bfloat16)
-
-
 @pytest.mark.parametrize("directions", [1, 2])
 def test_parameter_count(directions):
     """3 (D H + H^2 + H) + H for each unit, and the output projection."""
@@ -147,3 +104,12 @@ def test_parameter_count(directions):
 def test_bad_values_name_their_key():
     with pytest.raises(ValueError, match=r"model\.state_size=0"):
         gru(state_size=0)
+
+
+def test_streaming_equals_the_scan():
+    check_streaming(gru(), inputs(length=200))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_bfloat16_input_has_a_float32_state(bidirectional):
+    check_bfloat16(gru(bidirectional=bidirectional), inputs(length=100))

@@ -7,14 +7,13 @@ import pytest
 from attention_checks import (
     check_attention_against_loop,
     check_bfloat16,
-    check_padding_and_future,
-    check_streaming,
     inputs,
     rotated,
+    softmax_attention,
 )
 from flax import nnx
+from mixer_checks import check_streaming
 
-from models.attention import Attention
 from models.linear import LinearAttention
 from models.ops import linear_attention
 
@@ -49,19 +48,9 @@ def test_linear_attention_equals_a_loop(positions, causal):
     check_attention_against_loop(linear(positions=positions, causal=causal), weigh, tolerance=1e-8)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_padding_and_the_future_change_nothing(causal):
-    check_padding_and_future(linear(causal=causal))
-
-
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 def test_streaming_equals_parallel(positions):
-    check_streaming(linear(causal=True, positions=positions))
-
-
-def test_streaming_is_refused_where_the_model_looks_ahead():
-    with pytest.raises(ValueError, match=r"model\.causal=false"):
-        linear().init_state(2)
+    check_streaming(linear(causal=True, positions=positions), jnp.asarray(inputs(), jnp.float32))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -69,10 +58,6 @@ def test_16_bits(causal):
     check_bfloat16(linear(causal=causal, positions="rotary"))
     heads = jnp.ones((1, 3, 2, 4), jnp.bfloat16)
     assert {x.dtype for x in linear().features(heads, heads)} == {jnp.dtype("float32")}
-    state, _ = linear(causal=True).step(
-        linear(causal=True).init_state(2), jnp.ones((2, 8), jnp.bfloat16)
-    )
-    assert state.values.dtype == state.keys.dtype == jnp.float32
 
 
 def test_a_sequence_without_a_real_position_gives_zeros():
@@ -84,18 +69,7 @@ def test_it_has_the_parameters_of_softmax_attention():
     def shapes(mixer):
         return jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
 
-    softmax = Attention(
-        8,
-        11,
-        num_heads=2,
-        positions="none",
-        causal=False,
-        max_len=None,
-        qkv_width=None,
-        attention_dropout=0.0,
-        rngs=nnx.Rngs(0),
-    )
-    assert shapes(linear()) == shapes(softmax)
+    assert shapes(linear()) == shapes(softmax_attention())
 
 
 @pytest.mark.parametrize(

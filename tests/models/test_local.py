@@ -7,14 +7,10 @@ import pytest
 from attention_checks import (
     check_attention_against_loop,
     check_bfloat16,
-    check_padding_and_future,
-    inputs,
-    mask_of,
     rotated,
 )
 from flax import nnx
 
-from models.attention import Attention
 from models.local import LocalAttention
 
 
@@ -56,38 +52,6 @@ def test_local_attention_equals_a_loop(block_size, neighbours, positions, causal
         local(block_size=block_size, neighbours=neighbours, causal=causal, positions=positions),
         weigh,
     )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_blocks_that_see_all_others_are_softmax_attention(causal):
-    softmax = Attention(
-        8,
-        11,
-        num_heads=2,
-        positions="rotary",
-        causal=causal,
-        max_len=None,
-        qkv_width=None,
-        attention_dropout=0.0,
-        rngs=nnx.Rngs(0),
-    )
-    blocks = local(neighbours=2, positions="rotary", causal=causal)
-    x, mask = jnp.asarray(inputs(), jnp.float32), mask_of((11, 6), 11)
-    np.testing.assert_allclose(blocks(x, mask), softmax(x, mask), atol=1e-5)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("neighbours", [0, 1])
-def test_padding_and_the_future_change_nothing(neighbours, causal):
-    check_padding_and_future(local(neighbours=neighbours, causal=causal))
-
-
-def test_a_block_that_is_all_padding_gives_finite_gradients():
-    mask = mask_of((11, 2), 11)
-    grad = jax.grad(lambda x: jnp.square(local()(x, mask)).sum())(
-        jnp.asarray(inputs(), jnp.float32)
-    )
-    assert np.isfinite(grad).all()
 
 
 def test_16_bits():

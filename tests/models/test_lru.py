@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from float64_checks import check_mixer_against_loop
+from mixer_checks import check_bfloat16, check_streaming
 
 import lra
 from lra.config.build import build_task, model_builder
@@ -91,51 +92,6 @@ def test_values_and_gradients_equal_a_loop_in_float64(variant, both):
     check_mixer_against_loop(
         mixer, inputs(11), real, lambda p, u: by_loop(p, u, real, variant, both)
     )
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_streaming_equals_the_whole_sequence(variant):
-    mixer, u = lru(**VARIANTS[variant]), inputs(60)
-    state = mixer.init_state(2)
-    assert state.shape == (2, 5)
-    last, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(u, 0, 1))
-    assert (last.shape, last.dtype) == (state.shape, state.dtype)
-    np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), mixer(u, jnp.ones((2, 60), bool)), atol=2e-5)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_bidirectional_has_no_recurrent_form(variant):
-    with pytest.raises(ValueError, match=r"model\.bidirectional=true"):
-        lru(**VARIANTS[variant], bidirectional=True).init_state(1)
-
-
-@pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_and_the_future_change_nothing(variant, both):
-    mixer, u = lru(**VARIANTS[variant], bidirectional=both), inputs(12)
-    mask = jnp.arange(12)[None] < jnp.array([[12], [7]])
-    y = mixer(u, mask)
-    other = mixer(jnp.where(mask[..., None], u, 50.0), mask)
-    np.testing.assert_allclose(jnp.where(mask[..., None], y - other, 0), 0, atol=1e-6)
-    np.testing.assert_allclose(y[1], mixer(u[1:], mask[1:])[0], atol=1e-6)
-    later = mixer(u.at[:, 6:].add(1.0), mask)
-    assert mixer.causal != both
-    assert np.allclose(y[:, :6], later[:, :6], atol=1e-6) == (not both)
-
-
-@pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_16_bits_are_rounded_once_and_states_stay_wide(variant, both):
-    mixer, mask = lru(**VARIANTS[variant], bidirectional=both), jnp.ones((2, 300), bool)
-    u = inputs(300).astype(jnp.bfloat16)
-    with jax.numpy_dtype_promotion("strict"):  # nothing is widened by chance
-        y, exact = mixer(u, mask), mixer(u.astype(jnp.float32), mask)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
-    if not both:
-        state, y_t = mixer.step(mixer.init_state(2), u[:, 0])
-        assert y_t.dtype == jnp.bfloat16
-        assert state.dtype == (jnp.float32 if mixer.dense else jnp.complex64)
 
 
 def test_all_parametrizations_start_at_the_same_eigenvalues():
@@ -255,3 +211,15 @@ def test_a_rung_composes_and_trains_every_parameter(rung):
 def test_bad_options_name_their_key(options, message):
     with pytest.raises(ValueError, match=message):
         lru(**options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streaming_equals_the_whole_sequence(variant):
+    check_streaming(lru(**VARIANTS[variant]), inputs(60), atol=2e-5)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_16_bits_are_rounded_once_and_states_stay_wide(variant, both):
+    mixer = lru(**VARIANTS[variant], bidirectional=both)
+    check_bfloat16(mixer, inputs(300), promotion="strict")  # nothing is widened by chance

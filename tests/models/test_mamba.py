@@ -1,13 +1,15 @@
 """Mamba's block and its selective scan against a plain loop of the paper's equations in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from float64_checks import check_mixer_against_loop
+from mixer_checks import check_streaming, count_parameters
 
-from models.backbone import Backbone
 from models.mamba import Mamba
 from models.ops import selective_scan as op
 
@@ -162,18 +164,6 @@ def test_chunks_fit_the_room(length, states, size):
     assert op.chunk_length(length, states) == size
 
 
-def test_streaming_equals_parallel():
-    graph, params = split(mamba(), "float32")
-    mixer = nnx.merge(graph, params)
-    u = inputs(40, "float32")
-    y = mixer(u, jnp.ones(u.shape[:2], bool))
-    state = mixer.init_state(2)
-    assert [x.shape for x in jax.tree.leaves(state)] == [(2, 3, 10), (2, 10, 3)]
-    # a scan refuses a state that grows
-    _, outputs = jax.lax.scan(mixer.step, state, jnp.moveaxis(u, 1, 0))
-    np.testing.assert_allclose(jnp.moveaxis(outputs, 0, 1), y, atol=1e-5)
-
-
 def test_bfloat16_inputs_give_bfloat16_outputs_near_float32():
     graph, params = split(mamba(), "float32")
     mixer = nnx.merge(graph, params)
@@ -200,38 +190,6 @@ def test_starts_as_the_paper_says():
     assert mixer.rank == 13  # ceil(200 / 16)
 
 
-def test_mamba_130m_has_its_published_size():
-    """mamba-130m, 24 layers of 768 with a tied head, has 129,135,360 parameters."""
-    around = {
-        "norm": "rms",
-        "norm_position": "pre",
-        "norm_momentum": 0.9,
-        "final_norm": True,
-        "activation": "none",
-    }
-    around |= {
-        "glu": "none",
-        "mlp": "none",
-        "mlp_ratio": 4,
-        "dropout": 0.0,
-        "pool": "mean",
-        "positions": "none",
-    }
-
-    def build():
-        def mixer(**sizes):
-            return Mamba(**sizes, **OPTIONS | {"state_size": 16})
-
-        sizes = {"num_classes": 2, "seq_len": 8, "vocab_size": 50280, "depth": 24, "width": 768}
-        return Backbone(mixer, **sizes, **around, rngs=nnx.Rngs(params=jax.random.key(0)))
-
-    shapes = nnx.state(nnx.eval_shape(build), nnx.Param)
-    count = sum(x.size for x in jax.tree.leaves(shapes)) - sum(
-        x.size for x in jax.tree.leaves(shapes["head"])
-    )
-    assert count == 129_135_360
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -247,3 +205,15 @@ def test_mamba_130m_has_its_published_size():
 def test_bad_sizes_name_their_key(options, key):
     with pytest.raises(ValueError, match=key):
         mamba(**options)
+
+
+def test_streaming_equals_parallel():
+    check_streaming(nnx.merge(*split(mamba(), "float32")), inputs(40, "float32"))
+
+
+def test_mamba_130m_has_its_published_size():
+    """mamba-130m, 24 layers of 768 with a tied head, has 129,135,360 parameters."""
+    around = {"norm": "rms", "final_norm": True, "activation": "none", "glu": "none"}
+    sizes = {"num_classes": 2, "seq_len": 8, "vocab_size": 50280, "depth": 24, "width": 768}
+    count = count_parameters(partial(Mamba, **OPTIONS | {"state_size": 16}), **sizes, **around)
+    assert count - (768 * 2 + 2) == 129_135_360  # without our head

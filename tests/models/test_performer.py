@@ -7,15 +7,14 @@ import pytest
 from attention_checks import (
     check_attention_against_loop,
     check_bfloat16,
-    check_padding_and_future,
-    check_streaming,
     inputs,
     mask_of,
     rotated,
+    softmax_attention,
 )
 from flax import nnx
+from mixer_checks import check_streaming
 
-from models.attention import Attention
 from models.ops import linear_attention
 from models.performer import Performer, orthogonal_features
 
@@ -65,16 +64,7 @@ def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
 def test_many_features_are_softmax_attention(causal, positions):
     """With the same projections the error falls as 1 / sqrt(M), by 8 here, for large M."""
     options = {"positions": positions, "causal": causal}
-    softmax = Attention(
-        8,
-        11,
-        num_heads=2,
-        max_len=None,
-        qkv_width=None,
-        attention_dropout=0.0,
-        **options,
-        rngs=nnx.Rngs(0),
-    )
+    softmax = softmax_attention(**options)
     x, mask = jnp.asarray(0.5 * inputs(), jnp.float32), mask_of((11, 6), 11)
 
     def error(num_features):
@@ -111,16 +101,12 @@ def test_features_follow_the_seed_and_are_not_trained():
     assert set(nnx.to_pure_dict(nnx.state(performer(), nnx.Param))) == {"qkv", "output"}
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=["softmax", "relu", "like LRA"])
-def test_padding_and_the_future_change_nothing(kind, causal):
-    check_padding_and_future(performer(**kind, causal=causal))
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=["softmax", "relu", "like LRA"])
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 def test_streaming_equals_parallel(kind, positions):
-    check_streaming(performer(**kind, causal=True, positions=positions))
+    check_streaming(
+        performer(**kind, causal=True, positions=positions), jnp.asarray(inputs(), jnp.float32)
+    )
 
 
 def test_memory_over_all_positions_does_not_grow_with_the_features():
@@ -147,11 +133,6 @@ def test_memory_over_all_positions_does_not_grow_with_the_features():
         step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
         < 4 * 4096 * 4 * 256 * 4
     )
-
-
-def test_streaming_is_refused_where_the_model_looks_ahead():
-    with pytest.raises(ValueError, match=r"model\.causal=false"):
-        performer().init_state(2)
 
 
 @pytest.mark.parametrize("causal", [False, True])

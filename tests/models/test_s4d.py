@@ -1,13 +1,15 @@
 """S4D against a float64 loop over its equations."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from float64_checks import check_mixer_against_loop
+from mixer_checks import check_bfloat16, check_streaming, count_parameters
 
-from models.backbone import Backbone
 from models.ops.state_space import hippo_normal
 from models.s4d import S4D
 
@@ -74,7 +76,7 @@ def test_values_and_gradients_equal_a_loop(options):
             jax.random.key(len(name)), parameter.shape
         )
     real = np.arange(9)[None] < np.array([[9], [6]])
-    settings = {"rule": mixer.discretization, "both": mixer.bidirectional}
+    settings = {"rule": mixer.discretization, "both": not mixer.causal}
     check_mixer_against_loop(
         mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings)
     )
@@ -113,79 +115,6 @@ def test_channels_share_systems_in_turn():
     assert np.abs(lam[0] - lam[1]).max() > 0.01
 
 
-def test_causal_ignores_the_future_and_examples_do_not_meet():
-    mixer, u, mask = s4d(), inputs(), jnp.ones((2, 17), bool)
-    y = mixer(u, mask)
-    np.testing.assert_allclose(y[:, :9], mixer(u.at[:, 9:].add(1.0), mask)[:, :9], atol=1e-5)
-    np.testing.assert_allclose(y[1], mixer(u[1:], mask[1:])[0], atol=1e-5)
-
-
-def test_bidirectional_starts_at_the_last_real_position():
-    mixer, u = s4d(bidirectional=True), inputs()
-    mask = jnp.arange(17)[None] < jnp.asarray([[7], [17]])
-    y = mixer(u, mask)
-    np.testing.assert_allclose(y[:1, :7], mixer(u[:1, :7], mask[:1, :7]), atol=1e-5)
-    np.testing.assert_allclose(y[:, :7], mixer(u.at[0, 7:].add(1.0), mask)[:, :7], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"init": "legs", "discretization": "bilinear", "num_ssms": 2}]
-)
-def test_streaming_equals_the_convolution(options):
-    mixer, u = s4d(**options), inputs(length=300)
-    state = mixer.init_state(2)
-    assert state.shape == (2, 4, 4)
-    _, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(u, 0, 1))
-    whole = mixer(u, jnp.ones((2, 300), bool))
-    np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), whole, atol=2e-5 * np.abs(whole).max())
-
-
-def test_bidirectional_has_no_recurrent_form():
-    with pytest.raises(ValueError, match=r"model\.bidirectional"):
-        s4d(bidirectional=True).init_state(1)
-
-
-def test_bfloat16_input_is_convolved_in_float32():
-    mixer, u, mask = s4d(), inputs(length=400), jnp.ones((2, 400), bool)
-    y = mixer(u.astype(jnp.bfloat16), mask)
-    assert y.dtype == jnp.bfloat16
-    exact = mixer(u.astype(jnp.bfloat16).astype(jnp.float32), mask)
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
-    state, y_t = mixer.step(mixer.init_state(2), u[:, 0].astype(jnp.bfloat16))
-    assert (state.dtype, y_t.dtype) == (jnp.complex64, jnp.bfloat16)
-
-
-def test_size_of_the_published_speech_model():
-    """306K: 6 layers of 128, N 64, n_ssm 2, 35 classes (configs/experiment/sc/s4-sc.yaml)."""
-
-    def build():
-        return Backbone(
-            lambda **shape: S4D(
-                **OPTIONS | {"state_size": 64, "num_ssms": 2, "bidirectional": True}, **shape
-            ),
-            num_classes=35,
-            seq_len=64,
-            vocab_size=None,
-            depth=6,
-            width=128,
-            norm="batch",
-            norm_position="pre",
-            norm_momentum=0.9,
-            final_norm=False,
-            activation="gelu",
-            glu="full",
-            mlp="none",
-            mlp_ratio=4,
-            dropout=0.0,
-            pool="mean",
-            positions="none",
-            rngs=nnx.Rngs(params=jax.random.key(0)),
-        )
-
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
-    assert count == pytest.approx(306_000, rel=0.02)
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -201,3 +130,21 @@ def test_size_of_the_published_speech_model():
 def test_bad_values_name_their_key(options, key):
     with pytest.raises(ValueError, match=rf"model\.{key}="):
         s4d(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "legs", "discretization": "bilinear", "num_ssms": 2}]
+)
+def test_streaming_equals_the_convolution(options):
+    check_streaming(s4d(**options), inputs(length=300), atol=5e-5)
+
+
+def test_bfloat16_input_is_convolved_in_float32():
+    check_bfloat16(s4d(), inputs(length=400))
+
+
+def test_size_of_the_published_speech_model():
+    """306K: 6 layers of 128, N 64, n_ssm 2, 35 classes (configs/experiment/sc/s4-sc.yaml)."""
+    options = OPTIONS | {"state_size": 64, "num_ssms": 2, "bidirectional": True}
+    count = count_parameters(partial(S4D, **options), depth=6, width=128)
+    assert count == pytest.approx(306_000, rel=0.02)

@@ -1,5 +1,6 @@
 """S5 against the published code's values and a float64 loop over its equations."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from float64_checks import check_mixer_against_loop
+from mixer_checks import check_bfloat16, check_streaming, count_parameters
 from scipy.linalg import block_diag, expm
 
-from models.backbone import Backbone
 from models.ops.state_space import hippo_normal
 from models.s5 import S5, apply_ssm
 
@@ -51,7 +52,6 @@ def test_values_match_the_published_code(name):
             u[None],
             jnp.ones((1, len(u)), bool),
             conj_sym=bool(golden["conj_sym"]),
-            bidirectional=bool(golden["bidirectional"]),
         )
     np.testing.assert_allclose(y[0], golden["y"], atol=1e-12 * np.abs(golden["y"]).max())
 
@@ -122,7 +122,7 @@ def test_values_and_gradients_equal_a_loop(options):
         mixer.lam_re[...] = jnp.asarray([-0.5, 0.3, -0.2, 0.1])
     real = np.arange(9)[None] < np.array([[9], [6]])
     settings = {"rule": mixer.discretization, "conj_sym": mixer.conj_sym}
-    settings |= {"both": mixer.bidirectional, "clip": mixer.clip_eigs}
+    settings |= {"both": not mixer.causal, "clip": mixer.clip_eigs}
     check_mixer_against_loop(
         mixer, inputs(length=9), real, lambda p, u: by_loop(p, u, real, **settings)
     )
@@ -165,81 +165,6 @@ def test_parameters_start_with_the_published_variances():
     )
 
 
-def test_causal_ignores_the_future_and_examples_do_not_meet():
-    mixer, u, mask = s5(), inputs(), jnp.ones((2, 17), bool)
-    y = mixer(u, mask)
-    np.testing.assert_array_equal(y[:, :9], mixer(u.at[:, 9:].add(1.0), mask)[:, :9])
-    np.testing.assert_allclose(y[1], mixer(u[1:], mask[1:])[0], atol=1e-6)
-
-
-def test_bidirectional_starts_at_the_last_real_position():
-    mixer, u = s5(bidirectional=True), inputs()
-    mask = jnp.arange(17)[None] < jnp.asarray([[7], [17]])
-    y = mixer(u, mask)
-    np.testing.assert_allclose(y[:1, :7], mixer(u[:1, :7], mask[:1, :7]), atol=1e-6)
-    np.testing.assert_array_equal(y[:, :7], mixer(u.at[0, 7:].add(1.0), mask)[:, :7])
-
-
-@pytest.mark.parametrize("options", [{}, {"discretization": "bilinear", "conj_sym": False}])
-def test_streaming_equals_the_scan(options):
-    mixer, u = s5(**options), inputs(length=200)
-    state = mixer.init_state(2)
-    assert state.shape == (2, 4 if mixer.conj_sym else 8)
-    _, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(u, 0, 1))
-    np.testing.assert_allclose(jnp.swapaxes(y, 0, 1), mixer(u, jnp.ones((2, 200), bool)), atol=1e-5)
-
-
-def test_bidirectional_has_no_recurrent_form():
-    with pytest.raises(ValueError, match=r"model\.bidirectional"):
-        s5(bidirectional=True).init_state(1)
-
-
-def test_bfloat16_input_keeps_float32_states():
-    mixer, u, mask = s5(), inputs(length=400), jnp.ones((2, 400), bool)
-    y = mixer(u.astype(jnp.bfloat16), mask)
-    assert y.dtype == jnp.bfloat16
-    exact = mixer(u.astype(jnp.bfloat16).astype(jnp.float32), mask)
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
-    state, y_t = mixer.step(mixer.init_state(2), u[:, 0].astype(jnp.bfloat16))
-    assert (state.dtype, y_t.dtype) == (jnp.complex64, jnp.bfloat16)
-
-
-def test_size_of_the_published_speech_model():
-    """280K: 6 layers of 96, N 128, 35 classes (bin/run_experiments/run_speech35.sh)."""
-    count = num_parameters(
-        lambda **shape: S5(
-            **OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}, **shape
-        )
-    )
-    assert count == pytest.approx(280_000, rel=0.02)
-
-
-def num_parameters(mixer):
-    def build():
-        return Backbone(
-            mixer,
-            num_classes=35,
-            seq_len=64,
-            vocab_size=None,
-            depth=6,
-            width=96,
-            norm="batch",
-            norm_position="pre",
-            norm_momentum=0.95,
-            final_norm=False,
-            activation="gelu",
-            glu="half1",
-            mlp="none",
-            mlp_ratio=4,
-            dropout=0.1,
-            pool="mean",
-            positions="none",
-            rngs=nnx.Rngs(params=jax.random.key(0)),
-        )
-
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
-
-
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -254,3 +179,19 @@ def num_parameters(mixer):
 def test_bad_values_name_their_key(options, key):
     with pytest.raises(ValueError, match=rf"model\.{key}="):
         s5(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"discretization": "bilinear", "conj_sym": False}])
+def test_streaming_equals_the_scan(options):
+    check_streaming(s5(**options), inputs(length=200))
+
+
+def test_bfloat16_input_keeps_float32_states():
+    check_bfloat16(s5(), inputs(length=400))
+
+
+def test_size_of_the_published_speech_model():
+    """280K: 6 layers of 96, N 128, 35 classes (bin/run_experiments/run_speech35.sh)."""
+    options = OPTIONS | {"state_size": 128, "num_blocks": 16, "bidirectional": True}
+    count = count_parameters(partial(S5, **options), depth=6, width=96, glu="half1")
+    assert count == pytest.approx(280_000, rel=0.02)

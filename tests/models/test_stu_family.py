@@ -208,14 +208,6 @@ def test_bfloat16_inputs_lose_no_more_than_rounding(name):
     assert np.abs(np.asarray(y, np.float32) - exact).max() < 2**-6 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in CAUSAL])
-def test_bidirectional_models_look_ahead_and_do_not_stream(name):
-    made = mixer(name)
-    assert not made.causal
-    with pytest.raises(ValueError, match=r"model\.bidirectional=true"):
-        made.init_state(2)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -240,16 +232,6 @@ def test_bidirectional_models_look_ahead_and_do_not_stream(name):
 def test_bad_options_name_their_key(name, options, key):
     with pytest.raises(ValueError, match=re.escape(key)):
         mixer(name, **options)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_inputs_longer_than_the_filters_are_refused(name):
-    with pytest.raises(
-        ValueError, match=rf"length {LENGTH} and the input {LENGTH + 1}.*task\.seq_len"
-    ):
-        jax.eval_shape(
-            mixer(name), jnp.zeros((1, LENGTH + 1, WIDTH)), jnp.ones((1, LENGTH + 1), bool)
-        )
 
 
 def test_official_model_has_the_parameters_of_the_published_code():

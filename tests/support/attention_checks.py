@@ -5,6 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from float64_checks import check_against_loop
+from mixer_checks import check_bfloat16_step
+
+from models.attention import Attention
+
+SOFTMAX = {
+    "num_heads": 2,
+    "positions": "none",
+    "causal": False,
+    "max_len": None,
+    "qkv_width": None,
+    "attention_dropout": 0.0,
+}
+
+
+def softmax_attention(**options):
+    return Attention(8, 11, **SOFTMAX | options, rngs=nnx.Rngs(0))
 
 
 def inputs(batch=2, length=11, width=8, seed=0):
@@ -70,31 +86,6 @@ def check_attention_against_loop(mixer, weigh, lengths=(11, 6), tolerance=1e-5):
     )
 
 
-def check_padding_and_future(mixer, lengths=(11, 6)):
-    """Neither padding nor, for a causal mixer, later positions change a real position."""
-    x = jnp.asarray(inputs(len(lengths)), jnp.float32)
-    mask = mask_of(lengths, x.shape[1])
-    apply = jax.jit(lambda x: mixer(x, mask))
-    y, other = apply(x), apply(jnp.where(mask[..., None], x, 1e3))
-    np.testing.assert_allclose(jnp.where(mask[..., None], y - other, 0), 0, atol=1e-6)
-    later = apply(x.at[:, 5:].add(100.0))
-    assert np.abs(y[:, 5] - later[:, 5]).max() > 1e-3
-    if mixer.causal:
-        np.testing.assert_allclose(y[:, :5], later[:, :5], atol=1e-6)
-
-
-def check_streaming(mixer, atol=1e-5):
-    """`step` gives the outputs of `__call__`, with a state of constant shape."""
-    x = jnp.asarray(inputs(), jnp.float32)
-    state = mixer.init_state(2)
-    shapes = jax.tree.map(jnp.shape, state)
-    _, y = jax.lax.scan(mixer.step, state, jnp.swapaxes(x, 0, 1))
-    np.testing.assert_allclose(
-        jnp.swapaxes(y, 0, 1), mixer(x, jnp.ones(x.shape[:2], bool)), atol=atol
-    )
-    assert jax.tree.map(jnp.shape, mixer.step(state, x[:, 0])[0]) == shapes
-
-
 def check_bfloat16(mixer):
     """Outputs are bfloat16 and near those in float32; each rounding to 8 bits loses 0.4 %."""
     x = jnp.asarray(inputs(), jnp.bfloat16)
@@ -105,3 +96,4 @@ def check_bfloat16(mixer):
     np.testing.assert_allclose(
         y.astype(jnp.float32), exact, rtol=0, atol=0.02 * np.abs(exact).max()
     )
+    check_bfloat16_step(mixer, x)

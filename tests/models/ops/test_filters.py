@@ -176,8 +176,3 @@ def test_recurrence_of_any_size_fits_and_never_grows(kind, num_filters):
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 48])
 def test_recurrence_of_full_size_is_exact(kind, seq_len):
     assert recurrence_error(kind, seq_len, min(seq_len, 24), 24) < 1e-13
-
-
-def test_recurrence_names_the_key_of_a_bad_size():
-    with pytest.raises(ValueError, match=r"model\.num_filters=9 exceeds task\.seq_len=8"):
-        filter_recurrence("hankel", 8, 9)

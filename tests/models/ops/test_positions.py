@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from models.ops.positions import rotate
 
@@ -27,8 +26,3 @@ def test_positions_may_start_anywhere():
     x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
     np.testing.assert_allclose(rotate(x[:, 3:], first=3), rotate(x)[:, 3:], atol=1e-6)
     np.testing.assert_allclose(rotate(x[:, 3:4], first=jnp.int32(3)), rotate(x)[:, 3:4], atol=1e-6)
-
-
-def test_odd_widths_are_refused():
-    with pytest.raises(ValueError, match=r"even head width, found 3; change model\.num_heads"):
-        rotate(jnp.ones((1, 2, 1, 3)))

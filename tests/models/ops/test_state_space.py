@@ -83,11 +83,6 @@ def test_slow_states_keep_their_digits_in_float32(rule):
     np.testing.assert_allclose(single[1], step, rtol=1e-6)
 
 
-def test_unknown_discretization_is_refused():
-    with pytest.raises(ValueError, match=r"model\.discretization=euler"):
-        discretize(jnp.ones(1, jnp.complex64), jnp.ones(1), "euler")
-
-
 def test_steps_are_uniform_in_their_logarithm():
     steps = np.asarray(log_uniform_steps(jax.random.key(0), (20_000,), 1e-3, 1e-1))
     quantiles = np.quantile(steps, [0, 0.25, 0.5, 0.75, 1])
