@@ -96,8 +96,9 @@ class S5(MixerModule):
             fan_in = state_size * (width if c_init == "lecun_normal" else 1)
             shape = (2, width, directions * num_blocks, block)
             re, im = lecun_normal(rngs.params(), shape, fan_in)
-            c_re = (re @ v_re - im @ v_im).reshape(width, columns)
-            c_im = (re @ v_im + im @ v_re).reshape(width, columns)
+            c_re, c_im = (
+                x.reshape(width, columns) for x in (re @ v_re - im @ v_im, re @ v_im + im @ v_re)
+            )
         self.c_re, self.c_im = nnx.Param(c_re.T), nnx.Param(c_im.T)
         self.d = nnx.Param(rngs.params.normal((width,)))
 
