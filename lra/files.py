@@ -24,7 +24,7 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
             advice = f" ({free:,.0f} MiB free); make room there"
         raise kind(
             f"{error.filename or path}: {error.strerror or error}{advice} or set another {key}, "
-            "what was written before is intact"
+            "earlier files are intact"
         ) from error
 
 

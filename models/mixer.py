@@ -15,7 +15,7 @@ Mask = Bool[Array, "B L"]  # True at real positions, which come first
 
 @runtime_checkable
 class Mixer(Protocol):
-    """What the backbone reads of a mixer.
+    """Attributes and methods of a mixer that the backbone uses.
 
     Attributes:
         causal: position t reads no position after t.

@@ -428,7 +428,9 @@ def check_rows(task, split):
     )
 
 
-LONG = 4096  # the longest tasks only trace their steps: two steps of 65,536 tokens take minutes
+MAX_TRAINED_LENGTH = (
+    4096  # the longest tasks only trace their steps: two steps of 65,536 tokens take minutes
+)
 
 
 @pytest.mark.slow
@@ -440,7 +442,7 @@ def test_task_trains_two_steps(name, publishers, tmp_path):
     cfg = lra.compose(overrides)
     task = build_task(cfg)
     skip_without_files(task)
-    if task.seq_len > LONG:
+    if task.seq_len > MAX_TRAINED_LENGTH:
         trace_two_steps(cfg)
         return
     lra.train(overrides)

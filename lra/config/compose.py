@@ -38,7 +38,7 @@ def composed(overrides: Sequence[str] = ()) -> Iterator[tuple[DictConfig, dict[s
 
 
 def normalize_overrides(overrides: Sequence[str]) -> list[str]:
-    """Removes `experiment=null` and `debug=null`, which Hydra does not accept, and what they undo.
+    """Removes `experiment=null`, `debug=null`, which Hydra rejects, and the choices they cancel.
 
     Raises:
         ConfigError: null for a group that every run needs, an experiment together with a task or

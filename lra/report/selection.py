@@ -166,7 +166,7 @@ def tuning_runs(runs: Iterable[Record]) -> int:
 def has_learned(record: Record, split: str = "test") -> bool | None:
     """Whether a run is better than chance: as recorded, else by the majority class.
 
-    None if the record does not tell.
+    None if the record lacks these numbers.
     """
     if split == "test" and (recorded := record.get("learned")) is not None:
         return recorded

@@ -25,7 +25,7 @@ def configure_logging() -> None:
 
 
 def discard_stdout() -> None:
-    """Sends what follows on stdout nowhere, after its reader closed the pipe."""
+    """Redirects stdout to /dev/null, after its reader closed the pipe."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

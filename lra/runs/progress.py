@@ -58,9 +58,9 @@ class Reporter:
             f"{device['count']} x {device['kind']}"
         )
         params = record["params"]["total"]
-        if budget := config["model"].get("param_count"):
+        if param_count := config["model"].get("param_count"):
             self.console.print(
-                f"model.param_count={budget}: backbone.width={config['backbone']['width']}, "
+                f"model.param_count={param_count}: backbone.width={config['backbone']['width']}, "
                 f"{params:,} parameters"
             )
         heads = ("group", "learning rate", "weight decay", "tensors", "parameters")
@@ -88,9 +88,9 @@ class Reporter:
             f"evaluations take {eval_batch} at a time"
         )
 
-    def advance(self, step: int, done: int, seconds: float, tally) -> None:
-        """Updates the bar after `done` steps in `seconds`; `tally` sums loss, correct and count."""
-        loss, correct, count = (float(x) for x in tally)
+    def advance(self, step: int, done: int, seconds: float, metric_sums) -> None:
+        """Updates the bar after `done` steps; `metric_sums` holds loss, correct and count."""
+        loss, correct, count = (float(x) for x in metric_sums)
         rate = done * self.batch_size / seconds
         self.bar.update(
             self.row, completed=step, loss=loss / count, accuracy=correct / count, rate=rate

@@ -112,6 +112,8 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> st
     so that a resumed run may change them, and the dotted keys in `without`.
     """
     kept = _hashed(to_json(config), {*keys_affecting("start", "process"), *without})
+    if "hparams" in (task := kept.get("task") or {}):
+        task["budget"] = task.pop("hparams")  # the name when the first runs were hashed
     text = json.dumps(kept, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

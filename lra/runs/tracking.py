@@ -59,6 +59,7 @@ class WandbTracker(Tracker):
     def __init__(self, folder: Path, mode: str, run: Mapping[str, Any]):
         self.folder = folder
         self._ended = False
+        self._shared = False  # whether the service belongs to a W&B run of the calling program
         self._calls: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._mirror, args=(mode, run), daemon=True)
         self._thread.start()
@@ -76,11 +77,13 @@ class WandbTracker(Tracker):
             self._calls.put(lambda run: run.mark_preempting())
         self._calls.put(lambda run: run.finish(exit_code=0 if status == "finished" else 1))
         self._calls.put(None)
-        self._thread.join(FINISH_S)
-        if self._thread.is_alive():
-            self._ended = True
-            log.warning("W&B did not finish within %g s; this run ends without it", FINISH_S)
-            _kill_service()
+        try:
+            self._thread.join(FINISH_S)
+        finally:  # also after Ctrl-C
+            if self._thread.is_alive():
+                self._ended = True
+                log.warning("W&B did not finish within %g s; this run ends without it", FINISH_S)
+                self._kill_service()
 
     @property
     def sync_hint(self) -> str | None:  # type: ignore[override]
@@ -94,16 +97,25 @@ class WandbTracker(Tracker):
             (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
             run = {**run, "id": run_id(self.folder, run["config"]), "dir": str(self.folder)}
             wandb = _import_wandb()
-            shared = "WANDB_SERVICE" in os.environ  # the service of another run in this process
+            self._shared = "WANDB_SERVICE" in os.environ
             wandb_run = _open_run(wandb, mode, run)
             while (call := self._calls.get()) is not None:
                 call(wandb_run)
-            if not shared:
+            if not self._shared:
                 wandb.teardown()
         except BaseException as error:  # W&B also calls sys.exit
             if not self._ended:
                 log.warning("W&B failed: %s; this run goes on without it", _brief(error))
-                _kill_service()
+                self._kill_service()
+
+    def _kill_service(self) -> None:
+        """Ends W&B's service process, which W&B's exit hook would wait for without a limit."""
+        if self._shared:
+            return
+        with suppress(BaseException):  # such as AttributeError while `import wandb` hangs
+            wandb = sys.modules["wandb"]
+            wandb.setup()._connection._proc._process.kill()  # W&B has no public call for this
+            wandb.teardown()
 
 
 def make_tracker(
@@ -227,11 +239,3 @@ def _obstacle(wandb: Any, *, verify: bool = False) -> str | None:
 def _brief(error: BaseException) -> str:
     """The error in one line of at most 160 characters; a wrong server may send a whole page."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
-
-
-def _kill_service() -> None:
-    """Ends W&B's service process, which W&B's exit hook would wait for without a limit."""
-    with suppress(BaseException):  # such as AttributeError while `import wandb` hangs
-        wandb = sys.modules["wandb"]
-        wandb.setup()._connection._proc._process.kill()  # W&B has no public call for this
-        wandb.teardown()

@@ -136,6 +136,10 @@ def _complete(part: Path, remote: Remote, on_progress: Progress, timeout: float)
                 part.unlink()
                 _complete(part, remote, on_progress, timeout)
             return
+        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+        if response.status_code == 206 and done and not resumes:  # another range than requested
+            part.unlink()
+            return _complete(part, remote, on_progress, timeout)
         if response.status_code != 206:
             done = 0
         length = response.headers.get("Content-Length")

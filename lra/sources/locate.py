@@ -43,7 +43,7 @@ class Remote(NamedTuple):
     filename: str
     size: int | None  # bytes, if published
     sha256: str | None  # hexadecimal, if published
-    about: str = ""  # what a person should know before the download
+    about: str = ""  # a note for the user, such as the size
 
     def __str__(self) -> str:
         size = f"{self.size / 1e6:,.0f} MB" if self.size else ""

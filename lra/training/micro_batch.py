@@ -75,7 +75,8 @@ def choose_sizes(
         return halvings(largest, devices.num_devices)
 
     sizes = candidates("micro_batch", cfg.trainer.batch_size)
-    micro_batch, needs = search("a micro-batch", sizes, training)
+    what = "a micro-batch" if len(sizes) > 1 else "the micro-batch of the earlier start,"
+    micro_batch, needs = search(what, sizes, training)
     sizes = candidates("eval_batch", devices.round_up(cfg.trainer.eval_batch_size))
     state = new_state()  # held in memory while an evaluation runs
     eval_batch, _ = search("an evaluation batch", sizes, evaluation)

@@ -9,10 +9,8 @@ from typing import Any
 
 from lra.errors import PreemptedError
 
-EXIT_S, EXIT_SHARE = (
-    30.0,
-    0.05,
-)  # reserved for the record and the tracker: seconds, share of the limit
+EXIT_S = 30.0  # reserved for the record and the tracker
+EXIT_SHARE = 0.05  # at most this share of the limit
 
 
 class Signals:
@@ -80,7 +78,7 @@ class Signals:
 
 
 class Deadline:
-    """Tells when a run has to save and stop to stay within its time limit.
+    """Computes when a run must save and stop to stay within its time limit.
 
     Args:
         limit: seconds from `started`, None for no limit.

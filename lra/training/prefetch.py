@@ -133,6 +133,10 @@ class HostPrefetch(DeviceData):
         window = self.window(0) if self.current is None else self.current
         return step_fns.train_window, (state, constants, window, np.int32(until))
 
+    def call(self, step_fns: StepFunctions, state: State, constants: Any, until: int) -> State:
+        assert self.current is not None, "available_until selects the window"
+        return super().call(step_fns, state, constants, until)
+
     def close(self) -> None:
         self.executor.shutdown(cancel_futures=True)
         self.pending.clear()

@@ -68,7 +68,7 @@ class Recorder:
         self.console.console.quiet = not distributed.is_first()
 
     def add_data(self, store: Store, *, partial: bool) -> None:
-        """Records what the run trains on; `partial`: it scores only a part of a split."""
+        """Records the data of the run and whether only a part of a split is scored."""
         data = describe_data(store)
         self.record |= {"data": data, "reference": store.manifest["reference"]}
         data["partial"] = data["partial"] or partial
@@ -190,14 +190,16 @@ class Recorder:
     def _end(self, status: str, error: BaseException | None) -> None:
         self.record["memory"] = {"peak_bytes": peak_bytes()}
         message = None if error is None else f"{type(error).__name__}: {error}"
-        self.save(status=status, error=message)
         scores = {
             f"{split}/{key}": value
             for split, part in (self.record["metrics"] or {}).items()
             for key, value in part.items()
         }
-        self.tracker.summary({"status": status, **scores})
-        self.tracker.finish(status)
+        try:
+            self.save(status=status, error=message)
+        finally:  # also on a full disk: W&B's exit hook would wait for an unfinished run
+            self.tracker.summary({"status": status, **scores})
+            self.tracker.finish(status)
 
 
 def _status_of(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from lra.config.build import data_arguments
 from lra.config.compose import run_config, to_container
 from lra.config.rules import parse_duration
+from lra.config.schema import check_config
 from lra.data.store import prepare
 from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
 from lra.runs import records, sanity
@@ -63,6 +64,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             holds the error.
     """
     started = time.monotonic()
+    check_config(run_config(cfg))  # again, because a composed config may have been edited
     check_compatible(cfg)
     distributed.initialize(cfg)  # before JAX creates its devices
     distributed.check_same_config(cfg)
@@ -100,7 +102,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run: `run` is its course, the other methods are its parts."""
+    """Trains one run; `run` calls the other methods in order."""
 
     def __init__(self, cfg: DictConfig, setup: Setup, devices: DataParallel, recorder: Recorder):
         self.cfg, self.setup, self.devices, self.recorder = cfg, setup, devices, recorder
@@ -131,7 +133,7 @@ class Trainer:
     def load_data(self) -> dict[str, Examples]:
         """The splits, prepared if necessary and placed on the devices or on the host."""
         cfg, setup = self.cfg, self.setup
-        # an error on one process is raised on all, so that none waits for the others
+        # Raise an error of one process on all; otherwise the others hang in a collective.
         store = distributed.run_on_all(
             lambda: preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
         )
@@ -201,24 +203,26 @@ class Trainer:
         timer, steps_per_call = CallTimer(cfg.call_seconds), 1
         step = int(state.step)
         while step < cfg.steps and not self.stopped_early(step, best):
-            start, first = time.perf_counter(), step
+            first, waiting = step, time.perf_counter()
             due_at = [(step // n + 1) * n for n in every.values()]
             ends = (cfg.steps, self.batches.available_until(step), self.profile.next_boundary(step))
             until = min(step + steps_per_call, *due_at, *ends)
+            waited = time.perf_counter() - waiting  # for data from the host
             with self.profile.trace(step, until):
+                start = time.perf_counter()
                 state = self.batches.call(self.step_fns, state, self.setup.constants, until)
                 jax.block_until_ready(state)
-                seconds, step = time.perf_counter() - start, int(state.step)
+                seconds, step = waited + time.perf_counter() - start, int(state.step)
             # process 0's timing decides, so that all processes run the same number of steps
             steps_per_call = distributed.broadcast(partial(timer.next_call, until - first, seconds))
+            if timer.calls == 1:
+                self.recorder.start_time()
             if not bool(state.finite):
                 raise DivergedError(
                     f"the loss became NaN or infinite at step {step} of {cfg.steps}; "
                     f"lower optim.lr, now {self.cfg.optim.lr}, lengthen optim.warmup or set "
                     f"optim.clip; the last checkpoint is kept"
                 )
-            if timer.calls == 1:
-                self.recorder.start_time()
             if step == 1:
                 self.recorder.first_loss(float(state.metric_sums[0] / state.metric_sums[2]))
             self.recorder.console.advance(step, until - first, seconds, state.metric_sums)
@@ -268,7 +272,7 @@ class Trainer:
         return state, best
 
     def save(self, step: int, state: State, best: Best) -> None:
-        """Saves the state, the best weights, and what a resumed run needs to know."""
+        """Saves the state, the best weights and the progress fields for resuming."""
         record = self.recorder.record
         progress = {
             "best": {"step": best.step, "accuracy": best.accuracy},
@@ -311,6 +315,7 @@ class Trainer:
         # again, for a run that was killed after its last evaluation
         self.recorder.check_chance(step, labels["val"])
         self.recorder.finish(step, scores, logits["test"], labels["test"])
+        distributed.all_gather(None)  # JAX aborts processes that wait at exit for too long
         return self.recorder.record
 
     def predict(self, weights: tuple[Any, Any], split: Examples) -> np.ndarray:

@@ -93,3 +93,15 @@ def test_where_a_run_lives():
     names = {"task": "listops", "model": "stu", "protocol": "s4", "experiment": None}
     path = run_path("runs", {"seed": 3}, names)
     assert path == Path("runs/listops/stu") / f"s4-s3-{config_hash({'seed': 3})[:8]}"
+
+
+def test_renamed_keys_keep_the_identity_of_a_run():
+    """Committed runs were recorded under task.budget, which is task.hparams today."""
+    folders = sorted((ROOT / "results" / "runs").glob("*/*/*"))
+    assert len(folders) >= 9
+    for folder in folders:
+        config = read_record(folder)["config"]
+        assert folder.name.endswith(config_hash(config)[:8])
+        task = dict(config["task"])
+        renamed = {**config, "task": {"hparams": task.pop("budget"), **task}}
+        assert config_hash(renamed) == config_hash(config)

@@ -4,8 +4,11 @@ import pytest
 from run_checks import folder_of
 
 import lra
+from lra.errors import LraError
 from lra.report.tables import make_table
 from lra.runs.records import read_metrics
+from lra.runs.run_folder import RunFolder
+from lra.runs.tracking import Tracker
 
 
 def test_run_at_chance_warns_once_and_is_marked(tiny, caplog, capfd):
@@ -32,3 +35,27 @@ def test_run_at_chance_warns_once_and_is_marked(tiny, caplog, capfd):
     # the first step ends after its compilation and before the end of the run
     time = record["time"]
     assert 0 < time["compile_s"] <= time["first_step_s"] <= time["wall_s"] + 0.01
+
+
+def test_tracker_is_finished_when_the_record_cannot_be_written(tiny, monkeypatch):
+    """W&B's exit hook would wait for an unfinished run without a limit."""
+    finished = []
+    write = RunFolder.write_record
+
+    def full_disk(self, record):
+        if record["status"] != "running":
+            raise LraError("the disk is full")
+        write(self, record)
+
+    monkeypatch.setattr(RunFolder, "write_record", full_disk)
+    monkeypatch.setattr(Tracker, "finish", lambda self, status: finished.append(status))
+    with pytest.raises(LraError, match="the disk is full"):
+        lra.train([*tiny, "tracker=none", "backbone.depth=1"])
+    assert finished[0] == "finished"
+
+
+def test_edited_config_is_checked_again(tiny):
+    cfg = lra.compose(tiny)
+    cfg.trainer.time_limit = "3 hours"
+    with pytest.raises(LraError, match="trainer.time_limit=3 hours"):
+        lra.train(cfg)
