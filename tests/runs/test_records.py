@@ -8,7 +8,9 @@ import pytest
 
 from lra.errors import RunFolderError
 from lra.runs import records
-from lra.runs.records import config_hash, run_path, to_json
+from lra.runs.records import config_hash, read_record, run_path, to_json
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_broken_line_before_the_last_is_an_error(tmp_path):
