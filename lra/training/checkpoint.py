@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -185,6 +186,14 @@ def silence_orbax() -> None:
     warnings.filterwarnings(
         "ignore", message="coroutine 'async_(de)?serialize", category=RuntimeWarning
     )
+    previous_hook = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # raised in threads that report to an event loop that the first error has closed
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous_hook(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def disk_problem(error: Exception) -> str:

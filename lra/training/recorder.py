@@ -275,7 +275,7 @@ def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> d
         )
     if resume != "auto" and _is_worth_keeping(record, folder.path):
         raise RunFolderError(
-            f"{folder.path} already holds this run, {record['status']} at step {record['step']}; "
+            f"{folder.path} holds this run already, {record['status']} at step {record['step']}; "
             f"resume=auto continues it (or shows a finished run again), another output.root or "
             f"seed starts a new one"
         )

@@ -21,12 +21,13 @@ CHUNK = 128  # C; here the weights inside chunks, L C, cost about as much as the
 # Added to the sum of the weights, for sequences without a key. The published codes add 1e-6, a
 # fifth of the smallest sum of ReLU features of width 4.
 EPSILON = 1e-12
+# Features per block: they fit a CPU's caches, or fill an accelerator.
+CPU_FEATURES, ACCELERATOR_FEATURES = 2**20, 2**26
 
 
 def block_rows(length: int, features_a_row: int) -> int:
     """Positions per block, a power of two, if one position has so many features in all heads."""
-    # numbers that fit a CPU's caches or fill an accelerator
-    wanted = 2**20 if jax.default_backend() == "cpu" else 2**26
+    wanted = CPU_FEATURES if jax.default_backend() == "cpu" else ACCELERATOR_FEATURES
     return min(length, 1 << max(wanted // features_a_row, 16).bit_length() - 1)
 
 

@@ -212,8 +212,8 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 
 @pytest.mark.slow
-# 1,000 bytes also stop the record; 30,000 only the larger arrays
-@pytest.mark.parametrize("size", [1_000, 30_000])
+# 1,000 bytes also stop the record; 8,000 only the larger arrays
+@pytest.mark.parametrize("size", [1_000, 8_000])
 def test_full_disk_is_reported_and_the_checkpoint_before_resumes(finished_run, tmp_path, size):
     """The kernel refuses Orbax's writes. The limit cannot be raised again in a process."""
     overrides, undisturbed = finished_run

@@ -121,7 +121,7 @@ def test_bf16_keeps_float32_where_it_counts(made, monkeypatch, model):
     half, data = made(f"model={model}", "trainer.precision=bf16")
     for place, name in (
         ("attention", "WEIGHT_BYTES"),
-        ("linear_attention", "_CPU_FEATURES"),
+        ("linear_attention", "CPU_FEATURES"),
     ):  # several blocks
         monkeypatch.setattr(
             f"models.ops.{place}.{name}", {"cpu": 1} if name == "WEIGHT_BYTES" else 1
