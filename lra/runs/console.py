@@ -1,6 +1,7 @@
 """Standard streams of the command line: the handler of the `lra` logger, and a closed stdout."""
 
 import logging
+import multiprocessing
 import os
 import sys
 from contextlib import suppress
@@ -22,6 +23,8 @@ def configure_logging() -> None:
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
         logger.setLevel(logging.INFO)
+    if multiprocessing.parent_process() is not None:
+        logger.propagate = False  # Hydra adds a root handler in joblib's workers
 
 
 def discard_stdout() -> None:
