@@ -24,7 +24,13 @@ def configure_logging() -> None:
         logger.addHandler(StderrHandler())
         logger.setLevel(logging.INFO)
     if multiprocessing.parent_process() is not None:
-        logger.propagate = False  # Hydra adds a root handler in joblib's workers
+        logger.propagate = False  # joblib's workers have a root handler
+    root = logging.getLogger()
+    if not root.handlers:  # otherwise a library's logging.info() adds one that repeats our records
+        others = logging.StreamHandler()
+        others.setLevel(logging.WARNING)
+        others.addFilter(lambda record: not record.name.startswith("lra"))
+        root.addHandler(others)
 
 
 def discard_stdout() -> None:
