@@ -228,7 +228,7 @@ def test_full_disk_is_reported_and_the_checkpoint_before_resumes(finished_run, t
         error,
     )
     assert all("record.json: File too large" in line for line in warnings)
-    assert len(warnings) == (size < 10_000)
+    assert len(warnings) == (size < 5_000)
     folder = folder_of(here)
     assert load_records([folder])[0]["status"] == ("dead" if warnings else "failed")
     assert steps_saved(folder) == [10]
