@@ -64,7 +64,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             holds the error.
     """
     started = time.monotonic()
-    check_config(run_config(cfg))  # again, because a composed config may have been edited
+    config = run_config(cfg)
+    check_config(config)  # again, because a composed config may have been edited
     check_compatible(cfg)
     distributed.initialize(cfg)  # before JAX creates its devices
     distributed.check_same_config(cfg)
@@ -73,7 +74,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     devices = choose_devices(cfg)
     check_micro_batch(cfg, devices.num_devices)
     setup = Setup(cfg)  # finds most config errors before a folder is made
-    config = run_config(cfg)
     path = records.run_path(cfg.output.root, config, to_container(cfg.names))
     with distributed.open_run_folder(path) as folder:
         finished = distributed.broadcast(partial(finished_record, folder, config, cfg.resume))
@@ -89,7 +89,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )
         try:
             with Signals() as signals, signals.sigterm_preempts():
-                return Trainer(cfg, setup, devices, recorder).run(signals)
+                Trainer(cfg, setup, devices, recorder).run(signals)
         except BaseException as caught:
             error = distributed.lost_peer_error(caught) or caught
             recorder.fail(error)
@@ -99,6 +99,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             if error is not caught:
                 raise error from caught
             raise
+        # JAX aborts processes that wait at exit for too long. Not inside the block above: a process
+        # that is lost now must not turn a finished run into a preempted one.
+        distributed.all_gather(None)
+        return recorder.record
 
 
 class Trainer:
@@ -113,8 +117,8 @@ class Trainer:
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, folder / PROFILE, recorder.console.console.print)
 
-    def run(self, signals: Signals) -> dict[str, Any]:
-        """Trains, scores the test split once, and returns the record."""
+    def run(self, signals: Signals) -> None:
+        """Trains, then scores the test split once."""
         self.data = self.load_data()
         self.batches, self.step_fns, self.eval_batch = self.choose_batches()
         with closing(self.checkpoints):
@@ -128,7 +132,7 @@ class Trainer:
                 closing(self.profile),
             ):
                 state, best = self.loop(state, best, signals)
-        return self.finish(state, best)
+        self.finish(state, best)
 
     def load_data(self) -> dict[str, Examples]:
         """The splits, prepared if necessary and placed on the devices or on the host."""
@@ -299,7 +303,7 @@ class Trainer:
             reason = f"trainer.time_limit={self.cfg.trainer.time_limit}"
         return next((found for found in distributed.all_gather(reason) if found), None)
 
-    def finish(self, state: State, best: Best) -> dict[str, Any]:
+    def finish(self, state: State, best: Best) -> None:
         """Scores the whole test split once, with the weights that the protocol selects."""
         step = int(state.step)
         weights = selected_weights(self.cfg.protocol.select, state, best)
@@ -315,8 +319,6 @@ class Trainer:
         # again, for a run that was killed after its last evaluation
         self.recorder.check_chance(step, labels["val"])
         self.recorder.finish(step, scores, logits["test"], labels["test"])
-        distributed.all_gather(None)  # JAX aborts processes that wait at exit for too long
-        return self.recorder.record
 
     def predict(self, weights: tuple[Any, Any], split: Examples) -> np.ndarray:
         """Logits of a whole split, (n, C) or (n, T, C) float32."""

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from run_checks import folder_of
 
 import lra
-from lra.config.compose import run_config
 from lra.errors import (
     ConfigError,
     DataError,
@@ -22,7 +22,7 @@ from lra.errors import (
     RunFolderError,
 )
 from lra.runs.progress import Reporter
-from lra.runs.records import read_metrics, read_predictions, read_record, run_path
+from lra.runs.records import read_metrics, read_predictions, read_record
 from lra.runs.run_folder import load_records
 from lra.tasks import listops
 from lra.training import recorder, trainer
@@ -36,11 +36,6 @@ LONG = [
     "trainer.eval_every=4",
     "trainer.checkpoint_every=10",
 ]
-
-
-def folder_of(overrides):
-    cfg = lra.compose(overrides)
-    return run_path(cfg.output.root, run_config(cfg), dict(cfg.names))
 
 
 @pytest.fixture(scope="module")
