@@ -45,7 +45,7 @@ def train(cfg: "DictConfig | Sequence[str]") -> dict[str, Any]:
     from omegaconf import DictConfig
 
     from lra.config.compose import compose
-    from lra.training.trainer import train
+    from lra.training.run import train
 
     return train(cfg if isinstance(cfg, DictConfig) else compose(cfg))
 

@@ -117,7 +117,7 @@ def run_job(cfg) -> dict:
     from hydra.core.hydra_config import HydraConfig
 
     from lra.config.compose import finalize
-    from lra.training.trainer import train
+    from lra.training.run import train
 
     hydra_cfg = HydraConfig.get()
     flags = []  # of the command that reproduces the run

@@ -29,11 +29,12 @@ class Screen(Console):
 class Reporter:
     """Console output of one run. `bar` is a context manager and needs a terminal."""
 
-    def __init__(self, steps: int, batch_size: int, *, live: bool):
+    def __init__(self, steps: int, batch_size: int, *, live: bool, quiet: bool = False):
         self.steps, self.batch_size = steps, batch_size
         self.training = ""  # training columns of the next evaluation line
         # no wrapping in a pipe or a log file
-        self.console = Screen(highlight=False, soft_wrap=not Console().is_terminal)
+        self.console = Screen(highlight=False, soft_wrap=not Console().is_terminal, quiet=quiet)
+        self.print = self.console.print
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -52,14 +53,14 @@ class Reporter:
         """Prints data, model, folder and `rates`, one row for each parameter group."""
         data, device, config = record["data"], record["device"], record["config"]
         counts = ", ".join(f"{name} {part['count']:,}" for name, part in data["splits"].items())
-        self.console.print(
+        self.print(
             f"[bold]{record['model']}[/] on [bold]{record['task']}[/] "
             f"({data['source']}, {counts}), protocol {record['protocol']}, seed {record['seed']}, "
             f"{device['count']} x {device['kind']}"
         )
         params = record["params"]["total"]
         if param_count := config["model"].get("param_count"):
-            self.console.print(
+            self.print(
                 f"model.param_count={param_count}: backbone.width={config['backbone']['width']}, "
                 f"{params:,} parameters"
             )
@@ -67,15 +68,15 @@ class Reporter:
         table = Table(*heads, box=None, pad_edge=False)
         for name, lr, decay, tensors, count in rates:
             table.add_row(name, f"{lr:g}", f"{decay:g}", str(tensors), f"{count:,}")
-        self.console.print(table)
-        self.console.print(f"to beat: {_reference(record)}")
+        self.print(table)
+        self.print(f"to beat: {_reference(record)}")
         if device["platform"] == "cpu" and params > 2_000_000:
-            self.console.print(
+            self.print(
                 f"{params / 1e6:.0f} M parameters on a CPU may take minutes per step; "
                 "debug=tiny checks whether the model runs"
             )
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
-        self.console.print(f"folder: {folder}{resumed}")
+        self.print(f"folder: {folder}{resumed}")
 
     def micro_batch(
         self, size: int, batch_size: int, needs: dict[int, int | None], eval_batch: int
@@ -83,7 +84,7 @@ class Reporter:
         """Prints the choice of `trainer.micro_batch=auto` and the bytes each tried size needs."""
         sizes = {n: "?" if need is None else f"{need / 1e9:.2f} GB" for n, need in needs.items()}
         tried = ", ".join(f"{n} needs {need}" for n, need in sizes.items())
-        self.console.print(
+        self.print(
             f"micro-batch {size} of {batch_size} examples ({tried}); "
             f"evaluations take {eval_batch} at a time"
         )
@@ -103,7 +104,7 @@ class Reporter:
 
     def evaluation(self, step: int, result: dict, improved: bool) -> None:
         """Prints one evaluation; a star marks the best weights so far."""
-        self.console.print(
+        self.print(
             f"step {step:>6}/{self.steps}  {self.training}  validation loss {result['loss']:.3f} "
             f"accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
         )
@@ -111,21 +112,21 @@ class Reporter:
     def scoring(self, count: int, stopped_early: dict | None) -> None:
         if stopped_early:
             step, reason = stopped_early["step"], stopped_early["reason"]
-            self.console.print(f"ended at step {step:,} of {self.steps:,} by {reason}")
-        self.console.print(f"scoring the test split, {count:,} examples")
+            self.print(f"ended at step {step:,} of {self.steps:,} by {reason}")
+        self.print(f"scoring the test split, {count:,} examples")
 
     def finished(self, record: dict, sync_hint: str | None) -> None:
         """Prints the result, reference accuracies and the upload command of an offline W&B run."""
         test, selection = record["metrics"]["test"], record["selection"]
-        self.console.print(
+        self.print(
             f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] on {test['count']:,} examples, "
             f"weights of step {selection['step']:,} ({selection['rule']}); "
             f"reference lines: {_reference(record)}"
         )
         if not record["learned"]:
-            self.console.print("test accuracy is within noise of chance: FAIL in a table")
+            self.print("test accuracy is within noise of chance: FAIL in a table")
         if sync_hint:
-            self.console.print(f"W&B offline; to upload: {sync_hint}")
+            self.print(f"W&B offline; to upload: {sync_hint}")
 
 
 def _reference(record: dict) -> str:

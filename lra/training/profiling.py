@@ -13,8 +13,6 @@ from lra.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-FOLDER = "profile"  # in a run's folder
-
 
 def profiled_steps(value: object, steps: int) -> range | None:
     """Parses "A:B" to the steps that it selects as a Python slice; None for null.

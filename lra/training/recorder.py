@@ -6,6 +6,7 @@ With several processes only the first one writes and prints.
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lra.runs.run_folder import RunFolder
 from lra.runs.tracking import Tracker, make_tracker
 from lra.tasks.base import SPLITS
 from lra.training import distributed
-from lra.training.checkpoint import has_checkpoint
+from lra.training.checkpoint import Restored, checkpoint_metadata, has_checkpoint
 from lra.training.optimizer import Group
 from lra.training.timing import compile_seconds
 
@@ -38,7 +39,8 @@ class Recorder:
     Attributes:
         record: the content of record.json; `save` writes it.
         previous: the record that an earlier start of this run left; empty for a new run.
-        console: prints progress.
+        reporter: prints progress.
+        checkpoints: folder of the checkpoints.
 
     Args:
         num_classes: C of the task.
@@ -62,16 +64,55 @@ class Recorder:
         self.previous = distributed.broadcast(folder.read_record) or {}
         self.record = initial_record(cfg, self.previous, groups, num_devices)
         self.tracker = Tracker()
-        self.console = Reporter(
-            cfg.trainer.steps, cfg.trainer.batch_size, live=cfg.trainer.progress
+        self.reporter = Reporter(
+            cfg.trainer.steps,
+            cfg.trainer.batch_size,
+            live=cfg.trainer.progress,
+            quiet=not distributed.is_first(),
         )
-        self.console.console.quiet = not distributed.is_first()
+        self.checkpoints = folder.path / CHECKPOINTS
 
-    def add_data(self, store: Store, *, partial: bool) -> None:
+    def add_data(self, store: Store) -> None:
         """Records the data of the run and whether only a part of a split is scored."""
-        data = describe_data(store)
+        data, limit = describe_data(store), self.cfg.trainer.eval_examples
+        scored = [len(store.splits[name]) for name in ("val", "test")]
+        data["partial"] = data["partial"] or (limit is not None and max(scored) > limit)
         self.record |= {"data": data, "reference": store.manifest["reference"]}
-        data["partial"] = data["partial"] or partial
+
+    def resumed_sizes(self) -> dict[str, Any]:
+        """The record with the batch sizes of an earlier start whose checkpoint is resumed."""
+        return self.previous if has_checkpoint(self.checkpoints) else {}
+
+    def sizes(self, micro_batch: int, eval_batch: int) -> None:
+        """Records how many examples are held in memory at once."""
+        self.record |= {"micro_batch": micro_batch, "eval_batch": eval_batch}
+
+    def resume(self, saved: Restored | None) -> None:
+        """Records the checkpoint that the run continues from; None for a new start.
+
+        Raises:
+            RunFolderError: the checkpoint was trained on other data.
+        """
+        record = self.record
+        if saved is None:
+            record |= {"selection": None, "first_loss": None, "at_chance": None}
+            return
+        if (self.previous.get("data") or record["data"])["splits"] != record["data"]["splits"]:
+            raise RunFolderError(
+                f"{self.folder.path} was trained on other data; choose another output.root"
+            )
+        record["resumed_from"].append(saved.step)
+        record["damaged_checkpoints"] += saved.damaged
+        record["selection"] = saved.progress["selection"]
+        record["first_loss"] = saved.progress.get("first_loss")  # absent in old checkpoints
+
+    def progress(self, vocab: Sequence[str] | None) -> dict[str, Any]:
+        """What a checkpoint keeps of the record, for `resume`."""
+        return {
+            "selection": self.record["selection"],
+            "first_loss": self.record["first_loss"],
+            **checkpoint_metadata(self.record["config"], vocab),
+        }
 
     def start(self, step: int) -> None:
         """Opens the trackers and prints the header of a run that begins or resumes at `step`."""
@@ -91,7 +132,7 @@ class Recorder:
             (g.name, lr * g.lr_factor, g.weight_decay, len(g.paths), g.num_params)
             for g in self.groups
         ]
-        self.console.header(self.record, rates, self.folder.path)
+        self.reporter.header(self.record, rates, self.folder.path)
 
     def _segments(self, step: int) -> list[dict[str, Any]]:
         """Which devices trained which steps: earlier starts whose steps are kept, and this one."""
@@ -113,6 +154,10 @@ class Recorder:
             "compile_s": round(compile_seconds(self.started), 3),
         }
 
+    def rate(self, summary: dict[str, float]) -> None:
+        """Records the training rate, `CallTimer.summary`."""
+        self.record["time"] |= summary
+
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl and sends it to the trackers."""
         self.folder.append_metrics({"step": step, **values})
@@ -128,7 +173,7 @@ class Recorder:
             labels: of the validation split.
         """
         self.metrics(step, {"val/loss": scores["loss"], "val/accuracy": scores["accuracy"]})
-        self.console.evaluation(step, scores, improved=best[0] == step)
+        self.reporter.evaluation(step, scores, improved=best[0] == step)
         rule = self.cfg.protocol.select
         selected = best if rule == "best" else (step, scores["accuracy"])
         self.record["selection"] = {
@@ -162,6 +207,11 @@ class Recorder:
         self.record["time"]["wall_s"] = round(earlier + time.monotonic() - self.started, 2)
         self.folder.write_record(self.record)
 
+    def scoring(self, count: int, stopped_early: dict[str, Any] | None) -> None:
+        """Notes the end of training and the number of test examples that are scored next."""
+        self.record["stopped_early"] = stopped_early
+        self.reporter.scoring(count, stopped_early)
+
     def finish(
         self, step: int, scores: dict[str, dict[str, Any]], logits: np.ndarray, labels: np.ndarray
     ) -> None:
@@ -178,7 +228,7 @@ class Recorder:
             scores["test"]["accuracy"], chance, labels.size
         )
         self._end("finished", None)
-        self.console.finished(self.record, self.tracker.sync_hint)
+        self.reporter.finished(self.record, self.tracker.sync_hint)
 
     def fail(self, error: BaseException) -> None:
         """Writes the error that ends the run; a full disk must not hide it."""

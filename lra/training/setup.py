@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,9 +10,13 @@ import jax
 from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
-from lra.config.build import build_task, model_builder
+from lra.config.build import build_task, data_arguments, model_builder
 from lra.config.options import CONF
+from lra.data.store import Store, prepare
 from lra.errors import ConfigError
+from lra.runs.progress import preparing
+from lra.tasks.base import Task
+from lra.training import distributed
 from lra.training.optimizer import adamw
 from lra.training.profiling import profiled_steps
 
@@ -72,6 +77,21 @@ def check_compatible(cfg: DictConfig) -> None:
             f"protocol.name={cfg.protocol.name} with other values is another protocol; "
             f"set protocol.name to a new name"
         )
+
+
+def load_store(cfg: DictConfig, task: Task) -> Store:
+    """The task's data, prepared if necessary; with several processes, on each of them.
+
+    Raises:
+        LraError: the data cannot be prepared, or a batch is larger than the training split.
+    """
+    # Raise an error of one process on all; otherwise the others hang in a collective.
+    store = distributed.run_on_all(
+        lambda: preparing(task, partial(prepare, task, **data_arguments(cfg)))
+    )
+    # Setup checks this only for tasks that know their size before they are prepared
+    check_batch_size(cfg, len(store.splits["train"]))
+    return store
 
 
 def use_compilation_cache() -> None:

@@ -15,32 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig
 
-from lra.config.build import data_arguments
-from lra.config.compose import run_config, to_container
 from lra.config.rules import parse_duration
-from lra.config.schema import check_config
-from lra.data.store import prepare
-from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
-from lra.runs import records, sanity
-from lra.runs.progress import preparing
+from lra.errors import DivergedError, PreemptedError
+from lra.runs import sanity
 from lra.training import distributed
-from lra.training.checkpoint import (
-    Checkpoints,
-    check_metadata,
-    checkpoint_metadata,
-    has_checkpoint,
-)
-from lra.training.data_parallel import DataParallel, choose_devices
+from lra.training.checkpoint import Checkpoints, check_metadata
+from lra.training.data_parallel import DataParallel
 from lra.training.evaluation import predict, score
-from lra.training.memory import is_out_of_memory, out_of_memory_advice
-from lra.training.micro_batch import Batches, check_micro_batch, choose_sizes, make_batches
+from lra.training.micro_batch import Batches, choose_sizes, make_batches
 from lra.training.preemption import Deadline, Signals
 from lra.training.prefetch import place_data
-from lra.training.profiling import FOLDER as PROFILE
 from lra.training.profiling import Profile, profiled_steps
-from lra.training.recorder import CHECKPOINTS, Recorder, finished_record
+from lra.training.recorder import Recorder
 from lra.training.schedules import plateau_scale, plateau_update, schedule
-from lra.training.setup import Setup, check_batch_size, check_compatible, use_compilation_cache
+from lra.training.setup import Setup, load_store
 from lra.training.state import (
     Best,
     Examples,
@@ -54,68 +42,15 @@ from lra.training.step import StepFunctions
 from lra.training.timing import CallTimer
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """Trains the model of a config and returns the record of the run.
-
-    The run's folder holds record, metrics, predictions and checkpoints.
-
-    Raises:
-        LraError: bad config or data, a folder in use, a diverged loss, an interruption. The record
-            holds the error.
-    """
-    started = time.monotonic()
-    config = run_config(cfg)
-    check_config(config)  # again, because a composed config may have been edited
-    check_compatible(cfg)
-    distributed.initialize(cfg)  # before JAX creates its devices
-    distributed.check_same_config(cfg)
-    if cfg.trainer.compilation_cache:
-        use_compilation_cache()
-    devices = choose_devices(cfg)
-    check_micro_batch(cfg, devices.num_devices)
-    setup = Setup(cfg)  # finds most config errors before a folder is made
-    path = records.run_path(cfg.output.root, config, to_container(cfg.names))
-    with distributed.open_run_folder(path) as folder:
-        finished = distributed.broadcast(partial(finished_record, folder, config, cfg.resume))
-        if finished is not None:
-            return finished
-        recorder = Recorder(
-            cfg,
-            folder,
-            num_classes=setup.task.num_classes,
-            groups=setup.groups,
-            num_devices=devices.num_devices,
-            started=started,
-        )
-        try:
-            with Signals() as signals, signals.sigterm_preempts():
-                Trainer(cfg, setup, devices, recorder).run(signals)
-        except BaseException as caught:
-            error = distributed.lost_peer_error(caught) or caught
-            recorder.fail(error)
-            if is_out_of_memory(error):
-                advice = out_of_memory_advice(cfg, recorder.record["micro_batch"])
-                raise LraError(advice) from error
-            if error is not caught:
-                raise error from caught
-            raise
-        # JAX aborts processes that wait at exit for too long. Not inside the block above: a process
-        # that is lost now must not turn a finished run into a preempted one.
-        distributed.all_gather(None)
-        return recorder.record
-
-
 class Trainer:
     """Trains one run; `run` calls the other methods in order."""
 
     def __init__(self, cfg: DictConfig, setup: Setup, devices: DataParallel, recorder: Recorder):
         self.cfg, self.setup, self.devices, self.recorder = cfg, setup, devices, recorder
-        folder = recorder.folder.path
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
-        limit = parse_duration(cfg.trainer.time_limit)
-        self.deadline = Deadline(limit, recorder.started)
+        self.checkpoints = Checkpoints(recorder.checkpoints)
+        self.deadline = Deadline(parse_duration(cfg.trainer.time_limit), recorder.started)
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
-        self.profile = Profile(steps, folder / PROFILE, recorder.console.console.print)
+        self.profile = Profile(steps, recorder.folder.path / "profile", recorder.reporter.print)
 
     def run(self, signals: Signals) -> None:
         """Trains, then scores the test split once."""
@@ -127,7 +62,7 @@ class Trainer:
             self.batches.start(int(state.step))
             with (
                 signals.deferred(),
-                self.recorder.console.bar,
+                self.recorder.reporter.bar,
                 closing(self.batches),
                 closing(self.profile),
             ):
@@ -136,39 +71,29 @@ class Trainer:
 
     def load_data(self) -> dict[str, Examples]:
         """The splits, prepared if necessary and placed on the devices or on the host."""
-        cfg, setup = self.cfg, self.setup
-        # Raise an error of one process on all; otherwise the others hang in a collective.
-        store = distributed.run_on_all(
-            lambda: preparing(setup.task, partial(prepare, setup.task, **data_arguments(cfg)))
-        )
-        # Setup checks this only for tasks that know their size before they are prepared
-        check_batch_size(cfg, len(store.splits["train"]))
-        limit = cfg.trainer.eval_examples
-        partial_scores = limit is not None and any(
-            len(store.splits[name]) > limit for name in ("val", "test")
-        )
-        self.recorder.add_data(store, partial=partial_scores)
+        cfg = self.cfg
+        store = load_store(cfg, self.setup.task)
+        self.recorder.add_data(store)
         distributed.check_same_data(self.recorder.record["data"]["key"])
         data = place_data(store, self.devices, cfg.data.placement)
+        limit = cfg.trainer.eval_examples
         return data | {name: _first(data[name], limit) for name in ("val", "test")}
 
     def choose_batches(self) -> tuple[Batches, StepFunctions, int]:
         """The source of batches, the jitted functions, and the evaluation batch size."""
-        cfg, recorder = self.cfg, self.recorder
-        setup, devices = self.setup, self.devices
+        cfg, setup, devices = self.cfg.trainer, self.setup, self.devices
         variables = (setup.params, setup.batch_stats, setup.constants)
         setup.params, setup.batch_stats, setup.constants = devices.replicate(variables)
-        make = cache(partial(make_batches, cfg, setup, self.data["train"], devices))
-        micro_batch = cfg.trainer.micro_batch or cfg.trainer.batch_size
-        eval_batch = devices.round_up(cfg.trainer.eval_batch_size)
+        make = cache(partial(make_batches, self.cfg, setup, self.data["train"], devices))
+        micro_batch = cfg.micro_batch or cfg.batch_size
+        eval_batch = devices.round_up(cfg.eval_batch_size)
         if micro_batch == "auto":
-            resumes = has_checkpoint(self.checkpoints.folder)
-            previous = recorder.previous if resumes else {}
+            kept = self.recorder.resumed_sizes()
             micro_batch, eval_batch, needs = choose_sizes(
-                cfg, setup, self.data["val"], devices, make, self.new_state, previous
+                self.cfg, setup, self.data["val"], devices, make, self.new_state, kept
             )
-            recorder.console.micro_batch(micro_batch, cfg.trainer.batch_size, needs, eval_batch)
-        recorder.record |= {"micro_batch": micro_batch, "eval_batch": eval_batch}
+            self.recorder.reporter.micro_batch(micro_batch, cfg.batch_size, needs, eval_batch)
+        self.recorder.sizes(micro_batch, eval_batch)
         return *make(micro_batch), eval_batch
 
     def new_state(self) -> State:
@@ -183,22 +108,14 @@ class Trainer:
         Raises:
             RunFolderError: the checkpoint belongs to other data or another vocabulary.
         """
-        setup, record, previous = self.setup, self.recorder.record, self.recorder.previous
-        state, best = self.new_state(), Best(setup.params, setup.batch_stats)
+        state, best = self.new_state(), Best(self.setup.params, self.setup.batch_stats)
         saved = self.checkpoints.restore((state, best[:2]))
-        if saved is None:
-            record |= {"selection": None, "first_loss": None, "at_chance": None}
-            return state, best
-        folder = self.recorder.folder.path
-        if (previous.get("data") or record["data"])["splits"] != record["data"]["splits"]:
-            raise RunFolderError(f"{folder} was trained on other data; choose another output.root")
-        check_metadata(folder, saved.progress, setup.task.vocab)
-        record["resumed_from"].append(saved.step)
-        record["damaged_checkpoints"] += saved.damaged
-        record["selection"] = saved.progress["selection"]
-        record["first_loss"] = saved.progress.get("first_loss")  # absent in old checkpoints
-        state, weights = saved.state
-        return state, Best(*weights, **saved.progress["best"])
+        if saved is not None:
+            check_metadata(self.recorder.folder.path, saved.progress, self.setup.task.vocab)
+            state, weights = saved.state
+            best = Best(*weights, **saved.progress["best"])
+        self.recorder.resume(saved)
+        return state, best
 
     def loop(self, state: State, best: Best, signals: Signals) -> tuple[State, Best]:
         """Trains to the last step. Each call ends where something is due, at the latest."""
@@ -229,7 +146,7 @@ class Trainer:
                 )
             if step == 1:
                 self.recorder.first_loss(float(state.metric_sums[0] / state.metric_sums[2]))
-            self.recorder.console.advance(step, until - first, seconds, state.metric_sums)
+            self.recorder.reporter.advance(step, until - first, seconds, state.metric_sums)
 
             due = {name for name, n in every.items() if step % n == 0 or step == cfg.steps}
             if "log" in due:
@@ -239,7 +156,7 @@ class Trainer:
             stop = self.stop_reason(signals)
             done = step == cfg.steps or self.stopped_early(step, best) is not None
             if "checkpoint" in due or stop or done:
-                self.recorder.record["time"] |= timer.summary(cfg.batch_size)
+                self.recorder.rate(timer.summary(cfg.batch_size))
                 self.save(step, state, best)
             if stop and not done:
                 raise PreemptedError(
@@ -276,13 +193,10 @@ class Trainer:
         return state, best
 
     def save(self, step: int, state: State, best: Best) -> None:
-        """Saves the state, the best weights and the progress fields for resuming."""
-        record = self.recorder.record
+        """Saves the state, the best weights and what a resume needs of the record."""
         progress = {
             "best": {"step": best.step, "accuracy": best.accuracy},
-            "selection": record["selection"],
-            "first_loss": record["first_loss"],
-            **checkpoint_metadata(record["config"], self.setup.task.vocab),
+            **self.recorder.progress(self.setup.task.vocab),
         }
         start = time.monotonic()
         self.checkpoints.save(step, (state, best[:2]), progress)
@@ -307,10 +221,7 @@ class Trainer:
         """Scores the whole test split once, with the weights that the protocol selects."""
         step = int(state.step)
         weights = selected_weights(self.cfg.protocol.select, state, best)
-        self.recorder.record["stopped_early"] = self.stopped_early(step, best)
-        self.recorder.console.scoring(
-            len(self.data["test"].labels), self.recorder.record["stopped_early"]
-        )
+        self.recorder.scoring(len(self.data["test"].labels), self.stopped_early(step, best))
         sample = _first(self.data["train"], self.cfg.trainer.train_eval_examples)
         splits = {**self.data, "train": sample}
         logits = {name: self.predict(weights, split) for name, split in splits.items()}

@@ -11,7 +11,7 @@ from run_checks import assert_same_run, folder_of
 import lra
 from lra.errors import ConfigError, PreemptedError
 from lra.runs.records import read_record
-from lra.training import trainer
+from lra.training import setup, trainer
 from lra.training.preemption import Deadline, Signals
 from lra.training.prefetch import DeviceData
 
@@ -39,11 +39,13 @@ def test_signals_interrupt_unless_deferred(capfd):
     assert "lra: SIGTERM: saving after the current steps" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["prepare", "score"])
-def test_sigterm_outside_of_training_stops_and_resumes(finished_run, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(("module", "where"), [(setup, "prepare"), (trainer, "score")])
+def test_sigterm_outside_of_training_stops_and_resumes(
+    finished_run, tmp_path, monkeypatch, module, where
+):
     overrides, undisturbed = finished_run
     here = [*overrides, f"output.root={tmp_path}"]
-    original = getattr(trainer, where)
+    original = getattr(module, where)
 
     def stopped(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -51,7 +53,7 @@ def test_sigterm_outside_of_training_stops_and_resumes(finished_run, tmp_path, m
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(trainer, where, stopped)
+    monkeypatch.setattr(module, where, stopped)
     with pytest.raises(
         PreemptedError, match="stopped by SIGTERM; the same command with resume=auto"
     ) as caught:
