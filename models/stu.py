@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,7 +20,7 @@ from models.checks import check_option, require_causal
 from models.mixer import Mask, MixerModule, Sequences
 from models.ops.filter_step import initial_features, next_features
 from models.ops.filters import alternative_filters, spectral_filters
-from models.ops.stu import HIGHEST, stu
+from models.ops.stu import HIGHEST, feature_moments, inverse_power, stu
 
 FILTERS = {"hankel": spectral_filters, "alternative": alternative_filters}
 INITS = ("zeros", "truncated_normal")
@@ -45,6 +46,9 @@ class STU(MixerModule):
         init_m_u: zeros (the paper) | truncated_normal (its code: scale D^(-1/2), cut at 2). All
             other matrices start at 0.
         bidirectional: adds a unit with its own matrices over the reversed sequence.
+        precondition: p, 0 to 0.5: the matrices of equation (4) are C^(-p) times the parameters,
+            with C the second moments of the features (`models.ops.stu.feature_moments`). 0.5
+            whitens the features; 0 is the paper. The function class is the same.
     Raises:
         ValueError: K, k_u or k_y exceeds L, a size is below 1, or an option is unknown or does not
             fit.
@@ -62,8 +66,11 @@ class STU(MixerModule):
         negative_filters: bool,
         init_m_u: str,
         bidirectional: bool,
+        precondition: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        if not 0 <= precondition <= 0.5:
+            raise ValueError(f"model.precondition={precondition} must be in [0, 0.5]")
         for key, value in (("k_u", k_u), ("k_y", k_y)):
             if value is not None and value < 1:
                 null = "; null is equation (4)" if key == "k_y" else ""
@@ -82,6 +89,12 @@ class STU(MixerModule):
         self.m_plus = nnx.Param(jnp.zeros((num_filters, width, width)))
         self.m_minus = nnx.Param(jnp.zeros(self.m_plus.shape)) if negative_filters else None
         self.m_y = None if k_y is None else nnx.Param(jnp.zeros((k_y, width, width)))
+        phi, sigma = np.asarray(self.phi[...]), np.asarray(self.sigma[...])
+        self.preconditioner = (
+            Filter(preconditioner(phi, sigma, k_u, negative_filters, k_y is None, precondition))
+            if precondition
+            else None
+        )
         self.anticausal = (
             STU(
                 width,
@@ -93,6 +106,7 @@ class STU(MixerModule):
                 negative_filters=negative_filters,
                 init_m_u=init_m_u,
                 bidirectional=False,
+                precondition=precondition,
                 rngs=rngs,
             )
             if bidirectional
@@ -104,10 +118,26 @@ class STU(MixerModule):
     ) -> Sequences:
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
-        m_minus = None if self.m_minus is None else self.m_minus[...]
+        m_u, m_plus, m_minus = self.input_matrices()
         m_y: Array | Literal["lag2"] = "lag2" if self.m_y is None else self.m_y[...]
-        y = stu(x, self.phi[...], self.sigma[...], self.m_u[...], self.m_plus[...], m_minus, m_y)
+        y = stu(x, self.phi[...], self.sigma[...], m_u, m_plus, m_minus, m_y)
         return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
+
+    def input_matrices(self) -> tuple[Array, Array, Array | None]:
+        """M_u, M+ and M- of equation (4), with the preconditioner applied."""
+        m_minus = None if self.m_minus is None else self.m_minus[...]
+        if self.preconditioner is None:
+            return self.m_u[...], self.m_plus[...], m_minus
+        parts = [self.m_plus[...], *([] if m_minus is None else [m_minus]), self.m_u[...]]
+        stacked = jnp.concatenate(parts)
+        mixed = jnp.einsum(
+            "ij,jde->ide",
+            self.preconditioner[...].astype(stacked.dtype),
+            stacked,
+            precision=HIGHEST,
+        )
+        m_plus, *rest, m_u = jnp.split(mixed, np.cumsum([len(part) for part in parts])[:-1])
+        return m_u, m_plus, rest[0] if rest else None
 
     def init_state(self, batch_size: int) -> State:
         """Zeros, of a size that depends on K, k_u, k_y and D, not on L."""
@@ -129,14 +159,15 @@ class STU(MixerModule):
         dtype = state["plus"].dtype
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
-        m_u = self.m_u[...].astype(dtype)
+        m_u, m_plus, m_minus = self.input_matrices()
+        m_u = m_u.astype(dtype)
         y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=HIGHEST)
         # y_t reads U_{t-2}, so the features receive their input two steps late
         new["plus"] = next_features(state["plus"], recent[:, 2], *self.bank)
-        y = y + weighted(new["plus"], self.sigma[...], self.m_plus[...])
-        if self.m_minus is not None:
+        y = y + weighted(new["plus"], self.sigma[...], m_plus)
+        if m_minus is not None:
             new["minus"] = next_features(state["minus"], recent[:, 2], *self.bank, alternate=True)
-            y = y + weighted(new["minus"], self.sigma[...], self.m_minus[...])
+            y = y + weighted(new["minus"], self.sigma[...], m_minus)
         if self.m_y is None:
             y = y + state["outputs"][:, 1]
         else:
@@ -158,6 +189,19 @@ def filter_variables(
         )
     sigma, phi = FILTERS[filters](seq_len, num_filters)
     return Filter(jnp.asarray(sigma)), Filter(jnp.asarray(phi))
+
+
+def preconditioner(
+    phi: Float[np.ndarray, "L K"],
+    sigma: Float[np.ndarray, " K"],
+    k_u: int,
+    negative_filters: bool,
+    lag_two: bool,
+    power: float,
+) -> Float[Array, "J J"]:
+    """C^(-power), with the second moments C of the features."""
+    moments = feature_moments(phi, sigma, k_u, negative_filters, lag_two=lag_two)
+    return jnp.asarray(inverse_power(moments, power))
 
 
 def weighted(

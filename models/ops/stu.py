@@ -98,6 +98,45 @@ def stu(
     return y.astype(u.dtype)
 
 
+def feature_moments(
+    phi: Float[np.ndarray, "L K"],
+    sigma: Float[np.ndarray, " K"],
+    k_u: int,
+    negative_filters: bool,
+    *,
+    lag_two: bool,
+) -> Float[np.ndarray, "J J"]:
+    """Second moments of the features for white input of unit variance, averaged over the L times.
+
+    C = sum_i w_i b_i b_i^T with w_i = (L - i) / L, where b_i (J,) are the values at lag i of the
+    filters with sigma^(1/4), of the filters with signs, and of the k_u unit impulses, in the order
+    m_plus, m_minus, m_u.
+
+    Args:
+        lag_two: adds y_{t-2}: the features are summed over every second time.
+    """
+    length = len(phi)
+    filters = np.asarray(phi, np.float64) * np.asarray(sigma, np.float64) ** 0.25
+    if negative_filters:
+        filters = np.concatenate([filters, filters * (1 - 2 * (np.arange(length) % 2))[:, None]], 1)
+    delayed = np.concatenate([np.zeros((2, filters.shape[1])), filters])[:length]
+    basis = np.concatenate([delayed, np.eye(length, k_u)], axis=1)
+    if lag_two:
+        for start in (0, 1):
+            basis[start::2] = np.cumsum(basis[start::2], axis=0)
+    weights = 1 - np.arange(length) / length
+    return (basis * weights[:, None]).T @ basis
+
+
+def inverse_power(
+    moments: Float[np.ndarray, "J J"], power: float, floor: float = 1e-4
+) -> Float[np.ndarray, "J J"]:
+    """moments^(-power); eigenvalues are at least `floor` times the largest one."""
+    values, vectors = np.linalg.eigh(moments)
+    values = np.maximum(values, floor * values[-1])
+    return (vectors * values**-power) @ vectors.T
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_convolution(
     u: Float[Array, "B L D_in"],

@@ -14,9 +14,11 @@ from models.ops.filters import spectral_filters
 from models.ops.stu import (
     basis_first,
     causal_convolution,
+    feature_moments,
     feedback,
     feedback_by_chunks,
     feedback_by_steps,
+    inverse_power,
     stu,
 )
 
@@ -252,3 +254,46 @@ def test_short_filters_are_refused():
     arguments = random_arguments(10) | {"u": np.zeros((2, 16, 3))}
     with pytest.raises(ValueError, match=r"length 15 and the input 16; set task\.seq_len to 16"):
         stu(**{key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()})
+
+
+@pytest.mark.parametrize("lag_two", [False, True])
+@pytest.mark.parametrize("negative", [False, True])
+def test_feature_moments_are_those_of_the_features_for_white_input(lag_two, negative):
+    length, num, k_u = 12, 3, 2
+    sigma, phi = spectral_filters(length, num)
+    count = num * (1 + negative) + k_u
+    # the responses to an impulse, one feature at a time, are the features' weights of the inputs
+    parts = np.split(np.eye(count)[:, :, None, None], [num, count - k_u], axis=1)
+    impulse = np.eye(length, 1)[None]
+    with jax.enable_x64(True):
+        responses = np.stack(
+            [
+                stu(
+                    jnp.asarray(impulse),
+                    phi,
+                    sigma,
+                    m_u=jnp.asarray(m_u),
+                    m_plus=jnp.asarray(m_plus[:num]),
+                    m_minus=jnp.asarray(m_minus) if negative else None,
+                    m_y="lag2" if lag_two else None,
+                )[0, :, 0]
+                for m_plus, m_minus, m_u in zip(*parts, strict=True)
+            ],
+            axis=1,
+        )
+    expected = np.zeros((count, count))
+    for time in range(length):
+        for lag in range(time + 1):
+            expected += np.outer(responses[lag], responses[lag]) / length
+    found = feature_moments(phi, sigma, k_u, negative, lag_two=lag_two)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_inverse_square_root_whitens_and_its_floor_bounds_it():
+    values = np.array([1e-9, 1e-3, 0.5, 4.0])
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    moments = rotation * values @ rotation.T
+    whitener = inverse_power(moments, 0.5, floor=1e-6)
+    white = whitener @ moments @ whitener
+    np.testing.assert_allclose(np.linalg.eigvalsh(white), [1e-9 / 4e-6, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.eigvalsh(inverse_power(moments, 0.25))[0], 4**-0.25)
