@@ -56,10 +56,10 @@ def published(name):
     return ours(""), ours("grad_"), data
 
 
-@partial(jax.jit, static_argnames="lag2")
-def value_and_gradients(arrays, fixed, cotangent, lag2=False):
-    extra = {"m_y": "lag2"} if lag2 else {}
-    y, pull = jax.vjp(lambda x: stu(**x, **fixed, **extra), arrays)
+@partial(jax.jit, static_argnames=("alpha", "lag"))
+def value_and_gradients(arrays, fixed, cotangent, alpha=None, lag=1):
+    extra = {} if alpha is None else {"m_y": alpha}
+    y, pull = jax.vjp(lambda x: stu(**x, **fixed, **extra, lag=lag), arrays)
     return y, pull(cotangent)[0]
 
 
@@ -86,21 +86,26 @@ def test_stu_equals_published_code(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("length", "options", "lag2"),
+    ("length", "options", "extra"),
     [
-        (1, {"k_y": 2}, False),
-        (2, {}, True),
-        (3, {"k_y": 32}, False),
-        (7, {"k_y": 1, "k_u": 9}, False),
-        (7, {"minus": False}, True),
-        (64, {"k_y": 32}, False),
-        (64, {"batch": 1, "minus": False, "k_u": 1}, False),
-        (64, {}, True),
+        (1, {"k_y": 2}, {}),
+        (1, {"k_y": 1}, {"lag": 2}),
+        (2, {}, {"m_y": 1.0, "lag": 2}),
+        (3, {"k_y": 32}, {}),
+        (7, {"k_y": 1, "k_u": 9}, {}),
+        (7, {"minus": False}, {"m_y": 1.0, "lag": 2}),
+        (64, {"k_y": 32}, {}),
+        (64, {"batch": 1, "minus": False, "k_u": 1}, {}),
+        (64, {}, {"m_y": 1.0, "lag": 2}),
+        (33, {}, {"m_y": 0.9, "lag": 2}),
+        (33, {}, {"m_y": 0.9, "lag": 1}),
+        (33, {}, {"m_y": 0.0, "lag": 1}),
+        (33, {"k_y": 1}, {"lag": 2}),
+        (33, {"k_y": 3}, {"lag": 2}),
     ],
 )
-def test_stu_equals_loop(length, options, lag2):
+def test_stu_equals_loop(length, options, extra):
     arguments = random_arguments(length, **options)
-    extra = {"m_y": "lag2"} if lag2 else {}
     with jax.enable_x64(True):
         fast = jax.jit(partial(stu, **extra))(
             **{key: jnp.asarray(x) for key, x in arguments.items()}
@@ -108,17 +113,18 @@ def test_stu_equals_loop(length, options, lag2):
     assert_near(fast, stu_by_loop(**arguments, **extra), 1e-12)
 
 
-def test_lag2_is_the_feedback_with_an_identity_two_back():
+@pytest.mark.parametrize(("alpha", "lag"), [(1.0, 2), (0.9, 2), (0.9, 1), (1.0, 1), (0.0, 1)])
+def test_a_number_is_the_feedback_of_a_multiple_of_the_identity(alpha, lag):
     arguments = random_arguments(33)
     with jax.enable_x64(True):
         arrays = {key: jnp.asarray(x) for key, x in arguments.items()}
-        identity = jnp.stack([jnp.zeros((4, 4)), jnp.eye(4)])
+        identity = jnp.zeros((lag, 4, 4)).at[-1].set(alpha * jnp.eye(4))
         cotangent = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 4)))
-        word = jax.device_get(value_and_gradients(arrays, {}, cotangent, lag2=True))
+        number = jax.device_get(value_and_gradients(arrays, {}, cotangent, alpha=alpha, lag=lag))
         matrices = jax.device_get(value_and_gradients(arrays, {"m_y": identity}, cotangent))
-    assert_near(word[0], matrices[0], 1e-12)
+    assert_near(number[0], matrices[0], 1e-12)
     for key in arrays:
-        assert_near(word[1][key], matrices[1][key], 1e-11, key)
+        assert_near(number[1][key], matrices[1][key], 1e-11, key)
 
 
 @pytest.mark.parametrize("num_matrices", [0, 3, 4, 64, None])
