@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         "diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; keys of `lra eval`",
     )
     diagnose.add_argument(
-        "--examples", type=int, metavar="N", help="the first N examples (those the run scored)"
+        "--examples", type=int, metavar="N", help="N examples of the split (those the run scored)"
     )
     diagnose.add_argument(
         "--sizes",

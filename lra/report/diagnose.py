@@ -27,7 +27,7 @@ from lra.files import disk_errors, write_atomically
 from lra.report.intervals import AccuracyRow, accuracy_by_factors, accuracy_row
 from lra.report.perturbations import cut_windows, geometric_sizes, mean_by_example, shuffle_blocks
 from lra.report.resize import resized_setup, setup_for_windows, split_settings
-from lra.report.saved_run import SavedRun, first_examples
+from lra.report.saved_run import SavedRun
 from lra.runs import machine, records
 from lra.runs.progress import preparing
 
@@ -53,7 +53,7 @@ def diagnose(
     Args:
         words: names of diagnostics (default: factors), task.KEY=VALUE[,VALUE...] for `length`, and
             the overrides of `lra eval`.
-        examples: number of first examples of the split; None for as many as the run scored.
+        examples: number of examples of the split, sampled; None for those that the run scored.
         weights: best or last; None for those that the protocol selects.
         sizes: blocks of `permutation` and windows of `locality`; None for a geometric scale.
     Raises:
@@ -111,8 +111,8 @@ def factors(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     def compute() -> tuple[Tables, int, str]:
         data, count = run.data, len(run.data)
         stored = run.stored_predictions()
-        if stored is not None and np.array_equal(stored["rows"][:count], np.arange(count)):
-            logits = stored["logits"][:count]
+        if stored is not None and np.isin(run.rows, stored["rows"]).all():
+            logits = stored["logits"][np.searchsorted(stored["rows"], run.rows)]
             step, source = run.record["selection"]["step"], records.PREDICTIONS
         else:
             logits = run.logits(data.inputs, data.lengths)
@@ -180,7 +180,7 @@ def length(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
         rows = [length_row("as trained", run.data, run.logits(run.data.inputs, run.data.lengths))]
         for words, setup in zip(settings, setups, strict=True):
             work = partial(prepare, setup.task, **data_arguments(run.cfg))
-            data = first_examples(preparing(setup.task, work).splits[run.split], run.limit)
+            data = run.evaluated(preparing(setup.task, work).splits[run.split])
             varied = [word for word in words if word not in keys] or words
             logits = run.logits(data.inputs, data.lengths, setup)
             rows.append(length_row(" ".join(varied), data, logits))

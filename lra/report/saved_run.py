@@ -18,7 +18,7 @@ from lra.runs import records
 from lra.runs.progress import preparing
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.determinism import use_deterministic_ops
-from lra.training.evaluation import predict
+from lra.training.evaluation import predict, sample_rows
 from lra.training.memory import is_out_of_memory
 from lra.training.recorder import CHECKPOINTS, describe_data
 from lra.training.setup import Setup, use_compilation_cache
@@ -33,7 +33,8 @@ class SavedRun:
         overrides: KEY=VALUE of the keys in `keys_in_eval`.
         split: train, val or test.
         weights: best or last; None for those that the protocol selects.
-        examples: number of first examples of the split; None for as many as the run scored.
+        examples: number of examples of the split, chosen as the run chose its own; None for those
+            that the run scored.
 
     Raises:
         RunFolderError: the folder holds no record, or no checkpoint that can be read.
@@ -71,8 +72,8 @@ class SavedRun:
             use_compilation_cache()
 
     @cached_property
-    def data(self) -> Split:
-        """The evaluated examples, memory-mapped."""
+    def whole_split(self) -> Split:
+        """All examples of the split, memory-mapped."""
         store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
         recorded = (self.record.get("data") or {}).get("splits", {})
         if describe_data(store)["splits"][self.split] != recorded.get(self.split):
@@ -80,7 +81,28 @@ class SavedRun:
                 f"{self.split} under data.root={self.cfg.data.root} differs from the data of the "
                 "run; set data.root to the data of the run"
             )
-        return first_examples(store.splits[self.split], self.limit)
+        return store.splits[self.split]
+
+    @cached_property
+    def data(self) -> Split:
+        """The evaluated examples."""
+        return self.evaluated(self.whole_split)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of the split (n,) of each evaluated example, ascending."""
+        return self.rows_of(self.whole_split)
+
+    def rows_of(self, split: Split) -> np.ndarray:
+        how = (self.record.get("data") or {}).get("sample", "first")
+        return sample_rows(np.asarray(split.labels), self.limit, how)
+
+    def evaluated(self, split: Split) -> Split:
+        """The examples of a split that are evaluated, all as views of the mapped memory."""
+        rows = self.rows_of(split)
+        if len(rows) < len(split):
+            return split.batch(rows)
+        return Split(split.inputs.view(np.ndarray), np.asarray(split.lengths), split.labels)
 
     @cached_property
     def setup(self) -> Setup:
@@ -167,9 +189,3 @@ def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     cfg = cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
     choices = {key: record.get(key) for key in ("task", "model", "experiment")}
     return resolve(cfg, choices, overrides)
-
-
-def first_examples(split: Split, limit: int | None) -> Split:
-    """The first `limit` examples of a split, all if None, as views of the mapped memory."""
-    inputs = split.inputs[:limit].view(np.ndarray)
-    return Split(inputs, np.asarray(split.lengths)[:limit], split.labels[:limit])

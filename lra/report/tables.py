@@ -27,6 +27,7 @@ from lra.report.selection import (
 )
 from lra.runs.run_folder import load_records
 
+LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")  # first columns
 SHORT_TIER_SUFFIX = "_short"  # task `x_short` is a smaller tier of task `x`
 
 
@@ -84,7 +85,7 @@ def make_table(
     ]
     scored = [record for record in records if is_scored(record, metric)]
     user_results = {str(path): read_results(path) for path in csv}
-    file_order = list(dict.fromkeys(row["task"] for row in known))  # the six tasks of LRA first
+    file_order = list(dict.fromkeys([*LRA_TASKS, *(row["task"] for row in known)]))
     found = {record["task"] for record in scored}
     found |= {row["task"] for rows in user_results.values() for row in rows}
     columns = tasks or _ordered_tasks(found, file_order) or file_order[:6]

@@ -20,7 +20,8 @@ record.json, schema 1. JSON is strict: NaN and infinities become null. Accuracie
                     weights that are scored on test
     reference       {majority, root_operator, ...}: test accuracies of trivial predictors
     data            {source: generated | release, key, partial: not all examples,
-                    splits: {train, val, test: {count, sha256}}}
+                    splits: {train, val, test: {count, sha256}},
+                    sample: stratified | first (if absent), the examples scored if not all are}
     params          {total, groups: {name: count}}
     segments        [{step, platform, kind, count, processes, micro_batch}]: the hardware from each
                     `step` on

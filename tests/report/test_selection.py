@@ -125,18 +125,19 @@ def transformer_records():
 
 def test_runs_made_with_other_defaults_have_a_footnote():
     table = make_table(load_records([ROOT / "results" / "runs"]), published="none")
-    (footnote,) = table.footnotes
-    assert footnote.startswith("made with other defaults than today's: ")
-    assert "backbone.mlp=gelu (today swiglu)" in footnote
+    start, clip = "made with other defaults than today's: ", "optim.clip=1 (today null)"
+    assert table.footnotes[0] == start + clip
+    assert table.footnotes[1].startswith(f"{start}backbone.mlp=gelu (today swiglu), ")
     found = {name: row["listops_short"][-3:] for name, row in cells(table, "Ours").items()}
-    assert found == {"lru": "n=3", "stu": "n=3", "transformer": "[1]"}
+    assert found == {"lru": "[1]", "stu": "[1]", "transformer": "[2]"}
 
 
 def test_changed_defaults_are_those_of_keys_that_matter():
     record = transformer_records()[0]
     changed = ["backbone.mlp=gelu (today swiglu)", "backbone.mlp_ratio=4 (today 2.667)"]
+    changed += ["optim.clip=1 (today null)"]
     assert selection.changed_defaults(record) == changed
-    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4"
+    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4 optim.clip=1"
     assert selection.changed_defaults(record | {"command": typed}) == []
     config = copy.deepcopy(record["config"])
     config["trainer"] |= {"log_every": 7, "gone": 1}  # without effect; removed since
@@ -160,7 +161,7 @@ def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):
 
     monkeypatch.setattr("lra.config.width.choose_width", search)
     record = transformer_records()[0]
-    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu"
+    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu optim.clip=1"
     config = copy.deepcopy(record["config"])
     config["backbone"] |= {"width": 30, "mlp_ratio": 8 / 3}
     assert selection.changed_defaults(record | {"command": command, "config": config}) == []
