@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, check_recorded_targets, data_arguments
 from lra.config.compose import check_resolved, resolve, upgrade_config
+from lra.config.messages import translated_errors
 from lra.config.schema import keys_in_eval
 from lra.data.store import Split, prepare
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
@@ -61,11 +62,12 @@ class SavedRun:
             )
         self.folder, self.record, self.split = folder, record, split
         check_recorded_targets(record["config"], allow_targets)
-        self.cfg = cfg = resolved_config(record, overrides)
-        self.rule = weights or cfg.protocol.select
+        with translated_errors(overrides):  # such as a missing section
+            self.cfg = cfg = resolved_config(record, overrides)
+            self.rule = weights or cfg.protocol.select
+            self.task = build_task(cfg)
         scored = cfg.trainer.train_eval_examples if split == "train" else cfg.trainer.eval_examples
         self.limit: int | None = examples or scored
-        self.task = build_task(cfg)
         # the training functions are never called, so the batch size is irrelevant
         self._forward = cache(lambda setup: make_step_functions(setup, 1).predict)
         if cfg.trainer.deterministic:
