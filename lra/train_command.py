@@ -130,10 +130,15 @@ def run_job(cfg) -> dict:
 
 
 def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
-    """Prints the comparison table; a closed stdout does not change the result of a run."""
-    from lra.report.tables import comparison_table
-
+    """Prints the comparison table; neither a closed stdout nor an error changes the exit code."""
     try:
-        print(comparison_table(paths, tasks=tasks, color=sys.stdout.isatty()), end="", flush=True)
+        from lra.report.tables import comparison_table
+
+        text = comparison_table(paths, tasks=tasks, color=sys.stdout.isatty())
+    except Exception as error:
+        log.warning("no table: %s: %s", type(error).__name__, error)
+        return
+    try:
+        print(text, end="", flush=True)
     except BrokenPipeError:
         discard_stdout()

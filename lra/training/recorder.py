@@ -334,9 +334,9 @@ def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> d
         )
     if resume != "auto" and _is_worth_keeping(record, folder.path):
         raise RunFolderError(
-            f"{folder.path} holds this run already, {record['status']} at step {record['step']}; "
-            f"resume=auto continues it (or shows a finished run again), another output.root or "
-            f"seed starts a new one"
+            f"{folder.path} holds this run already, {record['status']} at step "
+            f"{record.get('step', 0)}; resume=auto continues it (or shows a finished run again), "
+            f"another output.root or seed starts a new one"
         )
     return record if record["status"] == "finished" else None
 

@@ -81,6 +81,10 @@ def test_user_results_have_a_section(tmp_path):
         ("model,task,accuracy\n,text,60\n", "line 2, column model: empty"),
         ("model,task,accuracy\na,text\n", "line 2, column accuracy: found ''"),
         ("model,task,accuracy\na,text,60,b,c\n", "line 2: more values than columns"),
+        (
+            "model,task,accuracy\na,text,60\nb,text,60\na,text,61\n",
+            "line 4: a has a result on text in line 2 already; remove one, or give them another",
+        ),
         ("", "line 1: no column model"),
     ],
 )

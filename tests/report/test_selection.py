@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from table_records import a_record, cells, ours
 
@@ -10,7 +11,7 @@ from lra.config.compose import upgrade_config
 from lra.report import selection
 from lra.report.formats import render
 from lra.report.tables import make_table
-from lra.runs.run_folder import load_records
+from lra.runs.run_folder import RunFolder, load_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,6 +154,53 @@ def test_commands_that_cannot_be_composed_break_no_table():
         assert selection.changed_defaults(record | {"command": command}) == []
     (found,) = selection.changed_defaults(record | {"command": "lra train optim.gone=1"})
     assert found.startswith("its command is refused today (unknown key optim.gone")
+
+
+def test_a_command_of_others_is_not_evaluated(monkeypatch):
+    record = transformer_records()[0]
+    monkeypatch.setenv("SECRET", "12345")
+    for word in (
+        "hydra.searchpath=[pkg://trap]",
+        "optim.lr=${oc.env:SECRET}",
+        "+x=1",
+        "..=x",
+        "optim.lr='",
+    ):
+        found = selection.changed_defaults(record | {"command": record["command"] + " " + word})
+        assert "12345" not in str(found)
+    for option in ("../train", "mine"):
+        command = record["command"] + f" model={option}"
+        (found,) = selection.changed_defaults(record | {"command": command})
+        assert found.startswith(f"its command is refused today (unknown model={option}")
+    config = copy.deepcopy(record["config"])
+    config["optim"]["lr"] = "${oc.env:SECRET}"
+    typed = {"command": record["command"] + " optim.lr=1", "config": config}
+    assert "12345" not in str(selection.changed_defaults(record | typed))
+
+
+def test_typed_keys_and_those_that_follow_from_them_are_no_changed_defaults():
+    record = load_records([ROOT / "results" / "runs" / "listops_short" / "lru"])[0]
+    config = upgrade_config(record["config"])
+    config["task"]["hparams"] = {**config["task"]["hparams"], "width": 48}
+    config["backbone"]["width"] = 48
+    changed = record | {"config": config}
+    (found,) = selection.changed_defaults(changed)
+    assert found == "backbone.width=48 (today 32)"
+    for typed in ("task.hparams.width=48", "task.budget.width=48"):
+        assert (
+            selection.changed_defaults(changed | {"command": f"{record['command']} {typed}"}) == []
+        )
+
+
+def test_a_run_whose_predictions_contradict_its_record_is_left_out(tmp_path, caplog):
+    logits = np.eye(4, dtype=np.float32)
+    for seed in range(2):
+        with RunFolder(tmp_path / str(seed)) as folder:
+            folder.write_record(a_record(0.75 if seed == 0 else 0.99, seed))
+            folder.write_predictions(logits, np.array([0, 1, 2, 0]), np.arange(4))
+    assert ours(load_records([tmp_path])) == {"stu": {"listops_short": "75.0 n=1"}}
+    (line,) = caplog.messages
+    assert "1/record.json states a test accuracy of 0.9900, but its predictions.npz gives" in line
 
 
 def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):
