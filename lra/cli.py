@@ -155,18 +155,21 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--protocol", help="only this protocol")
     table.add_argument(
         "--published",
-        choices=("featured", "all", "none"),
-        default="featured",
-        help="published rows (featured)",
+        choices=("featured", "best", "all", "unverified", "none"),
+        help="published rows: of known models (featured, the default), the best of each task, "
+        "all, also unverified ones",
+    )
+    table.add_argument(
+        "--configs",
+        action="store_true",
+        help="list all configurations: what differs, seeds, validation and test accuracy",
     )
     table.add_argument(
         "--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable"
     )
     table.add_argument("--format", choices=FORMATS, default="terminal")
     table.add_argument("--output", metavar="FILE", help="also write the table to FILE")
-    table.add_argument(
-        "--metric", choices=("test", "val"), default="test", help="accuracy of this split (test)"
-    )
+    table.add_argument("--metric", choices=("test", "val"), help="accuracy of this split (test)")
 
     plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
     plot.add_argument(
@@ -267,23 +270,31 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
 def comparison_table(args: argparse.Namespace) -> int:
     from lra.report.tables import comparison_table
 
-    missing = [path for path in args.paths if path != "runs" and not Path(path).exists()]
-    if missing:
-        raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
+    check_folders(args.paths)
+    options = {"published": args.published, "csv": args.csv, "metric": args.metric}
+    given = {name: value for name, value in options.items() if value}
+    if args.configs and given:
+        raise ConfigError(f"--configs lists configurations of runs; drop --{next(iter(given))}")
     text = comparison_table(
         args.paths,
+        configs=args.configs,
         tasks=args.task,
         models=args.model,
         protocol=args.protocol,
-        published=args.published,
-        csv=args.csv,
         format=args.format,
         output=args.output,
-        metric=args.metric,
         color=args.format == "terminal" and sys.stdout.isatty(),
+        **given,
     )
     print(text, end="")
     return 0
+
+
+def check_folders(paths: Sequence[str]) -> None:
+    """Raises ConfigError if a given folder is missing."""
+    missing = [path for path in paths if path != "runs" and not Path(path).exists()]
+    if missing:
+        raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
 
 
 def plot_command(args: argparse.Namespace) -> int:

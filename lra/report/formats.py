@@ -10,9 +10,9 @@ from lra.errors import ConfigError
 
 # fmt: off
 LONG_FORM_COLUMNS = (
-    "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",
-    "median", "mean", "ci_low", "ci_high", "std", "min", "max", "learned", "val_accuracy", "params",
-    "steps", "tuning_runs", "source", "note",
+    "kind", "task", "model", "variant", "settings", "protocol", "data_source", "data_key",
+    "accuracy", "n", "median", "mean", "ci_low", "ci_high", "std", "min", "max", "examples",
+    "test_error", "learned", "val_accuracy", "params", "steps", "tuning_runs", "source", "note",
 )
 # fmt: on
 LATEX_ESCAPES = str.maketrans(
@@ -38,6 +38,7 @@ class Table:
     footnotes: list[str] = field(default_factory=list)  # `[1]`, `[2]`, ... in cells and row names
     remarks: list[str] = field(default_factory=list)  # lines below the table
     long: list[dict[str, Any]] = field(default_factory=list)  # numbers, by `LONG_FORM_COLUMNS`
+    row_heading: str = "model"
 
     def add_footnote(self, text: str) -> str:
         """Adds a footnote unless it exists and returns its mark, ` [1]`."""
@@ -85,7 +86,7 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
     from rich.text import Text
 
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ["model", *table.columns.values()]:
+    for heading in [table.row_heading, *table.columns.values()]:
         rich.add_column(Text(heading), overflow="fold")
     for title, rows in table.sections:
         rich.add_section()
@@ -108,7 +109,7 @@ def _data_frame(table: Table, title_format: str) -> Any:
     lines = []
     for title, rows in table.sections:
         lines += [[title_format.format(title), *empty], *(_cells(table, row) for row in rows)]
-    return pd.DataFrame(lines, columns=["model", *table.columns.values()], dtype=str)
+    return pd.DataFrame(lines, columns=[table.row_heading, *table.columns.values()], dtype=str)
 
 
 def _markdown(table: Table) -> str:
@@ -130,6 +131,8 @@ def _latex(table: Table) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    integers = dict.fromkeys(("n", "params", "steps", "tuning_runs"), "Int64")  # may be missing
+    integers = dict.fromkeys(
+        ("n", "examples", "params", "steps", "tuning_runs"), "Int64"
+    )  # may be missing
     frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")

@@ -31,8 +31,8 @@ def plot_learning_curves(
         if record["status"] == "finished" and (tasks is None or record["task"] in tasks)
     ]
     panels: dict[str, dict[str, list[Record]]] = defaultdict(dict)
-    for (name, task), (runs, _) in select_runs(finished).items():
-        panels[task][name] = runs
+    for (name, task), selected in select_runs(finished).items():
+        panels[task][name] = selected.runs
     if not panels:
         raise LraError(f"no finished run below {', '.join(map(str, paths))}; `lra train` makes one")
     figure, axes = _figure(len(panels), (6.0 * len(panels), 4.0))
