@@ -32,6 +32,14 @@ DIAGNOSE_HELP = """Measures what a trained run relies on; tables also go to diag
 
 Definitions: docs/diagnose.md."""
 
+COMPARE_HELP = """Compares models by the test predictions of their runs.
+
+  lra compare runs/image/stu runs/image/lru   two folders: the seeds of one model against the other
+  lra compare runs --task image               one folder: every pair of its models
+  lra compare runs --plot ranks.png           mean ranks over tasks, critical-difference diagram
+
+Methods: docs/tables.md."""
+
 BENCH_HELP = """Measures speed and memory on this machine.
 
   data         preparation of the tasks' data, batches on the host
@@ -171,6 +179,20 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--output", metavar="FILE", help="also write the table to FILE")
     table.add_argument("--metric", choices=("test", "val"), help="accuracy of this split (test)")
 
+    compare = add(
+        "compare",
+        compare_command,
+        "paired tests of two models or folders; ranks of several over tasks",
+        description=COMPARE_HELP,
+    )
+    compare.add_argument("paths", nargs="+", metavar="PATH", help="one or two folders of runs")
+    for option in ("task", "model"):
+        compare.add_argument(f"--{option}", action="append", help=f"only this {option}; repeatable")
+    compare.add_argument("--protocol", help="only this protocol")
+    compare.add_argument(
+        "--plot", metavar="FILE", help="critical-difference diagram of 3 or more models"
+    )
+
     plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
     plot.add_argument(
         "--output", metavar="FILE", default="curves.png", help="png, pdf or svg (curves.png)"
@@ -295,6 +317,17 @@ def check_folders(paths: Sequence[str]) -> None:
     missing = [path for path in paths if path != "runs" and not Path(path).exists()]
     if missing:
         raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    from lra.report.compare import compare
+
+    if len(args.paths) > 2:
+        raise ConfigError(f"{len(args.paths)} folders; lra compare takes one or two")
+    check_folders(args.paths)
+    options = {"tasks": args.task, "models": args.model, "protocol": args.protocol}
+    print(compare(args.paths, plot=args.plot, **options), end="")
+    return 0
 
 
 def plot_command(args: argparse.Namespace) -> int:
