@@ -32,6 +32,14 @@ DIAGNOSE_HELP = """Measures what a trained run relies on; tables also go to diag
 
 Definitions: docs/diagnose.md."""
 
+COMPARE_HELP = """Compares models by the test predictions of their runs.
+
+  lra compare runs/image/stu runs/image/lru   two folders: the seeds of one model against the other
+  lra compare runs --task image               one folder: every pair of its models
+  lra compare runs --plot ranks.png           mean ranks over tasks, critical-difference diagram
+
+Methods: docs/tables.md."""
+
 BENCH_HELP = """Measures speed and memory on this machine.
 
   data         preparation of the tasks' data, batches on the host
@@ -155,17 +163,34 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--protocol", help="only this protocol")
     table.add_argument(
         "--published",
-        choices=("featured", "all", "none"),
-        default="featured",
-        help="published rows (featured)",
+        choices=("featured", "best", "all", "unverified", "none"),
+        help="published rows: of known models (featured, the default), the best of each task, "
+        "all, also unverified ones",
+    )
+    table.add_argument(
+        "--configs",
+        action="store_true",
+        help="list all configurations: what differs, seeds, validation and test accuracy",
     )
     table.add_argument(
         "--csv", action="append", default=[], metavar="FILE", help="rows of your own; repeatable"
     )
     table.add_argument("--format", choices=FORMATS, default="terminal")
     table.add_argument("--output", metavar="FILE", help="also write the table to FILE")
-    table.add_argument(
-        "--metric", choices=("test", "val"), default="test", help="accuracy of this split (test)"
+    table.add_argument("--metric", choices=("test", "val"), help="accuracy of this split (test)")
+
+    compare = add(
+        "compare",
+        compare_command,
+        "paired tests of two models or folders; ranks of several over tasks",
+        description=COMPARE_HELP,
+    )
+    compare.add_argument("paths", nargs="+", metavar="PATH", help="one or two folders of runs")
+    for option in ("task", "model"):
+        compare.add_argument(f"--{option}", action="append", help=f"only this {option}; repeatable")
+    compare.add_argument("--protocol", help="only this protocol")
+    compare.add_argument(
+        "--plot", metavar="FILE", help="critical-difference diagram of 3 or more models"
     )
 
     plot = add("plot", plot_command, "plot the learning curves of runs", parents=[runs])
@@ -275,22 +300,41 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
 def comparison_table(args: argparse.Namespace) -> int:
     from lra.report.tables import comparison_table
 
-    missing = [path for path in args.paths if path != "runs" and not Path(path).exists()]
-    if missing:
-        raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
+    check_folders(args.paths)
+    options = {"published": args.published, "csv": args.csv, "metric": args.metric}
+    given = {name: value for name, value in options.items() if value}
+    if args.configs and given:
+        raise ConfigError(f"--configs lists configurations of runs; drop --{next(iter(given))}")
     text = comparison_table(
         args.paths,
+        configs=args.configs,
         tasks=args.task,
         models=args.model,
         protocol=args.protocol,
-        published=args.published,
-        csv=args.csv,
         format=args.format,
         output=args.output,
-        metric=args.metric,
         color=args.format == "terminal" and sys.stdout.isatty(),
+        **given,
     )
     print(text, end="")
+    return 0
+
+
+def check_folders(paths: Sequence[str]) -> None:
+    """Raises ConfigError if a given folder is missing."""
+    missing = [path for path in paths if path != "runs" and not Path(path).exists()]
+    if missing:
+        raise ConfigError(f"{missing[0]}: no such folder; give one that holds runs (default: runs)")
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    from lra.report.compare import compare
+
+    if len(args.paths) > 2:
+        raise ConfigError(f"{len(args.paths)} folders; lra compare takes one or two")
+    check_folders(args.paths)
+    options = {"tasks": args.task, "models": args.model, "protocol": args.protocol}
+    print(compare(args.paths, plot=args.plot, **options), end="")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""`lra train`: Hydra composes the config of each run, `lra.training` runs it, the table ends it."""
+"""`lra train`: Hydra composes the config of each run, `lra.training` runs it, a table ends it."""
 
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from lra.config.options import options
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
-Train one model on one task and print the comparison table. `lra keys` describes all keys,
+Train one model on one task and compare it with what is known. `lra keys` describes all keys,
 --help KEY one of them, --cfg job prints their values.
 
   lra train experiment=listops/quick                       minutes on a CPU
@@ -43,7 +44,7 @@ def train_command(argv: Sequence[str]) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
-        for group in ("experiment", "task", "model", "protocol"):
+        for group in ("experiment", "task", "model", "protocol", "size"):
             print(f"  {group + '=':<12} {', '.join(options(group))}")
         return 0 if argv else 2
     import hydra
@@ -52,7 +53,7 @@ def train_command(argv: Sequence[str]) -> int:
     from lra.config.messages import translated_errors
 
     for word in argv:
-        if match := re.match(r"--(task|model|protocol|experiment|debug|seed|resume)\b", word):
+        if match := re.match(r"--(task|model|protocol|experiment|size|debug|seed|resume)\b", word):
             raise ConfigError(f"{word}: config keys have no dashes; write {match[1]}=VALUE")
     argv = normalize_overrides(argv)
     sys.argv = ["lra train", *argv]
@@ -71,7 +72,9 @@ def train_command(argv: Sequence[str]) -> int:
         from lra.training.distributed import is_first
 
         if is_first():
-            print_table([cfg.output.root], [record["task"]])
+            from lra.report.tables import summary_after_run
+
+            print_quietly(partial(summary_after_run, record, cfg.output.root))
 
     with translated_errors(argv):
         start(job)()
@@ -94,7 +97,9 @@ def sweep(start, argv: Sequence[str]) -> int:
         roots = [word.partition("=")[2] for word in argv if word.startswith("output.root=")]
         root = ["runs", *roots][-1]
         if Path(root).exists():  # otherwise no run began
-            print_table([root], None)
+            from lra.report.tables import comparison_table
+
+            print_quietly(partial(comparison_table, [root], published="best"))
     return 0
 
 
@@ -129,12 +134,10 @@ def run_job(cfg) -> dict:
     return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
 
 
-def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:
-    """Prints the comparison table; neither a closed stdout nor an error changes the exit code."""
+def print_quietly(make: Callable[..., str]) -> None:
+    """Prints `make(color=...)`; neither a closed stdout nor an error changes the exit code."""
     try:
-        from lra.report.tables import comparison_table
-
-        text = comparison_table(paths, tasks=tasks, color=sys.stdout.isatty())
+        text = make(color=sys.stdout.isatty())
     except Exception as error:
         log.warning("no table: %s: %s", type(error).__name__, error)
         return

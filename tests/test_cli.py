@@ -107,7 +107,12 @@ def test_train_prints_progress_result_and_table(lra, tiny):
     assert "to beat: majority" in out
     assert re.search(r"step +4/4 +loss .* accuracy .* examples/s +.* left +validation loss", out)
     assert re.search(r"test accuracy \d+\.\d+ %.*root operator", " ".join(out.split()))
-    assert "61.04" in out  # STU's published ListOps accuracy
+    assert re.search(r"^ This run\n stu, seed 0 +\d+\.\d\d$", out, flags=re.M)
+    assert "63.85 ±0.45" in out  # the best published accuracy on ListOps
+    assert "61.04" not in out  # other published numbers
+    assert re.search(
+        r"^All models and sources: lra table \S+ --task listops_short", out, flags=re.M
+    )
     assert err == ""
 
 

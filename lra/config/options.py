@@ -5,7 +5,7 @@ from pathlib import Path
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # parts of a task's or model's section that the harness reads, not its constructor
 NOT_ARGUMENTS = ("hparams", "param_count", "recipe")
-OPTIONAL_GROUPS = ("experiment", "debug")
+OPTIONAL_GROUPS = ("experiment", "size", "debug")
 
 
 def options(group: str) -> list[str]:

@@ -154,8 +154,8 @@ def default_model(cfg: DictConfig, name: str, choices: Mapping[str, Any]) -> Dic
     """The config of model `name` with its defaults, on the task and the protocol of `cfg`."""
     import hydra
 
-    debug = [f"debug={choices['debug']}"] if choices.get("debug") else []
-    words = [f"task={choices['task']}", f"model='{name}'", *debug]
+    presets = [f"{group}={choices[group]}" for group in ("size", "debug") if choices.get(group)]
+    words = [f"task={choices['task']}", f"model='{name}'", *presets]
     with translated_errors(words):
         other = hydra.compose("train", overrides=words)
     with open_dict(other):

@@ -11,6 +11,7 @@ source files are missing, the store made from them is used.
 A store is built in a temporary folder and renamed when complete, so no incomplete store exists.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -28,8 +29,8 @@ import numpy as np
 from filelock import FileLock
 from jaxtyping import Int, Integer
 
-from lra.errors import DataError
-from lra.files import disk_errors, sync_folder
+from lra.errors import DataError, LraError
+from lra.files import disk_errors, sync_folder, write_atomically
 from lra.sources.locate import Progress, ignore_progress
 from lra.tasks.base import SPLITS, Example, Task
 
@@ -37,6 +38,7 @@ STORE_VERSION = 2  # increase it if the same task gives other bytes
 ARRAYS = ("inputs", "lengths", "labels")
 BYTES_PER_WRITE = 2**22
 LOCK_SECONDS = 5.0  # between two messages while another process builds the store
+MANIFEST = "manifest.json"
 PARTIAL = "-partial"  # suffix of the name of a store with too few examples
 
 
@@ -157,7 +159,26 @@ def prepare(
     if not path.exists():
         with disk_errors(path, "data.root", DataError):
             path = _build_locked(task, path, partial if allow_partial else None, on_progress)
-    return open_store(path)
+    return _with_reference_lines(task, open_store(path), on_progress)
+
+
+def _with_reference_lines(task: Task, store: Store, on_progress: Progress) -> Store:
+    """A store with the reference lines of today, computed again if an older version made them.
+
+    Only the manifest changes: the name of the store and its hashes do not depend on these lines.
+    """
+    versions = store.manifest["versions"]
+    if versions.get("reference", 1) >= task.reference_version or not store.manifest["reference"]:
+        return store
+    on_progress("reference lines", 0, None)
+    manifest = {
+        **store.manifest,
+        "reference": task.reference_lines(store.splits),
+        "versions": {**versions, "reference": task.reference_version},
+    }
+    with contextlib.suppress(LraError):  # a folder of another user: computed again each time
+        write_atomically(store.path / MANIFEST, _manifest_text(manifest))
+    return Store(store.path, manifest, store.splits)
 
 
 def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
@@ -248,15 +269,19 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
         "versions": {
             "store": STORE_VERSION,
             "reader": task.reader_version,
+            "reference": task.reference_version,
             "numpy": np.__version__,
         },
     }
-    with open(folder / "manifest.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+    with open(folder / MANIFEST, "wb") as file:
+        file.write(_manifest_text(manifest))
         _sync_file(file)
     sync_folder(folder)
     return is_partial
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode() + b"\n"
 
 
 def _write_split(
@@ -398,7 +423,7 @@ def open_store(path: str | Path) -> Store:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{path} is no packed store (no manifest.json); run `lra data prepare NAME`"

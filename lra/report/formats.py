@@ -16,9 +16,9 @@ from lra.runs.console import printable
 
 # fmt: off
 LONG_FORM_COLUMNS = (
-    "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",
-    "median", "mean", "ci_low", "ci_high", "std", "min", "max", "learned", "val_accuracy", "params",
-    "steps", "tuning_runs", "source", "note",
+    "kind", "task", "model", "variant", "settings", "protocol", "data_source", "data_key",
+    "accuracy", "n", "median", "mean", "ci_low", "ci_high", "std", "min", "max", "examples",
+    "test_error", "learned", "val_accuracy", "params", "steps", "tuning_runs", "source", "note",
 )
 # fmt: on
 LATEX_ESCAPES = str.maketrans(
@@ -44,6 +44,7 @@ class Table:
     footnotes: list[str] = field(default_factory=list)  # `[1]`, `[2]`, ... in cells and row names
     remarks: list[str] = field(default_factory=list)  # lines below the table
     long: list[dict[str, Any]] = field(default_factory=list)  # numbers, by `LONG_FORM_COLUMNS`
+    row_heading: str = "model"
 
     def add_footnote(self, text: str) -> str:
         """Adds a footnote unless it exists and returns its mark, ` [1]`."""
@@ -80,7 +81,7 @@ def _cells(table: Table, row: TableRow) -> list[str]:
 
 
 def _headings(table: Table) -> list[str]:
-    return ["model", *map(printable, table.columns.values())]
+    return [table.row_heading, *map(printable, table.columns.values())]
 
 
 def _lines_below(table: Table) -> list[str]:
@@ -153,8 +154,9 @@ def _latex(table: Table) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    integers = dict.fromkeys(("n", "params", "steps", "tuning_runs"), "Int64")  # may be missing
+    integers = dict.fromkeys(("n", "examples", "params", "steps", "tuning_runs"), "Int64")
     rows = [{key: _csv_value(value) for key, value in row.items()} for row in table.long]
+    # Int64, because numbers may be missing
     frame = pd.DataFrame(rows, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lra.errors import LraError, RunFolderError
 from lra.files import write_atomically
+from lra.report.compare import Ranks
 from lra.report.intervals import AccuracyRow
 from lra.report.selection import Record, select_runs
 from lra.runs.console import printable
@@ -39,8 +40,9 @@ def plot_learning_curves(
         if record["status"] == "finished" and (tasks is None or record["task"] in tasks)
     ]
     panels: dict[str, dict[str, Curves]] = defaultdict(dict)
-    for (name, task), (runs, _) in select_runs(finished).items():
-        curves = [(curve, run) for run in runs if (curve := validation_curve(run)) is not None]
+    for (name, task), selected in select_runs(finished).items():
+        found = [(validation_curve(run), run) for run in selected.runs]
+        curves = [(curve, run) for curve, run in found if curve is not None]
         if curves:
             panels[task][name] = curves
     if not panels:
@@ -66,6 +68,42 @@ def plot_diagnostics(tables: Mapping[str, Sequence[AccuracyRow]], output: str | 
         axis.set_yticks(places, [_plain(row.value) for row in rows], fontsize=8)
         axis.invert_yaxis()  # the first row on top, as in the table
         axis.set(title=_plain(name), xlabel="accuracy, %")
+    return _save(figure, output)
+
+
+def plot_ranks(ranks: Ranks, output: str | Path) -> Path:
+    """Draws a critical-difference diagram (Demsar 2006): bars join models that do not differ."""
+    means, count = ranks.means, len(ranks.means)
+    figure, (axis,) = _figure(1, (7.0, 1.2 + 0.22 * (count + len(ranks.groups))))
+    axis.set(xlim=(1, count), ylim=(-len(ranks.groups) - count / 2 - 1.5, 1))
+    axis.xaxis.tick_top()
+    axis.set_yticks([])
+    axis.spines[["left", "right", "bottom"]].set_visible(False)
+    for number, group in enumerate(ranks.groups, 1):
+        ends = means[group[0]], means[group[-1]]
+        axis.plot(ends, (-0.6 * number,) * 2, color="black", linewidth=3)
+    below = -0.6 * len(ranks.groups) - 1
+    for place, (name, mean) in enumerate(means.items()):
+        left = place < (count + 1) // 2  # the better half, listed downwards
+        height = below - (place if left else count - 1 - place)
+        side = 0.0 if left else 1.0
+        axis.plot((mean, mean), (1, height), color="grey", linewidth=0.8)
+        label = f"{name} ({mean:.2f})"
+        align = "right" if left else "left"
+        axis.annotate(
+            label,
+            (mean, height),
+            (side, height),
+            xycoords="data",
+            textcoords=("axes fraction", "data"),
+            ha=align,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.8},
+        )
+    axis.set_title(
+        f"mean rank (1 is best), critical difference {ranks.critical_difference:.2f}", fontsize=9
+    )
     return _save(figure, output)
 
 

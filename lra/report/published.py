@@ -3,13 +3,16 @@
 import csv
 import io
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lra.errors import LraError
+from lra.errors import ConfigError, LraError
 from lra.report.formats import Table, TableRow
+
+TASKS = ("listops", "text", "retrieval", "image", "scifar", "pathfinder", "pathx")  # as in tables
 
 
 def published_path() -> Path:
@@ -24,7 +27,9 @@ def published_path() -> Path:
 def read_results(path: str | Path) -> list[dict[str, str]]:
     """Rows of a CSV file with the columns model, task and accuracy (percent or FAIL).
 
-    The columns variant, source, note and featured are optional.
+    The columns variant, std, source and note are optional; the file of published numbers also has
+    trust (primary: printed by the authors or those who made the run; quoted; low), via (where a
+    quoted number was read) and featured.
 
     Raises:
         LraError: a value that is not valid, with file, line and column.
@@ -54,6 +59,34 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
+def choose_rows(results: Sequence[Mapping[str, str]], which: str) -> list[Mapping[str, str]]:
+    """Rows of results/published.csv.
+
+    Args:
+        which: featured (one row for each known model), best (the highest accuracy of each task),
+            all (without rows of low trust), unverified (all, with those of low trust) or none.
+    Raises:
+        ConfigError: another word.
+    """
+    credible = [row for row in results if row["trust"] != "low"]
+    best: dict[str, Mapping[str, str]] = {}
+    for row in credible:
+        if row["accuracy"] != "FAIL":
+            other = best.setdefault(row["task"], row)
+            if float(row["accuracy"]) > float(other["accuracy"]):
+                best[row["task"]] = row
+    chosen = {
+        "featured": [row for row in credible if row["featured"] == "1"],
+        "best": list(best.values()),
+        "all": credible,
+        "unverified": list(results),
+        "none": [],
+    }
+    if which not in chosen:
+        raise ConfigError(f"published={which} is unknown; choose {', '.join(chosen)}")
+    return chosen[which]
+
+
 def add_results(table: Table, kind: str, title: str, results: Iterable[Mapping[str, str]]) -> None:
     """Adds a section of results with their digits as printed; sources and notes are footnotes."""
     groups: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = defaultdict(dict)
@@ -66,13 +99,17 @@ def add_results(table: Table, kind: str, title: str, results: Iterable[Mapping[s
         footnote = "; ".join(filter(None, [source, _notes(by_task)]))
         name = ", ".join(filter(None, [model, variant]))
         name += table.add_footnote(footnote) if footnote else ""
-        rows.append(TableRow(name, {task: row["accuracy"] for task, row in by_task.items()}))
-        keys = ("task", "model", "variant", "accuracy", "source", "note")
+        rows.append(TableRow(name, {task: _cell(row) for task, row in by_task.items()}))
+        keys = ("task", "model", "variant", "accuracy", "std", "source", "note")
         table.long += [
             {"kind": kind, **{key: result.get(key, "") for key in keys}}
             for result in by_task.values()
         ]
     table.add_section(title, rows)
+
+
+def _cell(row: Mapping[str, str]) -> str:
+    return row["accuracy"] + (f" ±{row['std']}" if row.get("std") else "")
 
 
 def _notes(by_task: Mapping[str, Mapping[str, str]]) -> str:
@@ -105,4 +142,6 @@ def _checked(place: str, row: Mapping[str | None, Any]) -> dict[str, str]:
         raise LraError(
             f"{place}, column accuracy: found {accuracy!r}; expected percent (61.04) or FAIL"
         )
+    if (std := clean.get("std")) and not re.fullmatch(r"\d+(\.\d+)?", std):
+        raise LraError(f"{place}, column std: found {std!r}; expected points (0.25) or nothing")
     return clean

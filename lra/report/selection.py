@@ -1,7 +1,9 @@
 """Selects the runs behind each cell of a table: row names, best configuration, notes.
 
 Runs of a task that differ in protocol, data source or data never share a row. If a model has
-several configurations, the row shows the one with the best validation accuracy and says so.
+several configurations, the row shows the one with the best validation accuracy among those with
+most seeds, names its settings and counts the runs that competed. The count is derived here and not
+written by a sweep, because a run cannot know the runs that another start or machine adds later.
 """
 
 import json
@@ -11,6 +13,7 @@ import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from lra.runs.sanity import is_at_chance
 log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
+MAX_SETTINGS = 200  # characters of a footnote; `lra table --configs` shows all
 
 # sections whose defaults a table compares with those of a run
 COMPARED = {"task", "protocol", "model", "backbone", "optim", "trainer"}
@@ -36,24 +40,61 @@ WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
 WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
 
-def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], tuple[list[Record], list[str]]]:
+@dataclass(frozen=True)
+class Selected:
+    """The runs behind a cell, one for each seed of a configuration.
+
+    Attributes:
+        settings: those in which the configuration differs from others, as "key=value key=value".
+        tuning_runs: number of runs among which validation chose the configuration, or the recorded
+            number if that is larger.
+    """
+
+    runs: list[Record]
+    notes: list[str]
+    settings: str
+    tuning_runs: int
+
+
+def restricted(
+    records: Iterable[Record],
+    tasks: Sequence[str] | None,
+    models: Sequence[str] | None,
+    protocol: str | None,
+) -> list[Record]:
+    """The records of these tasks, models and protocol; None for all."""
+    return [
+        record
+        for record in records
+        if (tasks is None or record["task"] in tasks)
+        and (models is None or record["model"] in models)
+        and (protocol is None or record["protocol"] == protocol)
+    ]
+
+
+def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], Selected]:
     """`best_configuration` of each (row name, task) among finished runs.
 
     A run whose predictions do not give its recorded accuracy is left out with a warning. Only runs
     that would be shown are compared, because reading all predictions takes long.
     """
-    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record, name in zip(records, row_names(records), strict=True):
-        groups[name, record["task"]].append(record)
     selected = {}
-    for key, group in sorted(groups.items()):
+    for key, group in grouped(records).items():
         while group:
-            best, notes = best_configuration(group)
-            if not (wrong := list(filter(contradicts_predictions, best))):
-                selected[key] = best, notes
+            best = best_configuration(group)
+            if not (wrong := list(filter(contradicts_predictions, best.runs))):
+                selected[key] = best
                 break
             group = [record for record in group if record not in wrong]
     return selected
+
+
+def grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The records of each (row name, task), sorted by these."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record, name in zip(records, row_names(records), strict=True):
+        groups[name, record["task"]].append(record)
+    return dict(sorted(groups.items()))
 
 
 def contradicts_predictions(record: Record) -> bool:
@@ -97,29 +138,70 @@ def row_names(records: Sequence[Record]) -> list[str]:
     return names
 
 
-def best_configuration(group: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """One run for each seed of the configuration with the best validation accuracy, and notes."""
-    configs: dict[tuple[str, ...], dict[Any, Record]] = defaultdict(dict)
-    for record in group:
-        configs[configuration(record["config"])][record["seed"]] = record
+def best_configuration(group: Sequence[Record]) -> Selected:
+    """One run for each seed of the configuration with the best validation accuracy.
 
-    def mean_val_accuracy(runs: Mapping[Any, Record]) -> float:
-        return statistics.mean(accuracy_of(run, "val") or 0.0 for run in runs.values())
-
-    best = list(max(configs.values(), key=mean_val_accuracy).values())
-    notes = [f"best of {len(configs)} configurations by validation"] if len(configs) > 1 else []
+    Only configurations with the largest number of seeds compete, because the best of many single
+    runs exceeds the mean of several seeds by luck.
+    """
+    configs = configurations(group)
+    most = max(map(len, configs.values()))
+    competing = [key for key, runs in configs.items() if len(runs) == most]
+    winner = max(competing, key=lambda key: mean_val_accuracy(configs[key]))
+    best, settings = configs[winner], distinguishing_settings(configs)[winner]
+    distinct = sum(map(len, configs.values()))
+    recorded, notes = max(run.get("tuning_runs") or 1 for run in best), []
+    if len(configs) > 1:
+        shown = settings if len(settings) <= MAX_SETTINGS else f"{settings[:MAX_SETTINGS]} ..."
+        notes.append(f"best of {len(configs)} configurations by validation: {shown}")
+        if fewer := len(configs) - len(competing):
+            notes[-1] += f"; {fewer} with fewer than {most} seeds did not compete"
     if any(map(selected_on_test, best)):
         notes.append(
             "weights chosen on the test split, which is all the validation this protocol has"
         )
-    if (tried := tuning_runs(best)) > 1:
-        notes.append(f"settings chosen by {tried} runs")
-    if repeated := len(group) - sum(map(len, configs.values())):
+    if recorded > 1:
+        notes.append(f"settings chosen by {recorded} runs")
+    if repeated := len(group) - distinct:
         noun = "run" if repeated == 1 else "runs"
         notes.append(f"{repeated} repeated {noun} of the same seed left out")
     if changes := changed_defaults(best[0]):
         notes.append(f"made with other defaults than today's: {', '.join(changes)}")
-    return best, notes
+    competed = distinct if len(configs) > 1 else 1
+    return Selected(best, notes, settings, max(recorded, competed))
+
+
+def configurations(group: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """One run for each seed of each configuration, by `configuration`."""
+    configs: dict[tuple[str, ...], dict[Any, Record]] = defaultdict(dict)
+    for record in group:
+        configs[configuration(record["config"])][record["seed"]] = record
+    return {identity: list(runs.values()) for identity, runs in configs.items()}
+
+
+def mean_val_accuracy(runs: Iterable[Record]) -> float:
+    """Mean over runs; a run without a score counts as 0."""
+    return statistics.mean(accuracy_of(run, "val") or 0.0 for run in runs)
+
+
+def distinguishing_settings(
+    configs: Mapping[tuple[str, ...], Sequence[Record]],
+) -> dict[tuple[str, ...], str]:
+    """The settings of each configuration in which any two of them differ."""
+    flat = {key: _flat(upgrade_config(runs[0]["config"])) for key, runs in configs.items()}
+    first, *others = flat.values()
+    ignored = {"seed", *keys_affecting("speed", "start", "process")}
+    differing = [
+        key
+        for key in dict.fromkeys(key for values in flat.values() for key in values)
+        if key not in ignored and any(values.get(key) != first.get(key) for values in others)
+    ]
+    # the sections that the harness reads are defaults of other keys, which differ too
+    arguments = [key for key in differing if not {*key.split(".")[1:2]} & {*NOT_ARGUMENTS}]
+    return {
+        name: " ".join(f"{key}={_format(values.get(key))}" for key in arguments or differing)
+        for name, values in flat.items()
+    }
 
 
 def configuration(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -281,10 +363,6 @@ def selected_on_test(record: Record) -> bool:
     val, test = (splits.get(name, {}).get("sha256") for name in ("val", "test"))
     rule = (record.get("selection") or {}).get("rule")
     return rule == "best" and val is not None and val == test
-
-
-def tuning_runs(runs: Iterable[Record]) -> int:
-    return max(run.get("tuning_runs") or 1 for run in runs)
 
 
 def has_learned(record: Record, split: str = "test") -> bool | None:

@@ -1,39 +1,47 @@
 """Builds the comparison table: our runs, reference lines, published numbers and user results.
 
-A cell of our runs is the median test accuracy in percent over the seeds of one configuration, a
-bootstrap interval of the mean and the number of seeds. Runs that did not finish are counted below
-the table.
+A cell of our runs is the median test accuracy in percent over the seeds of one configuration, the
+range of the seeds or, from five on, an interval of the median, and the number of seeds. Runs that
+did not finish are counted below the table.
 """
 
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lra.errors import ConfigError
 from lra.files import write_atomically
 from lra.report.formats import Table, TableRow, render
-from lra.report.intervals import summary_statistics
-from lra.report.published import add_results, published_path, read_results
+from lra.report.intervals import FEWEST_FOR_INTERVAL, binomial_error, summary_statistics
+from lra.report.published import TASKS, add_results, choose_rows, published_path, read_results
 from lra.report.selection import (
     Record,
+    Selected,
     accuracy_of,
+    configurations,
     data_source_and_key,
+    distinguishing_settings,
+    grouped,
     has_learned,
     is_scored,
+    mean_val_accuracy,
+    restricted,
+    scores_of,
     select_runs,
-    tuning_runs,
 )
 from lra.runs.run_folder import load_records
 
-LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")  # first columns
+NO_RUNS = "There are no finished runs yet. Make one: lra train task=listops_short model=stu"
+RECORDED = Path(__file__).resolve().parents[2] / "results" / "runs"  # in a checkout
 SHORT_TIER_SUFFIX = "_short"  # task `x_short` is a smaller tier of task `x`
 
 
 def comparison_table(
     paths: Iterable[str | Path],
     *,
+    configs: bool = False,
     format: str = "terminal",
     output: str | Path | None = None,
     color: bool = False,
@@ -42,10 +50,12 @@ def comparison_table(
     """The table of the records below `paths` as text; also written to `output` if given.
 
     Args:
+        configs: list all configurations (`configuration_table`) instead of the best of each model.
         format, color: see `lra.report.formats.render`.
-        selection: arguments of `make_table`.
+        selection: arguments of `make_table`, or `tasks`, `models` and `protocol` with `configs`.
     """
-    text = render(make_table(load_records(paths), **selection), format, color=color)
+    make = configuration_table if configs else make_table
+    text = render(make(load_records(paths), **selection), format, color=color)
     if output is not None:
         write_atomically(Path(output), text.encode())
     return text
@@ -66,37 +76,104 @@ def make_table(
     Args:
         records: as `load_records` returns them.
         tasks, models, protocol: restrict the records; None for all.
-        published: featured (one row for each model), all or none of results/published.csv.
+        published: the rows of results/published.csv: featured, best, all, unverified or none; see
+            `lra.report.published.choose_rows`.
         csv: files with the columns model, task, accuracy and optionally variant and source.
         metric: the split whose accuracy is shown, test or val.
     Raises:
         LraError: an unknown set of published rows, or a CSV file that is not valid.
     """
     known = read_results(published_path())
-    shown = {"featured": [row for row in known if row["featured"] == "1"], "all": known, "none": []}
-    if published not in shown:
-        raise ConfigError(f"published={published} is unknown; choose {', '.join(shown)}")
-    records = [
-        record
-        for record in records
-        if (tasks is None or record["task"] in tasks)
-        and (models is None or record["model"] in models)
-        and (protocol is None or record["protocol"] == protocol)
-    ]
+    shown = choose_rows(known, published)
+    records = restricted(records, tasks, models, protocol)
     scored = [record for record in records if is_scored(record, metric)]
     user_results = {str(path): read_results(path) for path in csv}
-    file_order = list(dict.fromkeys([*LRA_TASKS, *(row["task"] for row in known)]))
     found = {record["task"] for record in scored}
     found |= {row["task"] for rows in user_results.values() for row in rows}
-    columns = tasks or _ordered_tasks(found, file_order) or file_order[:6]
-    table = Table(_headings(columns, {row["task"] for row in shown[published]}))
+    columns = tasks or _ordered_tasks(found) or TASKS
+    table = Table(_headings(columns, {row["task"] for row in shown}))
     _add_our_runs(table, scored, metric)
     _add_reference_lines(table, scored)
-    add_results(table, "published", "Published", shown[published])
+    title = "Published, best of each task" if published == "best" else "Published"
+    add_results(table, "published", title, shown)
     for path, rows in user_results.items():
         add_results(table, "user", f"From {path}", rows)
     _add_remarks(table, scored, [record for record in records if not is_scored(record, metric)])
     return table
+
+
+def configuration_table(
+    records: Iterable[Record],
+    *,
+    tasks: Sequence[str] | None = None,
+    models: Sequence[str] | None = None,
+    protocol: str | None = None,
+) -> Table:
+    """Lists every configuration: what differs, seeds, validation and test accuracy.
+
+    A row is named by the settings in which the configurations of a model on a task differ, or by
+    the words of its command if there is only one. The best by validation comes first.
+    """
+    headings = {"seeds": "seeds", "val": "validation, mean %", "test": "test, median %"}
+    table = Table(headings, row_heading="configuration")
+    scored = [r for r in restricted(records, tasks, models, protocol) if is_scored(r, "test")]
+    for (name, task), group in grouped(scored).items():
+        configs = configurations(group)
+        settings, rows = distinguishing_settings(configs), []
+        for key in sorted(configs, key=lambda key: -mean_val_accuracy(configs[key])):
+            runs = configs[key]
+            own = Selected(runs, [], settings[key] or typed_settings(runs[0]), len(runs))
+            numbers = _long_form(own, "test")
+            val = numbers["val_accuracy"]
+            cells = {
+                "seeds": f"{numbers['n']} ({' '.join(str(run['seed']) for run in runs)})",
+                "val": "" if val is None else f"{val:.1f}",
+                "test": _cell(numbers),
+            }
+            rows.append(TableRow(own.settings, cells))
+            table.long.append(numbers | {"kind": "configuration"})
+        table.add_section(f"{name} on {task}", rows)
+    table.remarks += _spread_remarks(table)
+    if not scored:
+        table.remarks.append(NO_RUNS)
+    return table
+
+
+def typed_settings(record: Record) -> str:
+    """The words of a run's command without those that name, place or resume it."""
+    others = ("task=", "model=", "protocol=", "seed=", "resume=", "output.", "data.", "tracker")
+    words = shlex.split(record.get("command") or "")[2:]
+    return " ".join(word for word in words if not word.startswith(others)) or "defaults"
+
+
+def summary_after_run(record: Record, root: str | Path, *, color: bool = False) -> str:
+    """The table that ends `lra train`: the run, other records of its task, and what to beat.
+
+    The other records are those below `root`, and of those in results/ of a checkout the ones with
+    the same protocol and data. The last line is the command for the whole table.
+    """
+    task = record["task"]
+    table = make_table(load_records([root]), tasks=[task], published="best")
+    cell = f"{100 * (accuracy_of(record, 'test') or 0.0):.2f}"
+    this_run = TableRow(f"{record['model']}, seed {record['seed']}", {task: cell})
+    table.sections.insert(0, ("This run", [this_run]))
+    if RECORDED.is_dir() and RECORDED.resolve() != Path(root).resolve():
+        same = [
+            other
+            for other in restricted(load_records([RECORDED]), [task], None, record["protocol"])
+            if is_scored(other, "test")
+            and data_source_and_key(other) == data_source_and_key(record)
+        ]
+        rows = [
+            TableRow(name, {task: _cell(_long_form(selected, "test"))})
+            for (name, _), selected in select_runs(same).items()
+        ]
+        table.sections[2:2] = [("Recorded by this project, results/runs", rows)] if rows else []
+    paths = "" if str(root) == "runs" else f" {shlex.quote(str(root))}"
+    table.remarks.append(
+        f"All models and sources: lra table{paths} --task {task} (--published all, --configs)"
+    )
+    return render(table, color=color)
 
 
 # --- Our runs ------------------------------------------------------------------------------------
@@ -104,20 +181,22 @@ def make_table(
 
 def _add_our_runs(table: Table, records: Sequence[Record], metric: str) -> None:
     rows: dict[str, TableRow] = {}
-    for (name, task), (runs, notes) in select_runs(records).items():
+    for (name, task), selected in select_runs(records).items():
         if task in table.columns:
-            numbers = _long_form(runs, metric, notes)
+            numbers = _long_form(selected, metric)
             table.long.append(numbers)
-            marks = "".join(table.add_footnote(note) for note in notes)
+            marks = "".join(table.add_footnote(note) for note in selected.notes)
             rows.setdefault(name, TableRow(name)).cells[task] = _cell(numbers) + marks
     protocols = " and ".join(sorted({record["protocol"] for record in records}))
     table.add_section(f"Ours, {metric} accuracy in %, protocol {protocols}", rows.values())
 
 
-def _long_form(runs: Sequence[Record], metric: str, notes: Sequence[str]) -> dict[str, Any]:
+def _long_form(selected: Selected, metric: str) -> dict[str, Any]:
     """The numbers behind a cell, with the keys of `LONG_FORM_COLUMNS`."""
-    first = runs[0]
+    runs, first = selected.runs, selected.runs[0]
     summary = summary_statistics([100 * run["metrics"][metric]["accuracy"] for run in runs])
+    examples = scores_of(first, metric).get("count")
+    error = 100 * binomial_error(summary["median"] / 100, examples) if examples else None
     learned = [has_learned(run, metric) for run in runs]
     val = [round(100 * value, 4) for run in runs if (value := accuracy_of(run, "val")) is not None]
     source, key = data_source_and_key(first)
@@ -126,18 +205,21 @@ def _long_form(runs: Sequence[Record], metric: str, notes: Sequence[str]) -> dic
         "task": first["task"],
         "model": first["model"],
         "variant": first.get("experiment") or "",
+        "settings": selected.settings,
         "protocol": first["protocol"],
         "data_source": source,
         "data_key": key,
         "accuracy": summary["median"] if None in learned or any(learned) else "FAIL",
         **summary,
+        "examples": examples,
+        "test_error": error,
         "learned": None if None in learned else sum(map(bool, learned)) / len(runs),
         "val_accuracy": statistics.mean(val) if val else None,
         "params": (first.get("params") or {}).get("total"),
         "steps": first.get("step"),
-        "tuning_runs": tuning_runs(runs),
+        "tuning_runs": selected.tuning_runs,
         "source": " ".join(sorted({str(run.get("commit") or "") for run in runs} - {""})),
-        "note": "; ".join(notes),
+        "note": "; ".join(selected.notes),
     }
     return {
         name: round(value, 4) if isinstance(value, float) else value
@@ -149,7 +231,9 @@ def _cell(numbers: Mapping[str, Any]) -> str:
     n, learned = numbers["n"], numbers["learned"]
     if learned == 0:
         return f"FAIL ({numbers['median']:.1f}) n={n}"
-    interval = f" [{numbers['ci_low']:.1f}, {numbers['ci_high']:.1f}]" if n > 1 else ""
+    interval = f" ({numbers['min']:.1f} to {numbers['max']:.1f})" if n > 1 else ""
+    if numbers["ci_low"] is not None:
+        interval = f" [{numbers['ci_low']:.1f}, {numbers['ci_high']:.1f}]"
     some = f", {round(learned * n)} learned" if learned is not None and learned < 1 else ""
     return f"{numbers['median']:.1f}{interval} n={n}{some}"
 
@@ -174,9 +258,9 @@ def _add_reference_lines(table: Table, records: Sequence[Record]) -> None:
 # --- Columns and remarks -------------------------------------------------------------------------
 
 
-def _ordered_tasks(tasks: Iterable[str], file_order: Sequence[str]) -> list[str]:
-    """Tasks in the order of the file of published numbers, a short tier before its task."""
-    ranks = {task: rank for rank, task in enumerate(file_order)}
+def _ordered_tasks(tasks: Iterable[str]) -> list[str]:
+    """Published tasks in their customary order, a short tier before its task; then the others."""
+    ranks = {task: rank for rank, task in enumerate(TASKS)}
 
     def rank(task: str) -> tuple[int, bool, str]:
         full_size = task.removesuffix(SHORT_TIER_SUFFIX)
@@ -207,18 +291,13 @@ def _add_remarks(table: Table, scored: Sequence[Record], unscored: Sequence[Reco
         used = [
             f"{task} {' and '.join(sorted(data[task]))}" for task in table.columns if task in data
         ]
-        remarks.append(
-            "Ours: median over n seeds [95 % bootstrap interval of the mean, which for 2 or 3 "
-            "seeds is their range]."
-        )
+        remarks += _spread_remarks(table)
         remarks.append(f"Data: {', '.join(used)}.")
     else:
-        remarks.append(
-            "There are no finished runs yet. Make one: lra train task=listops_short model=stu"
-        )
+        remarks.append(NO_RUNS)
     if unscored:
         remarks.append(f"Not counted: {_unscored_remark(unscored)}.")
-    if any(title == "Published" for title, _ in table.sections):
+    if any(title.startswith("Published") for title, _ in table.sections):
         remarks.append(
             "Published: measured with the protocols and data of their authors; not directly "
             "comparable with ours."
@@ -227,6 +306,27 @@ def _add_remarks(table: Table, scored: Sequence[Record], unscored: Sequence[Reco
         remarks.append("FAIL: reported as not learned, at chance or out of memory.")
     if any(cell.startswith("FAIL (") for cell in cells):
         remarks.append("FAIL (median): no seed exceeds chance by three standard errors.")
+
+
+def _spread_remarks(table: Table) -> list[str]:
+    """What the numbers in the cells of our runs are."""
+    ours = [row for row in table.long if row["kind"] in ("ours", "configuration")]
+    if not ours:
+        return []
+    counts = [row["n"] for row in ours]
+    forms = ["(lowest to highest seed)"] if any(1 < n < FEWEST_FOR_INTERVAL for n in counts) else []
+    if max(counts) >= FEWEST_FOR_INTERVAL:
+        forms.append("[95 % interval of the median by the sign test; 93.75 % for n=5]")
+    found = [f"Ours: median over n seeds {' or '.join(forms)}".strip() + "."]
+    errors: dict[str, tuple[float, int]] = {}
+    for row in ours:
+        if row["examples"]:
+            error = row["test_error"], row["examples"]
+            errors[row["task"]] = max(error, errors.get(row["task"], error))
+    if errors:
+        parts = [f"{task} ±{e:.1f} points ({n:,} examples)" for task, (e, n) in errors.items()]
+        found.append(f"Sampling error of the scored examples, 95 %, binomial: {', '.join(parts)}.")
+    return found
 
 
 def _unscored_remark(records: Sequence[Record]) -> str:

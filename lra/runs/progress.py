@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lra.config.options import options
 from lra.runs.console import discard_stdout
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Reporter:
                 f"{params / 1e6:.0f} M parameters on a CPU may take minutes per step; "
                 "debug=tiny checks whether the model runs"
             )
+        if hint := settings_hint(record):
+            self.print(hint)
         resumed = f", resumed from step {record['step']}" if record["resumed_from"] else ""
         self.print(f"folder: {folder}{resumed}")
 
@@ -127,6 +130,16 @@ class Reporter:
             self.print("test accuracy is within noise of chance: FAIL in a table")
         if sync_hint:
             self.print(f"W&B offline; to upload: {sync_hint}")
+
+
+def settings_hint(record: dict) -> str | None:
+    """Says that a run of a published task has other settings than a paper's; None for others."""
+    task, experiments = record["task"], options("experiment")
+    if record["experiment"] or not any(name.startswith(f"{task}/") for name in experiments):
+        return None
+    name = f"{task}/{record['model']}"
+    paper = f"experiment={name} has those of the paper" if name in experiments else "not a paper's"
+    return f"settings: this project's defaults and what was typed; {paper}"
 
 
 def _reference(record: dict) -> str:

@@ -65,6 +65,7 @@ class Task(abc.ABC):
     tfds_name: str | None = None  # dataset of TFDS that replaces missing publisher's files
     data_root: Path
     reader_version: int = 1  # increase it if the same sources and arguments give other examples
+    reference_version: int = 1  # increase it if `reference_lines` gives other lines
     arguments: Mapping[str, Any]  # of the constructor, with defaults
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

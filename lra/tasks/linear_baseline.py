@@ -1,7 +1,7 @@
 """Fits a linear classifier on a few features per example, as a baseline for sequence models."""
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Real
 
 RIDGE = 1e-6  # makes the fit unique if features are collinear
 MAX_ITERATIONS = 300
@@ -40,3 +40,24 @@ def linear_accuracy(
     fitted = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     guesses = (design(test[0]) @ fitted.reshape(-1, num_classes)).argmax(axis=1)
     return float(np.mean(guesses == test[1]))
+
+
+def grouped_linear_accuracy(
+    train: tuple[Integer[np.ndarray, " n"], Real[np.ndarray, "n F"], Integer[np.ndarray, " n"]],
+    test: tuple[Integer[np.ndarray, " m"], Real[np.ndarray, "m F"], Integer[np.ndarray, " m"]],
+    num_classes: int,
+) -> float:
+    """`linear_accuracy` with one classifier for each group of examples.
+
+    Both parts are (groups, features, labels). Examples of a group that train lacks count as wrong.
+    """
+    right = 0.0
+    for group in np.unique(test[0]):
+        (x, labels), (test_x, test_labels) = (
+            (features[groups == group].astype(np.float64), targets[groups == group])
+            for groups, features, targets in (train, test)
+        )
+        if len(x):
+            accuracy = linear_accuracy((x, labels), (test_x, test_labels), num_classes)
+            right += accuracy * len(test_x)
+    return right / len(test[0])

@@ -22,6 +22,7 @@ from jaxtyping import Int, Integer, UInt8
 from lra.errors import ConfigError, DataError, LraError
 from lra.sources.locate import LRA_RELEASE, Source
 from lra.tasks.base import SPLITS, Example, Task, check_data_seed, check_option, check_sizes
+from lra.tasks.linear_baseline import grouped_linear_accuracy
 from lra.tasks.listops_generator import (
     CLOSE,
     FIRST_OPERATOR,
@@ -47,6 +48,7 @@ RELEASE = Source(
     "task.source=generated draws such rows instead",
 )
 ROWS_PER_COUNT = 1024  # bounds the memory of `depths`
+ROWS_PER_FIT = 20_000  # of train for a reference line; all 96,000 change it by less than a point
 
 
 def to_release_text(tokens: Integer[np.ndarray, " L"]) -> str:
@@ -113,6 +115,28 @@ def depths(ids: Integer[np.ndarray, "n L"], special: int) -> Int[np.ndarray, " n
     return found
 
 
+def bags_of_tokens(
+    ids: Integer[np.ndarray, "n L"], special: int
+) -> tuple[Int[np.ndarray, "n 15"], Int[np.ndarray, "n 10"]]:
+    """Counts in each padded row: of every token, and of the digits that are arguments of the root.
+
+    The tokens follow `special` other ids.
+    """
+    tokens = np.zeros((len(ids), len(TOKENS)), np.int64)
+    direct = np.zeros((len(ids), FIRST_OPERATOR), np.int64)
+    for first in range(0, len(ids), ROWS_PER_COUNT):
+        rows = np.asarray(ids[first : first + ROWS_PER_COUNT]).astype(np.int16) - special
+        steps = ((rows >= FIRST_OPERATOR) & (rows < CLOSE)).astype(np.int16) - (rows == CLOSE)
+        is_direct = (np.cumsum(steps, axis=1, dtype=np.int16) == 1) & (rows < FIRST_OPERATOR)
+        for token in range(len(TOKENS)):
+            is_token = rows == token
+            tokens[first : first + ROWS_PER_COUNT, token] = is_token.sum(axis=1)
+            if token < FIRST_OPERATOR:
+                counts = (is_token & is_direct).sum(axis=1)
+                direct[first : first + ROWS_PER_COUNT, token] = counts
+    return tokens, direct
+
+
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
     """Rows (tokens, answer) of a released file, checked; raises DataError at the first error."""
     with open(path, encoding="ascii", errors="replace") as file:
@@ -163,6 +187,7 @@ class ListOps(Task):
     """
 
     num_classes = 10
+    reference_version = 2
     vocab: tuple[str, ...]
 
     def __init__(
@@ -247,10 +272,33 @@ class ListOps(Task):
         return super().factors(split) | known
 
     def reference_lines(self, splits: Mapping[str, Any]) -> dict[str, float]:
-        """`majority`, and `root_operator`: the most frequent train label for the root operator."""
+        """`majority` and predictors that do not evaluate the expression, fitted to train.
+
+        `root_operator` predicts the most frequent label of the root operator. The others are
+        logistic regressions: on the counts of all tokens, the same with one regression for each
+        root operator, and one for each root operator on the digits that are its own arguments
+        (whether each occurs, and how often). Accuracies: docs/data.md.
+        """
+        special = len(SPECIAL[self.inputs])
         train, test = splits["train"], splits["test"]
-        counts = np.zeros((len(self.vocab), self.num_classes), np.int64)
-        np.add.at(counts, (np.asarray(train.inputs[:, 0]), np.asarray(train.labels)), 1)
-        guesses = counts.argmax(axis=1)[np.asarray(test.inputs[:, 0])]
-        accuracy = float(np.mean(guesses == np.asarray(test.labels)))
-        return super().reference_lines(splits) | {"root_operator": accuracy}
+        roots, test_roots = (np.asarray(x.inputs[:, 0], np.int64) - special for x in (train, test))
+        labels, test_labels = np.asarray(train.labels), np.asarray(test.labels)
+        counts = np.zeros((len(TOKENS), self.num_classes), np.int64)
+        np.add.at(counts, (roots, labels), 1)
+        guesses = counts.argmax(axis=1)[test_roots]
+        bags, direct = bags_of_tokens(train.inputs[:ROWS_PER_FIT], special)
+        test_bags, test_direct = bags_of_tokens(test.inputs, special)
+
+        def fitted(features: np.ndarray, test_features: np.ndarray, by_root: int) -> float:
+            """With a classifier for each root operator if `by_root` is 1, one for all if 0."""
+            fit = by_root * roots[:ROWS_PER_FIT], features, labels[:ROWS_PER_FIT]
+            scored = by_root * test_roots, test_features, test_labels
+            return grouped_linear_accuracy(fit, scored, self.num_classes)
+
+        digits, test_digits = (np.column_stack([x, x > 0]) for x in (direct, test_direct))
+        return super().reference_lines(splits) | {
+            "root_operator": float(np.mean(guesses == test_labels)),
+            "bag_of_tokens": fitted(bags, test_bags, by_root=0),
+            "root_and_bag_of_tokens": fitted(bags, test_bags, by_root=1),
+            "root_and_direct_digits": fitted(digits, test_digits, by_root=1),
+        }

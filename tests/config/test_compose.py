@@ -136,6 +136,22 @@ def test_debug_is_applied_last_and_lies_apart_from_the_results():
     assert lra.compose(["debug=tiny", "output.root=mine"]).output.root == "mine"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["task=pathx", "model=s5"], ["task=text", "model=lru"], ["experiment=listops/transformer"]],
+)
+def test_small_size_replaces_the_sizes_of_task_and_experiment(words):
+    cfg, full = lra.compose([*words, "size=small"]), lra.compose(words)
+    for key in ("depth", "width"):
+        assert cfg.backbone[key] < full.backbone[key]
+    for key in ("steps", "batch_size"):
+        assert cfg.trainer[key] < full.trainer[key]
+    for key in {"state_size", "num_heads"} & set(cfg.model):
+        assert cfg.model[key] == cfg.task.hparams[key] < full.model[key]
+    assert cfg.trainer.eval_examples == 500
+    assert lra.compose([*words, "size=small", "debug=tiny"]).trainer.steps == 4
+
+
 def test_invalid_value_is_refused():
     with pytest.raises(ConfigError, match="optim.lr=-1 must be a number above 0"):
         lra.compose(["optim.lr=-1"])

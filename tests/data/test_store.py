@@ -16,7 +16,7 @@ from tiny_listops import SIZES, listops
 from lra.data import store as store_module
 from lra.data.store import open_store, prepare, settings_key, store_path
 from lra.data.verify import changed_sources, verify
-from lra.errors import DataError
+from lra.errors import DataError, LraError
 from lra.tasks.base import SPLITS, Example, Task
 
 
@@ -118,6 +118,28 @@ def test_manifest_describes_the_content(tmp_path):
     assert tuple(manifest["vocab"]) == task.vocab
     assert manifest["fingerprint"]["max_args"] == 6
     assert manifest["key"].startswith(store_path(task, tmp_path).name.rsplit("-", 1)[1])
+
+
+def test_reference_lines_of_an_older_store_are_computed_once(tmp_path, monkeypatch):
+    """Without another name or other hashes; in memory if the folder cannot be written."""
+    store = prepare(listops(), tmp_path)
+    manifest, file = dict(store.manifest), store.path / "manifest.json"
+    old = manifest | {"reference": {"majority": 0.1}}
+    old["versions"] = {key: value for key, value in old["versions"].items() if key != "reference"}
+    file.write_text(json.dumps(old))
+
+    def refuse(*_):
+        raise LraError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_atomically", refuse)
+        assert prepare(listops(), tmp_path).manifest == manifest
+    assert json.loads(file.read_text()) == json.loads(json.dumps(old))
+    again = prepare(listops(), tmp_path)
+    assert (again.path, again.manifest) == (store.path, manifest)
+    assert not verify(again).problems
+    monkeypatch.setattr(type(listops()), "reference_lines", refuse)
+    assert prepare(listops(), tmp_path).manifest == json.loads(file.read_text()) == manifest
 
 
 def test_pairs_have_two_rows_and_two_lengths(tmp_path):
@@ -422,8 +444,9 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path):
     assert left_in(tmp_path) == [store_path(listops(), tmp_path).name]
 
 
-def test_two_callers_at_once_build_once(tmp_path):
+def test_two_callers_at_once_build_once(tmp_path, monkeypatch):
     """Threads stand for processes: the lock holds between any two file descriptors."""
+    monkeypatch.setattr(store_module, "LOCK_SECONDS", 60.0)
     built, stores = [], []
 
     def on_progress(split, done, total):

@@ -37,8 +37,8 @@ def test_learning_curves_show_the_runs_of_the_table(copied_run, tmp_path):
     record = read_record(other)
     record["config"]["optim"]["lr"] = 0.1  # another configuration is not another seed
     (other / "record.json").write_text(json.dumps(record))
-    ((runs, _),) = select_runs(load_records([tmp_path])).values()
-    assert len(runs) == 1
+    (selected,) = select_runs(load_records([tmp_path])).values()
+    assert len(selected.runs) == 1
     path = plot_learning_curves([tmp_path], tmp_path / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(LraError, match="cannot draw"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from table_records import a_record, cells, ours
+from table_records import a_record, cells, long_form, ours
 
 from lra.config.compose import upgrade_config
 from lra.report import selection
@@ -53,8 +53,35 @@ def test_validation_selects_among_configurations_and_a_footnote_says_so():
     good_on_val = [a_record(0.60, seed, val=0.62, config={"lr": 1}) for seed in range(2)]
     good_on_test = [a_record(0.70, seed, val=0.61, config={"lr": 2}) for seed in range(2)]
     table = make_table(good_on_test + good_on_val, published="none")
-    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 [60.0, 60.0] n=2 [1]"
-    assert table.footnotes == ["best of 2 configurations by validation"]
+    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 (60.0 to 60.0) n=2 [1]"
+    assert table.footnotes == ["best of 2 configurations by validation: lr=1"]
+
+
+def test_runs_that_competed_are_counted():
+    """Three rates on one seed and two widths on two; a recorded number counts if it is larger."""
+    records = [
+        a_record(0.6, seed, config={"optim": {"lr": lr}, "backbone": {"width": width}})
+        for lr, width, seed in [(1, 8, 0), (2, 8, 0), (3, 8, 0), (3, 8, 1), (3, 16, 0), (3, 16, 1)]
+    ]
+    row, *_ = long_form(make_table(records, published="none"))
+    assert (row["tuning_runs"], row["settings"]) == ("6", "optim.lr=3 backbone.width=8")
+    assert row["note"] == (
+        "best of 4 configurations by validation: optim.lr=3 backbone.width=8; 2 with fewer than 2 "
+        "seeds did not compete"
+    )
+    many = [record | {"tuning_runs": 40} for record in records]
+    row, *_ = long_form(make_table(many, published="none"))
+    assert row["tuning_runs"] == "40"
+    assert "settings chosen by 40 runs" in row["note"]
+    row, *_ = long_form(make_table(records[:1], published="none"))
+    assert (row["tuning_runs"], row["settings"], row["note"]) == ("1", "", "")
+
+
+def test_a_lucky_single_run_does_not_beat_several_seeds():
+    lucky = [a_record(0.9, config={"lr": lr}) for lr in (1, 2, 3)]
+    several = [a_record(0.6 + seed / 100, seed, config={"lr": 4}) for seed in range(5)]
+    table = make_table([*lucky, *several], published="none")
+    assert cells(table, "Ours")["stu"]["listops_short"] == "62.0 [60.0, 64.0] n=5 [1]"
 
 
 def test_keys_without_effect_do_not_split_the_seeds():
@@ -66,10 +93,10 @@ def test_keys_without_effect_do_not_split_the_seeds():
     table = make_table(
         [a_record(0.6, i, config={"trainer": t}) for i, t in enumerate(trainers)], published="none"
     )
-    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 [60.0, 60.0] n=3"
+    assert cells(table, "Ours")["stu"]["listops_short"] == "60.0 (60.0 to 60.0) n=3"
     longer = [a_record(0.6, i, config={"trainer": {"steps": 9 + i}}) for i in range(2)]
     assert make_table(longer, published="none").footnotes == [
-        "best of 2 configurations by validation"
+        "best of 2 configurations by validation: trainer.steps=9"
     ]
 
 
@@ -183,6 +210,7 @@ def test_typed_keys_and_those_that_follow_from_them_are_no_changed_defaults():
     config = upgrade_config(record["config"])
     config["task"]["hparams"] = {**config["task"]["hparams"], "width": 48}
     config["backbone"]["width"] = 48
+    config["optim"]["clip"] = None  # 1.0 in these runs, the default then
     changed = record | {"config": config}
     (found,) = selection.changed_defaults(changed)
     assert found == "backbone.width=48 (today 32)"

@@ -4,8 +4,9 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from lra.config.options import options
 from lra.runs import progress
-from lra.runs.progress import preparing
+from lra.runs.progress import preparing, settings_hint
 
 
 def test_a_long_preparation_logs_a_message_every_ten_seconds(monkeypatch, caplog):
@@ -24,6 +25,15 @@ def test_a_long_preparation_logs_a_message_every_ten_seconds(monkeypatch, caplog
         "preparing pathx train 2,000 of 5,000",
         "preparing pathx train 4,000 of 5,000",
     ]
+
+
+def test_settings_that_are_no_papers_are_named():
+    listops = {"task": "listops", "model": "stu", "experiment": None}
+    assert settings_hint(listops).endswith("; experiment=listops/stu has those of the paper")
+    assert settings_hint(listops | {"model": "gru"}).endswith("; not a paper's")
+    assert settings_hint(listops | {"experiment": "listops/stu"}) is None
+    assert settings_hint(listops | {"task": "adding"}) is None  # nothing is published
+    assert "listops/stu" in options("experiment")
 
 
 class HiddenBar:

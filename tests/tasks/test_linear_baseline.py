@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lra.tasks.linear_baseline import linear_accuracy
+from lra.tasks.linear_baseline import grouped_linear_accuracy, linear_accuracy
 
 
 def split(n, seed, shift):
@@ -25,3 +25,15 @@ def test_constant_feature_is_no_trouble():
     x = np.column_stack([np.ones(40), np.arange(40.0)])
     labels = (np.arange(40) >= 20).astype(np.uint8)
     assert linear_accuracy((x, labels), (x, labels), 2) == 1.0
+
+
+def test_each_group_has_its_own_classifier():
+    """The sign of the feature means the opposite in the second group; the third is not in train."""
+    x = np.random.default_rng(0).normal(size=(300, 1))
+    groups = np.arange(300) % 2
+    labels = ((x[:, 0] > 0) ^ (groups == 1)).astype(np.uint8)
+    train = groups, x, labels
+    assert linear_accuracy((x, labels), (x, labels), 2) < 0.6
+    assert grouped_linear_accuracy(train, train, 2) > 0.97
+    unknown = np.where(np.arange(300) < 150, groups, 7), x, labels
+    assert grouped_linear_accuracy(train, unknown, 2) == pytest.approx(0.5, abs=0.02)

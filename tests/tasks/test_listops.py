@@ -298,7 +298,39 @@ def test_reference_lines_by_hand(inputs):
         inputs=ids[[0, 2, 3, 5]], labels=train.labels[[0, 2, 3, 5]]
     )  # answers 2, 9, 0, 2
     lines = make_task(inputs).reference_lines({"train": train, "test": test})
-    assert lines == {"majority": 0.5, "root_operator": 0.75}
+    assert (lines["majority"], lines["root_operator"]) == (0.5, 0.75)
+    assert lines["root_and_direct_digits"] == 1.0  # these rows have no other arguments
+
+
+def test_tokens_and_digits_of_the_root_are_counted():
+    tokens = listops_generator.parse_text("[MAX 1 1 [SM 7 [MIN 2 3 ] 1 ] 4 ]")
+    for inputs, special in (("s4", 3), ("lra2020", 1)):
+        ids = np.pad(listops.encode(tokens, inputs), (0, 4))[None].repeat(2000, axis=0)
+        bag, direct = listops.bags_of_tokens(ids, special)
+        names = {TOKENS[i]: n for i, n in enumerate(bag[-1].tolist()) if n}
+        assert names == {
+            **{"1": 3, "2": 1, "3": 1, "4": 1, "7": 1},
+            **{"[MAX": 1, "[MIN": 1, "[SM": 1, "]": 3},
+        }
+        assert {i: n for i, n in enumerate(direct[-1].tolist()) if n} == {1: 2, 4: 1}
+
+
+def test_reference_lines_of_short_rows_have_their_order():
+    """Root operator 26.6, bag 22.7, both 30.4, direct digits 46.8 % on all 96,000 rows."""
+    task = make_task(sizes={"train": 2000, "val": 1, "test": 800}, config="listops_short")
+    examples = {name: list(task.examples(name)) for name in ("train", "test")}
+    splits = {
+        name: SimpleNamespace(
+            inputs=np.stack([np.pad(x, (0, task.seq_len - len(x))) for x, _ in rows]),
+            labels=np.array([label for _, label in rows]),
+        )
+        for name, rows in examples.items()
+    }
+    lines = task.reference_lines(splits)
+    assert lines["bag_of_tokens"] == pytest.approx(0.227, abs=0.06)
+    assert lines["root_operator"] == pytest.approx(0.266, abs=0.06)
+    assert lines["root_and_bag_of_tokens"] == pytest.approx(0.304, abs=0.06)
+    assert lines["root_and_direct_digits"] == pytest.approx(0.468, abs=0.06)
 
 
 # --- The release ---
