@@ -1,8 +1,9 @@
-"""Atomic file writes, and one-line errors for disks that refuse them."""
+"""Atomic file writes, reads of regular files only, and one-line errors for both."""
 
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,28 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
             f"{error.filename or path}: {error.strerror or error}{advice} or set another {key}, "
             "earlier files are intact"
         ) from error
+
+
+def regular_file(path: str, flags: int) -> int:
+    """`opener` of `open`; OSError for a pipe, device or folder, on which a read may never end."""
+    # without O_NONBLOCK, which Windows lacks, opening a pipe waits for a writer
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_regular_file(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file; OSError as `regular_file`.
+
+    Args:
+        limit: largest size in bytes; OSError for a larger file.
+    """
+    with open(path, "rb", opener=regular_file) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+        return file.read()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -54,6 +54,13 @@ def test_notes_about_one_task_name_it():
     assert note.endswith(f"median of 5 trials{ending}")
 
 
+def test_value_beyond_the_limit_of_csv_is_one_line(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"model,task,accuracy\n{'x' * 140_000},listops,50\n")
+    with pytest.raises(LraError, match="field larger than field limit"):
+        read_results(path)
+
+
 def test_user_results_have_a_section(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(
