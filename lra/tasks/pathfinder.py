@@ -26,8 +26,6 @@ import io
 import itertools
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -47,6 +45,7 @@ from lra.tasks.base import (
     check_option,
     check_sizes,
 )
+from lra.tasks.parallel import parallel_map
 from lra.tasks.pathfinder_generator import draw, settings
 from lra.tasks.pictures import PictureTask, cut, decode_png
 
@@ -60,7 +59,6 @@ PICTURES_PER_CHUNK = 500  # generated per file; an interruption loses at most th
 PICTURES_PER_BATCH = 1000  # per folder of the release
 CALL_BYTES = 2**22  # of pictures that one parallel call reads from the release
 CALLS = 64  # parallel calls whose results are in memory
-WATCH_SECONDS = 0.5  # between two looks of a worker at its parent
 REMEDY = "unpack the release again, or data.allow_partial=true leaves such pictures out"
 
 Pictures = tuple[UInt8[np.ndarray, "n H W"], UInt8[np.ndarray, " n"]]
@@ -156,46 +154,6 @@ def read_pictures(
         digest.update(content)
         place[:] = decode_png(content, (size, size), "L", str(folder / file))
     return pictures, digest.hexdigest()
-
-
-def parallel_map(
-    function: Callable[..., Any], calls: Sequence[tuple], at_once: int
-) -> Iterator[Any]:
-    """Yield `function(*call)` for each call in order, computed on all cores.
-
-    At most `at_once` results are in memory; joblib's own generators do not wait for the consumer.
-    Raises DataError if a worker process was killed.
-    """
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    try:
-        with joblib.Parallel(
-            n_jobs=max(1, min(joblib.cpu_count(), len(calls))),
-            initializer=end_with_parent,
-            initargs=(os.getpid(),),
-        ) as parallel:
-            for first in range(0, len(calls), at_once):
-                yield from parallel(
-                    joblib.delayed(function)(*call) for call in calls[first : first + at_once]
-                )
-    except TerminatedWorkerError as error:
-        raise DataError(
-            "a worker process was killed, perhaps for lack of memory; the same command continues "
-            "from what is finished"
-        ) from error
-
-
-def end_with_parent(parent: int) -> None:
-    """Start a thread that ends this worker soon after process `parent`, which a SIGKILL may end."""
-    if os.getpid() == parent:  # a worker thread
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def save_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:

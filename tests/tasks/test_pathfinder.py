@@ -25,11 +25,11 @@ from lra.data.verify import verify
 from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import pathfinder
 from lra.tasks.base import SPLITS, permutation
+from lra.tasks.parallel import parallel_map
 from lra.tasks.pathfinder import (
     Batch,
     generate,
     load_chunk,
-    parallel_map,
     read_metadata,
     refuse_repeats,
 )
