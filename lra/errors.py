@@ -1,5 +1,7 @@
 """Errors with one line for the user: what was found, what is valid, what to change."""
 
+from typing import Any
+
 
 class LraError(Exception):
     """Ends a command with its message on one line and `exit_code`, without a traceback."""
@@ -41,3 +43,9 @@ class PreemptedError(LraError):
     """A signal or time limit ended the run; the same command with `resume=auto` continues it."""
 
     exit_code = 75  # EX_TEMPFAIL, which schedulers may retry
+
+
+def first_problem(error: Any) -> str:
+    """The first problem of a `pydantic.ValidationError` on one line, with the place in the data."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))

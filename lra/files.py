@@ -1,4 +1,4 @@
-"""Atomic file writes, and one-line errors for disks that refuse them."""
+"""Atomic file writes, reads of regular files only, and one-line errors for both."""
 
 import errno
 import os
@@ -29,23 +29,26 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
         ) from error
 
 
+def regular_file(path: str, flags: int) -> int:
+    """`opener` of `open`; OSError for a pipe, device or folder, on which a read may never end."""
+    # without O_NONBLOCK, which Windows lacks, opening a pipe waits for a writer
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
 def read_regular_file(path: Path, limit: int | None = None) -> bytes:
-    """The content of a file; OSError for a pipe or device, on which a read could wait forever.
+    """The content of a file; OSError as `regular_file`.
 
     Args:
         limit: largest size in bytes; OSError for a larger file.
     """
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        if limit is not None and status.st_size > limit:
+    with open(path, "rb", opener=regular_file) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
             raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
         return file.read()
-
-
-def _open_without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
 
 
 def write_atomically(path: Path, content: bytes) -> None:

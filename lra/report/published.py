@@ -36,7 +36,8 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        list(csv.reader(io.StringIO(text)))  # raises for a value of more than 131,072 characters
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LraError(f"cannot read {path}: {error}; expected a CSV file in UTF-8") from error
     reader = csv.DictReader(io.StringIO(text))
     for column in ("model", "task", "accuracy"):

@@ -14,9 +14,17 @@ from pathlib import Path, PurePosixPath
 
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
-from lra.sources.locate import Progress, Source, archive_stem, ignore_progress, locate
+from lra.sources.locate import (
+    Progress,
+    Source,
+    archive_stem,
+    ignore_progress,
+    locate,
+    open_source,
+)
 
 CHUNK = 2**20  # bytes of the archive between two progress reports
+MAX_DEPTH = 64  # folders of a member; tarfile makes them one inside the other, by recursion
 
 
 def extract(
@@ -66,13 +74,21 @@ def _unpack(archive: Path, source: Source, folder: Path, on_progress: Progress) 
     top_names: dict[str, None] = {}
     shown = -CHUNK
     try:
-        with open(archive, "rb") as file, tarfile.open(fileobj=file, tarinfo=_StrictInfo) as tar:
+        with (
+            open_source(archive) as file,
+            tarfile.open(fileobj=file, tarinfo=_StrictInfo) as tar,
+        ):
             while (member := tar.next()) is not None:
                 # tarfile would keep a kilobyte for each of millions of pictures
                 tar.members.clear()  # type: ignore[attr-defined]
                 parts = PurePosixPath(member.name).parts
                 top_names[parts[0] if parts else "."] = None
                 if any(parts[i : i + len(wanted)] == wanted for i in range(len(parts))):
+                    if len(parts) > MAX_DEPTH:
+                        raise DataError(
+                            f"{archive}: {member.name[:80]!r}... is {len(parts):,} folders deep, "
+                            f"more than the limit of {MAX_DEPTH}; this is not {source.title}"
+                        )
                     if not (member.isreg() or member.isdir()):
                         # links have escaped tarfile's filter: CVE-2025-4517
                         raise DataError(
@@ -88,7 +104,10 @@ def _unpack(archive: Path, source: Source, folder: Path, on_progress: Progress) 
         raise DataError(
             f"{archive}: {error.tarinfo.name!r} would be written outside its folder: {error}"
         ) from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+    except (
+        *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError),
+        *(OverflowError, RecursionError),  # of headers
+    ) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk
             raise
         found, remedy = f"{size:,} bytes", "fetch it again"

@@ -111,6 +111,9 @@ def fetch_file(
     with disk_errors(part, "data.root", DataError):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{remote.filename}.lock"):
+            for file in (target, part):
+                if file.exists() and not file.is_file():
+                    raise DataError(f"{file}: a folder, a pipe or a device; remove it")
             try:
                 pooch.retrieve(
                     remote.url, remote.sha256, remote.filename, folder, downloader=download

@@ -10,11 +10,14 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lra.errors import DataError
+from lra.files import read_regular_file, regular_file
 
 NESTING = 4  # maximum number of folders between the data root and a publisher's folder
 ARCHIVE_NESTING = 2
@@ -161,9 +164,29 @@ def _folders(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
         level = below
 
 
+def open_source(path: Path) -> BufferedReader:
+    """Open a file that is not trusted; raises DataError unless it is regular and can be read."""
+    with _one_line(path):
+        return open(path, "rb", opener=regular_file)
+
+
+def read_source(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file, with the errors of `open_source`; DataError above `limit` bytes."""
+    with _one_line(path):
+        return read_regular_file(path, limit)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected a file that can be read") from error
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_source(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lra.errors import DataError
+from lra.sources.locate import open_source
 
 
 def restricted_pickle(path: Path) -> dict:
@@ -19,12 +20,14 @@ def restricted_pickle(path: Path) -> dict:
     Raises DataError if the file names anything that an array does not need.
     """
     try:
-        with open(path, "rb") as file:
+        with open_source(path) as file:
             content = _ArraysOnly(file, encoding="bytes").load()
     except _Refused as error:
         raise DataError(
             f"{path}: refused, since it would call {error}; this is not CIFAR-10, do not open it"
         ) from None
+    except DataError:
+        raise
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
             f"{path}: cannot be read as a batch of CIFAR-10 ({type(error).__name__}: {error}); "

@@ -6,15 +6,33 @@ format of `tfds.load`, and to decode pictures in any format. So this module read
 length (uint64), its masked CRC-32C, the content, and the masked CRC-32C of the content.
 """
 
-import json
 import os
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from lra.errors import DataError
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from lra.errors import DataError, first_problem
+from lra.sources.locate import open_source, read_source
+
+
+class _SplitInfo(TypedDict):
+    name: str
+    shardLengths: list[Annotated[int, Field(ge=0)]]  # written as strings of digits
+
+
+class _Info(TypedDict):
+    name: Annotated[str, Field(pattern=r"^\w+$")]
+    fileFormat: NotRequired[str]
+    splits: list[_SplitInfo]
+
+
+INFO = TypeAdapter(_Info)  # the part of dataset_info.json that is read
+MAX_INFO_BYTES = 2**26
 
 Value = bytes | int | float | list[bytes] | list[int] | list[float]
 
@@ -68,20 +86,20 @@ def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
     """The file format, and each shard's path and number of records."""
     info_path = folder / "dataset_info.json"
     try:
-        info = json.loads(info_path.read_text("utf-8"))
-        file_format = info.get("fileFormat", "tfrecord")  # absent in old versions of TFDS
-        lengths = {entry["name"]: entry["shardLengths"] for entry in info["splits"]}
-        prefix = f"{info['name']}-{split}.{file_format}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(info_path, f"cannot be read ({type(error).__name__}: {error})") from error
+        info = INFO.validate_json(read_source(info_path, MAX_INFO_BYTES))
+    except (OSError, ValidationError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        raise _damaged(info_path, f"cannot be read ({reason})") from error
+    file_format = info.get("fileFormat", "tfrecord")  # absent in old versions of TFDS
+    counts_of = {entry["name"]: entry["shardLengths"] for entry in info["splits"]}
     if file_format not in ("tfrecord", "array_record"):
         raise DataError(
             f"{info_path}: file format {file_format}; prepare it with TFDS as tfrecord or "
             "array_record"
         )
-    if split not in lengths:
-        raise DataError(f"{info_path}: no split {split!r}, it has {', '.join(lengths)}")
-    counts = [int(length) for length in lengths[split]]
+    if split not in counts_of:
+        raise DataError(f"{info_path}: no split {split!r}, it has {', '.join(counts_of)}")
+    counts, prefix = counts_of[split], f"{info['name']}-{split}.{file_format}"
     paths = [folder / f"{prefix}-{i:05d}-of-{len(counts):05d}" for i in range(len(counts))]
     for path in paths:
         if not path.is_file():
@@ -90,17 +108,17 @@ def _shards(folder: Path, split: str) -> tuple[str, list[tuple[Path, int]]]:
 
 
 def _read_tfrecord(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        number = 0
+    with open_source(path) as file:
+        number, size = 0, os.fstat(file.fileno()).st_size
         while header := file.read(12):
             if len(header) < 12:
                 raise _damaged(path, f"truncated in record {number}")
             length, crc = struct.unpack("<QI", header)
             if crc != masked_crc32c(header[:8]):
                 raise _damaged(path, f"record {number} has a wrong checksum of its length")
-            record, crc_of_record = file.read(length), file.read(4)
-            if len(record) < length or len(crc_of_record) < 4:
+            if file.tell() + length + 4 > size:  # before the memory for it is reserved
                 raise _damaged(path, f"truncated in record {number}")
+            record, crc_of_record = file.read(length), file.read(4)
             if crc_of_record != struct.pack("<I", masked_crc32c(record)):
                 raise _damaged(path, f"record {number} has a wrong checksum")
             yield record

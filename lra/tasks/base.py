@@ -7,6 +7,8 @@ constructor argument.
 import abc
 import contextlib
 import inspect
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ from lra.tasks.random_words import random_stream
 
 SPLITS = ("train", "val", "test")
 ENCODINGS = ("lra2020", "s4")  # valid values of protocol.inputs
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"  # of a task: part of the names of files and folders
+MAX_EXAMPLES = 10**8  # of a generated split
 
 
 class Example(NamedTuple):
@@ -74,11 +78,17 @@ class Task(abc.ABC):
             bound = inspect.signature(cls.__init__).bind(task, *args, **kwargs)
             bound.apply_defaults()
             task.arguments = dict(list(bound.arguments.items())[1:])
+            if "name" in task.arguments:
+                check_name(task.arguments["name"])
         return task
 
     @abc.abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
         """All examples in a fixed order; raises DataError if a source is missing or malformed."""
+
+    def first_examples(self, split: str, count: int) -> Iterator[Example]:
+        """The first `count` of `examples(split)`; a task that can generate them makes no others."""
+        return itertools.islice(self.examples(split), count)
 
     @abc.abstractmethod
     def split_sizes(self) -> Mapping[str, int] | None:
@@ -192,6 +202,14 @@ class Task(abc.ABC):
         return {"majority": float(np.mean(np.asarray(splits["test"].labels) == counts.argmax()))}
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError unless `name` can be part of a file's name."""
+    if not re.fullmatch(NAME, str(name)):
+        raise ConfigError(
+            f"task.name={name!r}: expected letters, digits, _, - and . (not first), at most 64"
+        )
+
+
 def check_option(key: str, found: Any, allowed: Sequence[str]) -> None:
     """Raises ConfigError unless `found` is one of `allowed`."""
     if found not in allowed:
@@ -211,13 +229,17 @@ def check_data_seed(seed: int) -> None:
 
 
 def check_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes` in the order of `SPLITS`; raises ConfigError unless each has an example."""
+    """`sizes` in the order of `SPLITS`; raises ConfigError unless each is 1 to `MAX_EXAMPLES`."""
     if set(sizes) != set(SPLITS):
         raise ConfigError(
             f"task.sizes={dict(sizes)}: expected the number of examples of {', '.join(SPLITS)}"
         )
     for split in SPLITS:
         check_at_least(f"task.sizes.{split}", sizes[split], 1)
+        if sizes[split] > MAX_EXAMPLES:
+            raise ConfigError(
+                f"task.sizes.{split}={sizes[split]}: expected at most {MAX_EXAMPLES:,}"
+            )
     return {split: int(sizes[split]) for split in SPLITS}
 
 

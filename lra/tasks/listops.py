@@ -11,8 +11,9 @@ A row is a uint8 array of indices into `TOKENS`; a digit is its own index. `enco
 that a model sees.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from lra.errors import ConfigError, DataError, LraError
-from lra.sources.locate import LRA_RELEASE, Source
+from lra.sources.locate import LRA_RELEASE, Source, open_source
 from lra.tasks.base import SPLITS, Example, Task, check_data_seed, check_option, check_sizes
 from lra.tasks.linear_baseline import grouped_linear_accuracy
 from lra.tasks.listops_generator import (
@@ -49,6 +50,7 @@ RELEASE = Source(
 )
 ROWS_PER_COUNT = 1024  # bounds the memory of `depths`
 ROWS_PER_FIT = 20_000  # of train for a reference line; all 96,000 change it by less than a point
+MAX_LINE = 2**24  # characters of a row, so that no file fills the memory
 
 
 def to_release_text(tokens: Integer[np.ndarray, " L"]) -> str:
@@ -139,15 +141,16 @@ def bags_of_tokens(
 
 def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
     """Rows (tokens, answer) of a released file, checked; raises DataError at the first error."""
-    with open(path, encoding="ascii", errors="replace") as file:
-        header = file.readline().rstrip("\r\n")
+    with io.TextIOWrapper(open_source(path), encoding="ascii", errors="replace") as file:
+        header = file.readline(MAX_LINE).rstrip("\r\n")
         if header != "Source\tTarget":
             raise DataError(
                 f"{path}, row 0: the header is {header[:80]!r}, expected 'Source<TAB>Target'"
             )
-        for row, line in enumerate(file, start=1):
+        lines = iter(partial(file.readline, MAX_LINE), "")
+        for row, line in enumerate(lines, start=1):
             try:
-                yield _read_row(line.rstrip("\r\n"))
+                yield _read_row(line)
             except ValueError as error:
                 raise DataError(
                     f"{path}, row {row}: {error}; fetch the file again or set task.source=generated"
@@ -155,7 +158,9 @@ def read_release(path: Path) -> Iterator[tuple[UInt8[np.ndarray, " L"], int]]:
 
 
 def _read_row(line: str) -> tuple[UInt8[np.ndarray, " L"], int]:
-    source, tab, target = line.partition("\t")
+    if len(line) == MAX_LINE:
+        raise ValueError(f"longer than the limit of {MAX_LINE:,} characters")
+    source, tab, target = line.rstrip("\r\n").partition("\t")
     if not tab or target not in TOKENS[:FIRST_OPERATOR]:
         raise ValueError(
             f"found the answer {target[:20]!r}, expected a tab and one digit (is it truncated?)"
@@ -230,10 +235,22 @@ class ListOps(Task):
 
     def examples(self, split: str) -> Iterator[Example]:
         if self.source == "generated":
-            rows = self._generated[split]
-            found: Iterator = ((rows[i], int(rows.labels[i])) for i in range(len(rows)))
-        else:
-            found = read_release(self.source_files()[SPLITS.index(split)])
+            return self._encoded(self._generated[split])
+        return self._released(split)
+
+    def first_examples(self, split: str, count: int) -> Iterator[Example]:
+        if self.source == "release":
+            return super().first_examples(split, count)
+        sizes = {split: min(count, self.sizes[split])}  # the later splits are cut first
+        sizes |= {later: self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :]}
+        return self._encoded(generate(sizes, self.data_seed, self.grammar)[split])
+
+    def _encoded(self, rows: Rows) -> Iterator[Example]:
+        for i in range(len(rows)):
+            yield Example(encode(rows[i], self.inputs), int(rows.labels[i]))
+
+    def _released(self, split: str) -> Iterator[Example]:
+        found = read_release(self.source_files()[SPLITS.index(split)])
         for row, (tokens, label) in enumerate(found, start=1):
             if len(tokens) > self.grammar.max_length:
                 raise DataError(

@@ -26,11 +26,9 @@ import io
 import itertools
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import joblib
@@ -38,7 +36,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lra.errors import DataError, LraError
-from lra.sources.locate import LRA_RELEASE, Source, locate_all
+from lra.sources.locate import LRA_RELEASE, Source, locate_all, open_source, read_source
 from lra.tasks.base import (
     SPLITS,
     Example,
@@ -47,6 +45,7 @@ from lra.tasks.base import (
     check_option,
     check_sizes,
 )
+from lra.tasks.parallel import parallel_map
 from lra.tasks.pathfinder_generator import draw, settings
 from lra.tasks.pictures import PictureTask, cut, decode_png
 
@@ -76,12 +75,15 @@ class Batch(NamedTuple):
 def read_metadata(path: Path) -> Batch:
     """Read metadata, text or a binary array of strings; raises DataError if it is malformed."""
     files, labels = [], []
-    for number, row in enumerate(_rows(path, path.read_bytes())):
+    for number, row in enumerate(_rows(path, read_source(path))):
         if len(row) < 4 or row[3] not in ("0", "1"):
             found = f"label {row[3]!r} in column 3" if len(row) > 3 else f"{len(row)} columns"
             raise DataError(
                 f"{path}, row {number}: {found}, expected folder, file, number, label (0 or 1), ..."
             )
+        file = PurePosixPath(row[0], row[1])
+        if file.is_absolute() or ".." in file.parts or not str(file).isprintable():
+            raise DataError(f"{path}, row {number}: {str(file)!r} is no file of this folder")
         files.append(f"{row[0]}/{row[1]}")
         labels.append(int(row[3]))
     return Batch(path, files, np.array(labels, np.uint8))
@@ -125,17 +127,17 @@ def _rows(path: Path, content: bytes) -> list[list[str]]:
             ) from error
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
+        if array.ndim == 2 and array.dtype.kind in "SU":
+            return array.astype("U").tolist()
+    except Exception as error:  # NumPy raises almost anything for a damaged header
         convert = "numpy.savetxt(PATH, numpy.load(PATH, allow_pickle=True), fmt='%s')"
         raise DataError(
             f"{path}: cannot be read ({error}). Pickled objects can run code and are not loaded: "
             f"if you trust the file, convert it to text with {convert}; otherwise fetch it again"
         ) from error
-    if array.ndim != 2 or array.dtype.kind not in "SU":
-        raise DataError(
-            f"{path}: {array.dtype} {array.shape}, expected rows of strings, one per picture"
-        )
-    return array.astype("U").tolist()
+    raise DataError(
+        f"{path}: {array.dtype} {array.shape}, expected rows of strings, one per picture"
+    )
 
 
 def read_pictures(
@@ -144,38 +146,14 @@ def read_pictures(
     """Read PNG files, with the SHA-256 of all together; raises DataError if one is not valid."""
     pictures, digest = np.empty((len(files), size, size), np.uint8), hashlib.sha256()
     for place, file in zip(pictures, files, strict=True):
-        try:
-            content = (folder / file).read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{folder / file}: missing, but metadata names it; {REMEDY}") from None
+        if not (folder / file).exists():
+            raise DataError(f"{folder / file}: missing, but metadata names it; {REMEDY}")
+        content = read_source(folder / file)
         if not content:
             raise DataError(f"{folder / file}: the file is empty; {REMEDY}")
         digest.update(content)
         place[:] = decode_png(content, (size, size), "L", str(folder / file))
     return pictures, digest.hexdigest()
-
-
-def parallel_map(
-    function: Callable[..., Any], calls: Sequence[tuple], at_once: int
-) -> Iterator[Any]:
-    """Yield `function(*call)` for each call in order, computed on all cores.
-
-    At most `at_once` results are in memory; joblib's own generators do not wait for the consumer.
-    Raises DataError if a worker process was killed.
-    """
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    try:
-        with joblib.Parallel(n_jobs=max(1, min(joblib.cpu_count(), len(calls)))) as parallel:
-            for first in range(0, len(calls), at_once):
-                yield from parallel(
-                    joblib.delayed(function)(*call) for call in calls[first : first + at_once]
-                )
-    except TerminatedWorkerError as error:
-        raise DataError(
-            "a worker process was killed, perhaps for lack of memory; the same command continues "
-            "from what is finished"
-        ) from error
 
 
 def save_chunk(folder: Path, first: int, last: int, size: int, level: str, seed: int) -> Path:
@@ -194,9 +172,9 @@ def save_chunk(folder: Path, first: int, last: int, size: int, level: str, seed:
 def load_chunk(path: Path, count: int, size: int) -> Pictures | None:
     """The content of a file of `save_chunk`, or None if it is missing or damaged."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as chunk:
+        with open_source(path) as file, np.load(file, allow_pickle=False) as chunk:
             images, labels = chunk["images"], chunk["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # of a missing file, or almost anything of a damaged one
         return None
     is_valid = images.shape == (count, size, size) and labels.shape == (count,)
     return (images, labels) if is_valid and images.dtype == labels.dtype == np.uint8 else None
@@ -275,6 +253,13 @@ class Pathfinder(PictureTask):
         for pictures, labels in parts:
             rows = pictures.reshape(len(pictures), -1)
             yield from map(Example, rows, labels.tolist())
+
+    def first_examples(self, split: str, count: int) -> Iterator[Example]:
+        if self.source == "release":
+            return super().first_examples(split, count)
+        begin, count = self._begin(split), min(count, self.sizes[split])
+        pictures, labels = draw(begin, begin + count, self.size, self.level, self.data_seed)
+        return map(Example, pictures.reshape(count, -1), labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})
@@ -389,9 +374,13 @@ class Pathfinder(PictureTask):
         name = f"{self.size}-{self.level}-{self.data_seed}-{sizes}-v{self.reader_version}"
         return self.data_root / "generated" / name
 
+    def _begin(self, split: str) -> int:
+        """The number of the split's first picture in the stream of the seed."""
+        # the last split is first, so that the others do not depend on train's size
+        return sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
+
     def _drawn(self, split: str) -> Iterator[Pictures]:
-        # the last split is first in the stream, so that the others do not depend on train's size
-        begin = sum(self.sizes[later] for later in SPLITS[SPLITS.index(split) + 1 :])
+        begin = self._begin(split)
         ranges = chunk_ranges(begin, begin + self.sizes[split], PICTURES_PER_CHUNK)
         drawn = (self.size, self.level, self.data_seed)
         calls = [(self._finished, first, last, *drawn) for first, last in ranges]

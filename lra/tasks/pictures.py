@@ -153,11 +153,12 @@ def decode_png(
 
     Raises DataError, which names the origin `where`, if it is not a PNG of this size.
     """
-    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
 
     height, width = shape
     try:
-        picture = Image.open(io.BytesIO(content), formats=("PNG",))
+        # reads the header alone; the limit on its size is the next line, not Pillow's
+        picture = PngImageFile(io.BytesIO(content))
         if picture.size != (width, height) or picture.mode.startswith("I"):
             found = f"a PNG of {picture.width}x{picture.height} in mode {picture.mode}"
             raise DataError(

@@ -8,6 +8,7 @@ doubled; copies of the files made this way exist and are refused.
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from lra.errors import DataError
-from lra.sources.locate import LRA_RELEASE, Source
+from lra.sources.locate import LRA_RELEASE, Source, open_source
 from lra.tasks.base import ENCODINGS, SPLITS, Example, Task, check_at_least, check_option
 from lra.tasks.characters import AAN_CHARACTERS, UNK, Bytes, Characters, frequencies
 from lra.tasks.linear_baseline import linear_accuracy
@@ -25,6 +26,7 @@ SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 SEQ_LEN = 4000  # of each document, in both protocols
 ROWS_PER_COUNT = 1024
+MAX_LINE = 2**27  # bytes of a row, so that no file fills the memory
 REMEDY = (
     "a CSV reader with default quoting writes such files, because it joins rows at an open quote "
     f"and doubles quotes; take the file from {LRA_RELEASE.filename}"
@@ -148,9 +150,12 @@ class Retrieval(Task):
 
 def read_pairs(path: Path) -> Iterator[tuple[int, Pair]]:
     """The rows of one file, numbered from 1; raises DataError if one is malformed."""
-    with open(path, "rb") as file:  # text mode would also end lines at other characters
-        for row, line in enumerate(file, start=1):
+    # text mode would also end lines at other characters
+    with open_source(path) as file:
+        for row, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), start=1):
             try:
+                if len(line) == MAX_LINE:
+                    raise ValueError(f"longer than the limit of {MAX_LINE:,} bytes")
                 yield row, parse_row(line.removesuffix(b"\n").removesuffix(b"\r"))
             except ValueError as error:
                 raise DataError(f"{path}, row {row}: {error}") from None
@@ -181,7 +186,7 @@ def parse_row(line: bytes) -> Pair:
 
 def ends_in_newline(path: Path) -> bool:
     """Whether the last row of a file has its line end; true for an empty file."""
-    with open(path, "rb") as file:
+    with open_source(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"\n", b"")

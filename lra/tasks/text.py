@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from lra.errors import DataError
-from lra.sources.locate import IMDB, Source
+from lra.sources.locate import IMDB, Source, read_source
 from lra.sources.tfds_reader import read_tfds
 from lra.tasks.base import (
     ENCODINGS,
@@ -165,7 +165,7 @@ def read_folder(folder: Path, label: int) -> tuple[list[Review], str]:
     paths = [path for path in folder.glob("*.txt") if not path.name.startswith(".")]
     digest, reviews = hashlib.sha256(), []
     for path in sorted(paths, key=lambda path: _number_and_rating(path, label)):
-        text = path.read_bytes()
+        text = read_source(path)
         digest.update(f"{path.name} {len(text)}\n".encode() + text)
         reviews.append(Review(str(path), text, label))
     return reviews, digest.hexdigest()

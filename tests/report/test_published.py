@@ -81,6 +81,13 @@ def test_rows_of_low_trust_are_shown_on_request():
     assert not any(name.startswith("xLSTM") for name in cells(found["all"], "Published"))
 
 
+def test_value_beyond_the_limit_of_csv_is_one_line(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"model,task,accuracy\n{'x' * 140_000},listops,50\n")
+    with pytest.raises(LraError, match="field larger than field limit"):
+        read_results(path)
+
+
 def test_user_results_have_a_section(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(

@@ -27,6 +27,7 @@ def test_a_message_is_one_line_on_stderr_with_its_level(capsys):
     log.info("saving")
     log.warning("%s\n  and more", "low")
     log.error("two  spaces stay")
+    log.error("\x1b[2J of a damaged file")
     log.debug("hidden")
     out, err = capsys.readouterr()
     assert out == ""
@@ -34,6 +35,7 @@ def test_a_message_is_one_line_on_stderr_with_its_level(capsys):
         "lra: saving",
         "lra: warning: low and more",
         "lra: error: two  spaces stay",
+        "lra: error: \\x1b[2J of a damaged file",
     ]
 
 

@@ -1,12 +1,14 @@
 """An archive is unpacked whole or not at all, and a malicious one escapes nowhere."""
 
 import errno
+import os
 import tarfile
 import threading
 import time
 
 import numpy as np
 import pytest
+from deadline import deadline
 from publisher_files import PAIRS, TWICE, files_in, make, make_archive
 
 from lra.errors import DataError
@@ -157,6 +159,31 @@ def test_a_name_that_is_none(tmp_path):
     )
     with pytest.raises(DataError, match="null"):
         extract(archive, PAIRS, tmp_path)
+
+
+def test_member_deeper_than_the_limit(tmp_path):
+    deep = "tsv_data/" + "d/" * 2000 + "x"
+    archive = make_archive(tmp_path / "lra_release.gz", {deep: b"x"})
+    with pytest.raises(DataError, match="2,002 folders deep, more than the limit of 64") as caught:
+        extract(archive, PAIRS, tmp_path)
+    assert len(str(caught.value)) < 500
+    assert files_in(tmp_path) == ["extracted", "lra_release.gz"]
+
+
+def test_headers_that_nest_without_an_end(tmp_path):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 4
+    block = info.tobuf(tarfile.GNU_FORMAT) + b"name" + bytes(508)
+    archive = tmp_path / "lra_release.gz"
+    archive.write_bytes(block * 3000 + bytes(1024))
+    with pytest.raises(DataError, match="damaged, truncated or no tar archive"):
+        extract(archive, PAIRS, tmp_path)
+
+
+def test_pipe_in_place_of_the_archive(tmp_path):
+    os.mkfifo(tmp_path / "lra_release.gz")
+    with deadline(5), pytest.raises(DataError, match="is not a regular file"):
+        extract(tmp_path / "lra_release.gz", PAIRS, tmp_path)
 
 
 def test_archive_of_something_else(tmp_path):

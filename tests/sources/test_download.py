@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from deadline import deadline
 from publisher_files import PAIRS, PATHS, TEXTS, TWICE, files_in, make_archive
 
 from lra.errors import DataError
@@ -18,6 +19,14 @@ from lra.sources.download import fetch_file, obtain
 from lra.sources.locate import LRA_RELEASE, Remote, Source
 
 CONTENT = bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize("name", ["file.gz", "file.gz.part"])
+def test_pipe_in_place_of_the_download(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    remote = Remote("http://127.0.0.1:9/file.gz", "file.gz", None, None)
+    with deadline(5), pytest.raises(DataError, match=f"{name}: .*a pipe"):
+        fetch_file(remote, tmp_path)
 
 
 class Server:

@@ -1,10 +1,15 @@
 """Both file formats of TFDS are read without TensorFlow; damaged files are refused by name."""
 
+import copy
 import json
+import os
+import re
+import struct
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from deadline import deadline
 from publisher_files import serialize, write_tfrecord
 
 from lra.errors import DataError
@@ -53,6 +58,46 @@ def test_old_info_without_a_format(tmp_path):
     del info["fileFormat"]
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert len(list(read_tfds(folder, "train"))) == 5
+
+
+WRONG = (None, True, -1, 2**70, 0.5, "", "../../x", "\x1b[2J", [], {"a": [[]]})
+
+
+@pytest.mark.parametrize("field", ["name", "fileFormat", "splits", "split", "shards", "count"])
+def test_any_wrong_field_of_the_info_is_one_line(tmp_path, field):
+    folder = make(tmp_path)
+    file = folder / "dataset_info.json"
+    info = json.loads(file.read_text())
+    for value in WRONG if field != "shards" else [x for x in WRONG if x != []]:
+        wrong = copy.deepcopy(info)
+        if field in info:
+            wrong[field] = value
+        elif field == "count":
+            wrong["splits"][0]["shardLengths"][0] = value
+        else:
+            wrong["splits"][0][{"split": "name", "shards": "shardLengths"}[field]] = value
+        file.write_text(json.dumps(wrong))
+        with deadline(5), pytest.raises(DataError) as caught:
+            list(read_tfds(folder, "train"))
+        assert "\n" not in str(caught.value)
+
+
+def test_length_beyond_the_file_is_refused_before_it_is_read(tmp_path):
+    folder = make(tmp_path)
+    file = next(folder.glob("*00000-of*"))
+    length = struct.pack("<Q", 2**62)
+    file.write_bytes(length + struct.pack("<I", masked_crc32c(length)) + bytes(100))
+    with pytest.raises(DataError, match="truncated in record 0"):
+        list(read_tfds(folder, "train"))
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "toy-train.tfrecord-00000-of-00002"])
+def test_pipe_in_place_of_a_file(tmp_path, name):
+    folder = make(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with deadline(5), pytest.raises(DataError, match=re.escape(name)):
+        list(read_tfds(folder, "train"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TFDS and etils warn of themselves

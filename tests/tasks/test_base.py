@@ -1,11 +1,16 @@
 """The task interface: recorded arguments, and fingerprints that no argument escapes."""
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_listops
 import tiny_pictures
 import tiny_texts
 from configured_task import CONF, configured_task
+from deadline import deadline
 
 from lra.data.store import prepare, settings_key
 from lra.errors import ConfigError, DataError
@@ -109,6 +114,27 @@ def test_unused_arguments_change_no_byte(name, protocol, published):
                 assert stored(other) == expected, key
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("text", "aclImdb/train/neg/0_1.txt"),
+        ("retrieval", "lra_release/lra_release/tsv_data/new_aan_pairs.eval.tsv"),
+        ("scifar", "cifar-10-batches-py/data_batch_2"),
+        ("listops_short", "listops-1000/basic_val.tsv"),
+    ],
+)
+def test_publishers_file_that_is_no_file_is_one_line(name, file, kind, published, tmp_path):
+    root = shutil.copytree(published, tmp_path / "data", ignore=shutil.ignore_patterns("packed"))
+    (root / file).unlink()
+    make = {"pipe": os.mkfifo, "device": lambda x: x.symlink_to("/dev/null"), "folder": os.mkdir}
+    make[kind](root / file)
+    source = {"source": "release", "sizes": tiny_listops.SIZES} if name == "listops_short" else {}
+    task = configured_task(name, data_root=root, **source)
+    with deadline(10), pytest.raises(DataError, match=f"{Path(file).name}: is not a regular file"):
+        prepare(task, root, allow_partial=True)
+
+
 def stored(task):
     return [
         (np.asarray(example.inputs).tobytes(), example.label)
@@ -157,6 +183,7 @@ def test_a_new_argument_counts_by_default():
         ({"train": 1, "test": 1}, "expected the number of examples of train, val, test"),
         ({"train": 1, "val": 1, "test": 1, "more": 1}, "expected the number of examples"),
         ({"train": 1, "val": 0, "test": 1}, r"task\.sizes\.val=0: expected 1 or more"),
+        ({"train": 10**12, "val": 1, "test": 1}, r"train=1000000000000: expected at most 100,000"),
     ],
 )
 def test_sizes_that_are_not_those_of_the_splits_are_refused(sizes, message):

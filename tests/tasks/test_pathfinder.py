@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_pictures
 from configured_task import configured_task
+from deadline import deadline
 from PIL import Image
 
 from lra.data.store import Split, prepare, settings_key
@@ -22,11 +25,11 @@ from lra.data.verify import verify
 from lra.errors import ConfigError, DataError, LraError
 from lra.tasks import pathfinder
 from lra.tasks.base import SPLITS, permutation
+from lra.tasks.parallel import parallel_map
 from lra.tasks.pathfinder import (
     Batch,
     generate,
     load_chunk,
-    parallel_map,
     read_metadata,
     refuse_repeats,
 )
@@ -293,6 +296,39 @@ def spoil(path, how):
         path.write_bytes(content[:60] + bytes(50) + content[110:])
     else:
         path.write_bytes({"empty": b"", "cut off": content[:-200], "no picture": b"<html>"}[how])
+
+
+def test_header_of_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, release):
+    path = level_folder(tmp_path) / "imgs" / "10" / "sample_3.png"
+    content = path.read_bytes()
+    for side in (10_000, 100_000):  # Pillow warns of the first and raises at the second
+        header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
+        checksum = struct.pack(">I", zlib.crc32(header))
+        path.write_bytes(content[:12] + header + checksum + content[33:])
+        with pytest.raises(DataError, match=f"a PNG of {side}x{side} in mode L, expected 32x32"):
+            list(release_task(tmp_path).examples("test"))
+
+
+@pytest.mark.parametrize("file", ["../../other.png", "/etc/x.png", "a\0b"])
+def test_metadata_that_names_a_file_elsewhere_is_refused(tmp_path, release, file):
+    path = level_folder(tmp_path) / "metadata" / "3.npy"
+    path.write_text(path.read_text().replace("sample_0.png", file, 1))
+    with pytest.raises(DataError, match=r"3\.npy, row 0: .* is no file of this folder"):
+        list(release_task(tmp_path).examples("train"))
+
+
+@pytest.mark.parametrize("name", ["metadata/3.npy", "imgs/3/sample_0.png"])
+def test_pipe_in_place_of_a_file_of_the_release(tmp_path, release, name):
+    (level_folder(tmp_path) / name).unlink()
+    os.mkfifo(level_folder(tmp_path) / name)
+    with deadline(10), pytest.raises(DataError, match="is not a regular file"):
+        list(release_task(tmp_path).examples("train"))
+
+
+def test_chunk_that_is_a_pipe_is_drawn_again(tmp_path):
+    os.mkfifo(tmp_path / "00000000-00000002.npz")
+    with deadline(5):
+        assert load_chunk(tmp_path / "00000000-00000002.npz", 2, 32) is None
 
 
 @pytest.mark.parametrize(
