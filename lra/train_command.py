@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from lra.config.options import options
 from lra.errors import ConfigError, LraError, PreemptedError
@@ -86,6 +87,7 @@ def sweep(start, argv: Sequence[str]) -> int:
 
     try:
         with translated_errors(argv):
+            check_sweep(argv)
             start(sweep_job)()
     except LraError as error:
         log.error("%s", error)
@@ -96,6 +98,24 @@ def sweep(start, argv: Sequence[str]) -> int:
         if Path(root).exists():  # otherwise no run began
             print_table([root], None)
     return 0
+
+
+def check_sweep(argv: Sequence[str]) -> None:
+    """Raises ConfigError if a range or a glob of the command line is empty: no run would start."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    words = [word for word in argv if "=" in word and word[0] != "-"]
+    for override in OverridesParser.create().parse_overrides(words):
+        value = override.value()
+        if isinstance(value, Glob):
+            # a folder of the user's own may have more options
+            own = any("searchpath" in word or word.startswith(("--config", "-c")) for word in argv)
+            found = own or value.filter(options(override.key_or_group))
+        else:
+            found = not override.is_range_sweep() or any(True for _ in override.sweep_iterator())
+        if not found:
+            raise ConfigError(f"{override.input_line} is empty, so the sweep has no runs")
 
 
 def sweep_job(cfg) -> None:
@@ -115,6 +135,7 @@ def sweep_job(cfg) -> None:
 def run_job(cfg) -> dict:
     """Runs the config that Hydra composed; returns the record."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from lra.config.compose import finalize
     from lra.training.run import train
@@ -126,7 +147,9 @@ def run_job(cfg) -> dict:
             folder = Path(source.path)
             inside = folder.is_relative_to(Path.cwd())
             flags += ["--config-dir", str(folder.relative_to(Path.cwd()) if inside else folder)]
-    return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
+    # with interpolations as typed
+    words = cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task))
+    return train(finalize(cfg, hydra_cfg.runtime.choices, words, flags))
 
 
 def print_table(paths: Sequence[str], tasks: list[str] | None) -> None:

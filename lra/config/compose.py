@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lra.config.messages import translated_errors
+from lra.config.messages import translated_errors, unknown_key
 from lra.config.options import CONF, OPTIONAL_GROUPS, options
-from lra.config.schema import COMPLETE_SECTIONS, RENAMED, check_config
+from lra.config.schema import COMPLETE_SECTIONS, RENAMED, check_config, unknown_keys
 from lra.errors import ConfigError
 
 
@@ -83,6 +83,8 @@ def finalize(
     for old, new in RENAMED.items():
         if OmegaConf.select(cfg, old) is not None:
             raise ConfigError(f"{old} in a config file is now {new}; rename the key")
+    for key in unknown_keys(to_container(cfg)):
+        raise ConfigError(unknown_key(key, overrides))
     if OmegaConf.select(cfg, "model.param_count") is not None:
         from lra.config.width import choose_width  # imports JAX
 
@@ -97,11 +99,11 @@ def resolve(
 
     The arguments and errors are those of `finalize`.
     """
-    with open_dict(cfg):
-        cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
-        cfg.names.protocol = cfg.protocol.name
-        cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
     with translated_errors(overrides):
+        with open_dict(cfg):
+            cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
+            cfg.names.protocol = cfg.protocol.name
+            cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
         OmegaConf.resolve(cfg)
     check_config(cfg)
     return cfg

@@ -12,22 +12,32 @@ from omegaconf.errors import OmegaConfBaseException
 from lra.config.options import CONF, NOT_ARGUMENTS, OPTIONAL_GROUPS, options
 from lra.errors import ConfigError
 
+# found in the messages of ValueErrors that Hydra raises for its input
+HYDRA_INPUT = re.compile(
+    "Invalid defaults list|can only be used in conjunction with|Only one of --|Exceeds the limit"
+)
+
 
 @contextmanager
 def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Raises errors of Hydra and OmegaConf as a ConfigError of one line."""
+    """Raises errors of Hydra, OmegaConf and YAML files as a ConfigError of one line."""
     from hydra.errors import HydraException
 
+    from lra.config.yaml_files import use_checked_files
+
+    use_checked_files()
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error, overrides)) from None
     except ValueError as error:
-        if "Config group override must be" not in str(error):
+        if "Config group override must be" in str(error):
+            raise ConfigError(
+                "a config group cannot be null in a sweep; sweep over the names of its options"
+            ) from None
+        if not HYDRA_INPUT.search(str(error)):
             raise
-        raise ConfigError(
-            "a config group cannot be null in a sweep; sweep over the names of its options"
-        ) from None
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
