@@ -22,13 +22,15 @@ record.json, schema 1. JSON is strict: NaN and infinities become null. Accuracie
     data            {source: generated | release, key, partial: not all examples,
                     splits: {train, val, test: {count, sha256}}}
     params          {total, groups: {name: count}}
-    segments        [{step, platform, kind, count, processes, micro_batch}]: the hardware from each
-                    `step` on
+    segments        [{step, platform, kind, count, processes, micro_batch, commit, versions}]: the
+                    hardware and the code from each `step` on
     resumed_from    steps at which the run was resumed
+    lost_metrics    lines of metrics.jsonl that were missing when the run was resumed
     damaged_checkpoints     steps whose checkpoint was damaged and skipped
     tuning_runs     number of runs behind the choice of this configuration
-    commit          of the code, with `+dirty` for uncommitted changes; null outside a checkout
-    versions        {python, jax, jaxlib, flax, optax, numpy, lra}
+    commit          of the code of the last segment, with `+dirty` for uncommitted changes; null
+                    outside a checkout
+    versions        {python, jax, jaxlib, flax, optax, numpy, lra} of the last segment
     device          {platform, kind, count: devices per batch, processes} of the last segment
     micro_batch     examples per forward and backward pass, over all devices, in the last segment
     eval_batch      examples per evaluation batch

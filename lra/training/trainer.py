@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig
 
-from lra.config.rules import parse_duration
 from lra.errors import DivergedError, PreemptedError
 from lra.runs import sanity
 from lra.training import distributed
@@ -23,7 +22,7 @@ from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.data_parallel import DataParallel
 from lra.training.evaluation import predict, score
 from lra.training.micro_batch import Batches, choose_sizes, make_batches
-from lra.training.preemption import Deadline, Signals
+from lra.training.preemption import Signals
 from lra.training.prefetch import place_data
 from lra.training.profiling import Profile, profiled_steps
 from lra.training.recorder import Recorder
@@ -48,7 +47,7 @@ class Trainer:
     def __init__(self, cfg: DictConfig, setup: Setup, devices: DataParallel, recorder: Recorder):
         self.cfg, self.setup, self.devices, self.recorder = cfg, setup, devices, recorder
         self.checkpoints = Checkpoints(recorder.checkpoints)
-        self.deadline = Deadline(parse_duration(cfg.trainer.time_limit), recorder.started)
+        self.deadline = recorder.deadline
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, recorder.folder.path / "profile", recorder.reporter.print)
 
@@ -194,6 +193,8 @@ class Trainer:
 
     def save(self, step: int, state: State, best: Best) -> None:
         """Saves the state, the best weights and what a resume needs of the record."""
+        # on all processes, because all of them write a checkpoint
+        distributed.run_on_all(self.recorder.folder.check_lock)
         progress = {
             "best": {"step": best.step, "accuracy": best.accuracy},
             **self.recorder.progress(self.setup.task.vocab),
