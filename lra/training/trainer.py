@@ -21,9 +21,9 @@ from lra.training import distributed
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.data_parallel import DataParallel
 from lra.training.evaluation import predict, score
-from lra.training.micro_batch import Batches, choose_sizes, make_batches
+from lra.training.micro_batch import choose_sizes, make_batches
 from lra.training.preemption import Signals
-from lra.training.prefetch import place_data
+from lra.training.prefetch import TrainingBatches, place_data
 from lra.training.profiling import Profile, profiled_steps
 from lra.training.recorder import Recorder
 from lra.training.schedules import plateau_scale, plateau_update, schedule
@@ -78,18 +78,28 @@ class Trainer:
         limit = cfg.trainer.eval_examples
         return data | {name: _first(data[name], limit) for name in ("val", "test")}
 
-    def choose_batches(self) -> tuple[Batches, StepFunctions, int]:
+    def choose_batches(self) -> tuple[TrainingBatches, StepFunctions, int]:
         """The source of batches, the jitted functions, and the evaluation batch size."""
         cfg, setup, devices = self.cfg.trainer, self.setup, self.devices
         variables = (setup.params, setup.batch_stats, setup.constants)
         setup.params, setup.batch_stats, setup.constants = devices.replicate(variables)
         make = cache(partial(make_batches, self.cfg, setup, self.data["train"], devices))
         micro_batch = cfg.micro_batch or cfg.batch_size
-        eval_batch = devices.round_up(cfg.eval_batch_size)
+        counts = {name: len(split.labels) for name, split in self.data.items()}
+        counts["train"] = min(counts["train"], cfg.train_eval_examples)
+        # a larger batch would be padding
+        eval_batch = devices.round_up(min(cfg.eval_batch_size, max(counts.values())))
         if micro_batch == "auto":
             kept = self.recorder.resumed_sizes()
             micro_batch, eval_batch, needs = choose_sizes(
-                self.cfg, setup, self.data["val"], devices, make, self.new_state, kept
+                self.cfg,
+                setup,
+                self.data["val"],
+                eval_batch,
+                devices,
+                make,
+                self.new_state,
+                kept,
             )
             self.recorder.reporter.micro_batch(micro_batch, cfg.batch_size, needs, eval_batch)
         self.recorder.sizes(micro_batch, eval_batch)
