@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from lra.config.options import options
 from lra.errors import ConfigError, LraError, PreemptedError
@@ -51,6 +52,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     from lra.config.compose import normalize_overrides
     from lra.config.messages import translated_errors
+    from lra.config.yaml_files import use_checked_files
 
     for word in argv:
         if match := re.match(r"--(task|model|protocol|experiment|size|debug|seed|resume)\b", word):
@@ -58,6 +60,7 @@ def train_command(argv: Sequence[str]) -> int:
     argv = normalize_overrides(argv)
     sys.argv = ["lra train", *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    use_checked_files()
     start = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
     if {"-m", "--multirun"} & set(argv):
         return sweep(start, argv)
@@ -89,6 +92,7 @@ def sweep(start, argv: Sequence[str]) -> int:
 
     try:
         with translated_errors(argv):
+            check_sweep(argv)
             start(sweep_job)()
     except LraError as error:
         log.error("%s", error)
@@ -101,6 +105,24 @@ def sweep(start, argv: Sequence[str]) -> int:
 
             print_quietly(partial(comparison_table, [root], published="best"))
     return 0
+
+
+def check_sweep(argv: Sequence[str]) -> None:
+    """Raises ConfigError if a range or a glob of the command line is empty: no run would start."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    words = [word for word in argv if "=" in word and word[0] != "-"]
+    for override in OverridesParser.create().parse_overrides(words):
+        value = override.value()
+        if isinstance(value, Glob):
+            # a folder of the user's own may have more options
+            own = any("searchpath" in word or word.startswith(("--config", "-c")) for word in argv)
+            found = own or value.filter(options(override.key_or_group))
+        else:
+            found = not override.is_range_sweep() or any(True for _ in override.sweep_iterator())
+        if not found:
+            raise ConfigError(f"{override.input_line} is empty, so the sweep has no runs")
 
 
 def sweep_job(cfg) -> None:
@@ -120,6 +142,7 @@ def sweep_job(cfg) -> None:
 def run_job(cfg) -> dict:
     """Runs the config that Hydra composed; returns the record."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from lra.config.compose import finalize
     from lra.training.run import train
@@ -131,7 +154,9 @@ def run_job(cfg) -> dict:
             folder = Path(source.path)
             inside = folder.is_relative_to(Path.cwd())
             flags += ["--config-dir", str(folder.relative_to(Path.cwd()) if inside else folder)]
-    return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
+    # with interpolations as typed
+    words = cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task))
+    return train(finalize(cfg, hydra_cfg.runtime.choices, words, flags))
 
 
 def print_quietly(make: Callable[..., str]) -> None:

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lra.config.messages import nearest, translated_errors
+from lra.config.messages import translated_errors, unknown_key
 from lra.config.options import CONF, OPTIONAL_GROUPS, options
-from lra.config.schema import COMPLETE_SECTIONS, KEYS, RENAMED, check_config
+from lra.config.schema import COMPLETE_SECTIONS, RENAMED, check_config, unknown_keys
 from lra.errors import ConfigError
 
 MAX_DEPTH = 16  # of a recorded config; those of conf/ have 4 levels
@@ -28,7 +28,10 @@ def composed(overrides: Sequence[str] = ()) -> Iterator[tuple[DictConfig, dict[s
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    from lra.config.yaml_files import use_checked_files
+
     overrides = normalize_overrides(overrides)
+    use_checked_files()
     GlobalHydra.instance().clear()
     with translated_errors(overrides), hydra.initialize_config_module("conf", version_base="1.3"):
         cfg = hydra.compose("train", overrides=overrides, return_hydra_config=True)
@@ -84,7 +87,8 @@ def finalize(
     for old, new in RENAMED.items():
         if OmegaConf.select(cfg, old) is not None:
             raise ConfigError(f"{old} in a config file is now {new}; rename the key")
-    check_names(cfg)
+    for key in unknown_keys(to_container(cfg)):
+        raise ConfigError(unknown_key(key, overrides))
     if OmegaConf.select(cfg, "model.param_count") is not None:
         from lra.config.width import choose_width  # imports JAX
 
@@ -99,11 +103,11 @@ def resolve(
 
     The arguments and errors are those of `finalize`.
     """
-    with open_dict(cfg):
-        cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
-        cfg.names.protocol = cfg.protocol.name
-        cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
     with translated_errors(overrides):
+        with open_dict(cfg):
+            cfg.names = {key: choices.get(key) for key in ("task", "model", "experiment")}
+            cfg.names.protocol = cfg.protocol.name
+            cfg.names.command = shlex.join(["lra", "train", *flags, *overrides])
         OmegaConf.resolve(cfg)
     check_config(cfg)
     return cfg
@@ -118,24 +122,6 @@ def run_config(cfg: DictConfig) -> dict[str, Any]:
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg))
-
-
-def check_names(cfg: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a key that nothing reads, outside the arguments of constructors."""
-    known = {"task", "model", *KEYS}
-    sections = {key.partition(".")[0] for key in known}
-    for section in cfg:
-        if section not in sections:
-            raise ConfigError(
-                f"unknown key {section}{nearest(str(section), sorted(sections))}; every key of the "
-                "config is part of a run's identity, so unknown ones are refused"
-            )
-    for section in COMPLETE_SECTIONS:
-        node = cfg.get(section)
-        for name in node if isinstance(node, Mapping) else ():
-            path = f"{section}.{name}"
-            if not any(f"{key}.".startswith(f"{path}.") for key in known):
-                raise ConfigError(f"unknown key {path}{nearest(path, list(KEYS))}")
 
 
 def stored_config(choices: Mapping[str, str]) -> DictConfig:

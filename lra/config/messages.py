@@ -13,10 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 from lra.config.options import CONF, NOT_ARGUMENTS, OPTIONAL_GROUPS, options
 from lra.errors import ConfigError
 
+# found in the messages of ValueErrors that Hydra raises for its input
+HYDRA_INPUT = re.compile(
+    "Invalid defaults list|can only be used in conjunction with|Only one of --|Exceeds the limit"
+)
+
 
 @contextmanager
 def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Raises errors of Hydra and OmegaConf as a ConfigError of one line."""
+    """Raises errors of Hydra, OmegaConf and YAML files as a ConfigError of one line."""
     try:
         yield
     except Exception as error:
@@ -28,6 +33,8 @@ def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
             raise ConfigError(
                 "a config group cannot be null in a sweep; sweep over the names of its options"
             ) from None
+        if isinstance(error, ValueError) and HYDRA_INPUT.search(str(error)):
+            raise ConfigError(" ".join(str(error).split())) from None
         raise
 
 

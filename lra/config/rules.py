@@ -35,7 +35,12 @@ def format_value(value: Any) -> str:
     """Formats a value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and not (value.strip() and value.isprintable()):
+        return repr(value)
     return str(value)
+
+
+INT32_MAX = 2**31 - 1  # steps and indices are int32 on the devices
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,12 @@ class Rule:
         raise ConfigError(f"{key}={format_value(value)} {self.verb} {expected}{reason}")
 
 
-def number(interval: str, *words: str | None, whole: bool = False) -> Rule:
-    """Numbers of an interval such as "[0, 1)", or one of `words`; NaN and infinity are invalid."""
+def number(interval: str, *words: str | None, whole: bool = False, most: int = INT32_MAX) -> Rule:
+    """Numbers of an interval such as "[0, 1)", or one of `words`; NaN and infinity are invalid.
+
+    Args:
+        whole: only whole numbers; without an upper end of the interval, those up to `most`.
+    """
     low, high = map(float, interval[1:-1].split(", "))
     kinds = int if whole else (int, float)
 
@@ -73,6 +82,8 @@ def number(interval: str, *words: str | None, whole: bool = False) -> Rule:
             return value in words
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
+        if whole and high == math.inf and value > most:
+            raise ValueError(f"the largest is {most}")
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         return above and below
@@ -84,9 +95,9 @@ def number(interval: str, *words: str | None, whole: bool = False) -> Rule:
     return Rule(" or ".join([f"{kind} {bound}", *map(format_value, words)]), accepts)
 
 
-def count(*words: str | None) -> Rule:
-    """Whole numbers from 1, or one of `words`."""
-    return number("[1, inf)", *words, whole=True)
+def count(*words: str | None, most: int = INT32_MAX) -> Rule:
+    """Whole numbers from 1 to `most`, or one of `words`."""
+    return number("[1, inf)", *words, whole=True, most=most)
 
 
 def choice(*words: str, also: Sequence[Any] = ()) -> Rule:
@@ -96,8 +107,15 @@ def choice(*words: str, also: Sequence[Any] = ()) -> Rule:
 
 
 def text(description: str, optional: bool = False) -> Rule:
+    """Printable text that is not empty."""
     description += " or null" if optional else ""
-    return Rule(description, lambda value: isinstance(value, str) or (optional and value is None))
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, str):
+            return optional and value is None
+        return bool(value.strip()) and value.isprintable()
+
+    return Rule(description, accepts)
 
 
 def described(description: str) -> Rule:
@@ -116,7 +134,11 @@ DURATION = Rule(
 )
 WORDS = Rule(
     "a list of words",
-    lambda value: isinstance(value, Sequence) and not isinstance(value, str),
+    lambda value: (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(word, str) for word in value)
+    ),
 )
 
 

@@ -3,7 +3,7 @@
 Defaults are in conf/. Tasks, models and backbones validate the arguments of their constructors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ Effect = Literal[
     "start",  # one start of a run: the same run folder, so that a resumed run may change it
     "process",  # one process of a run: processes of the same run may differ
 ]
+
+MAX_EXAMPLES = 10**8  # of a split; one of 2,048 ids each has 200 GB
 
 # Keys that have a new name, with the subkeys of each.
 RENAMED = {"task.budget": "task.hparams", "model.budget": "model.param_count"}
@@ -93,9 +95,9 @@ KEYS: Mapping[str, Key] = {
         "Customary sizes of the task, the defaults of backbone.*, trainer.* and model.*.",
         described("a mapping"),
     ),
-    "task.sizes.train": Key("Number of training examples.", count()),
-    "task.sizes.val": Key("Number of validation examples.", count()),
-    "task.sizes.test": Key("Number of test examples.", count()),
+    "task.sizes.train": Key("Number of training examples.", count(most=MAX_EXAMPLES)),
+    "task.sizes.val": Key("Number of validation examples.", count(most=MAX_EXAMPLES)),
+    "task.sizes.test": Key("Number of test examples.", count(most=MAX_EXAMPLES)),
     "model.recipe": Key(
         "The block and the learning rates of the model's paper, the defaults of backbone.* and "
         "optim.*.",
@@ -122,8 +124,9 @@ KEYS: Mapping[str, Key] = {
         "Weights scored on test: those with the best validation accuracy, or the last.",
         choice("best", "last"),
     ),
-    "backbone.depth": Key("Number of blocks.", count()),
-    "backbone.width": Key("Width D of the residual stream.", count()),
+    # limits against typing errors, because a larger model takes hours to trace or all memory
+    "backbone.depth": Key("Number of blocks.", number("[1, 1000]", whole=True)),
+    "backbone.width": Key("Width D of the residual stream.", number("[1, 65536]", whole=True)),
     "backbone.dropout": Key("Dropout rate inside the blocks.", number("[0, 1)")),
     "backbone.embedding_dropout": Key(
         "Dropout rate after the embeddings and their positions.", number("[0, 1)"),
@@ -302,6 +305,10 @@ KEYS: Mapping[str, Key] = {
 COMPLETE_SECTIONS = ("output", "data", "optim", "trainer", "tracker")
 
 
+# Sections with keys of their own for each option; constructors refuse unknown ones.
+FREE_SECTIONS = ("task", "model", "backbone", "protocol")
+
+
 def keys_affecting(*effects: Effect) -> tuple[str, ...]:
     """Keys with one of these effects, and sections of which every key has one of them."""
     keys = {key for key, entry in KEYS.items() if entry.affects in effects}
@@ -330,3 +337,15 @@ def check_config(config: Mapping[str, Any]) -> None:
             entry.valid.check(key, node[name])
         elif not sections or sections[0] in COMPLETE_SECTIONS:
             raise ConfigError(f"{key} is missing; `lra keys {key}` prints its default")
+
+
+def unknown_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys that no schema entry and no constructor reads."""
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if key in KEYS or key in FREE_SECTIONS:
+            continue
+        if not any(known.startswith(f"{key}.") for known in KEYS):
+            yield key
+        elif isinstance(value, Mapping):
+            yield from unknown_keys(value, f"{key}.")

@@ -92,10 +92,12 @@ class Device(TypedDict, total=False):
 
 
 class Segment(Device, total=False):
-    """The hardware from `step` on."""
+    """The hardware and the code from `step` on."""
 
     step: Required[Count]
     micro_batch: Count | None
+    commit: str | None
+    versions: dict[str, str | None] | None
 
 
 class StoppedEarly(TypedDict, total=False):
@@ -157,10 +159,11 @@ class Record(TypedDict, total=False):
     params: Params | None
     segments: list[Segment] | None
     resumed_from: list[Count] | None  # steps
+    lost_metrics: Count | None  # lines of metrics.jsonl that were missing at a resume
     damaged_checkpoints: list[Count] | None  # steps whose checkpoint was damaged and skipped
     tuning_runs: Count | None  # runs behind the choice of this configuration
-    commit: str | None  # of the code, with `+dirty` for uncommitted changes
-    versions: dict[str, str | None] | None
+    commit: str | None  # of the last segment's code, with `+dirty` for uncommitted changes
+    versions: dict[str, str | None] | None  # of the last segment
     device: Device | None  # of the last segment
     micro_batch: Count | None  # examples per forward and backward pass, over all devices
     eval_batch: Count | None  # examples per evaluation batch

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ LOCK_S = 0.5  # limit for taking a lock, which `is_locked` of another process ho
 class RunFolder(AbstractContextManager):
     """A run folder, locked for this process until `close` or the end of a `with` block.
 
-    Raises RunFolderError if another process has locked it, LraError if it cannot be written.
+    Raises RunFolderError if another process has locked it, LraError if it cannot be written. The
+    methods that write raise RunFolderError and write nothing if the lock or the folder was removed.
     """
 
     def __init__(self, path: str | Path):
@@ -45,6 +46,8 @@ class RunFolder(AbstractContextManager):
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
+            # the open lock file keeps its inode number from being used again
+            self._locked_file = os.stat(self.path / LOCK)
             for leftover in self.path.glob(".*.tmp"):  # of a writer killed before its rename
                 leftover.unlink()
             metrics = self.path / METRICS
@@ -57,6 +60,18 @@ class RunFolder(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_lock(self) -> None:
+        """Raises RunFolderError if run.lock was removed: another run may then write here."""
+        path = self.path / LOCK
+        with disk_errors(path), suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), self._locked_file):
+                return
+        removed = path if self.path.is_dir() else self.path
+        raise RunFolderError(
+            f"{removed} was removed during the run, so another run may use the folder; this run "
+            "ends and writes nothing more"
+        )
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replaces record.json by `record` plus `schema`; an error leaves the old file intact.
 
@@ -64,6 +79,7 @@ class RunFolder(AbstractContextManager):
         """
         text = json.dumps(to_json({"schema": SCHEMA, **record}), indent=1, allow_nan=False)
         parse_json(Record, text.encode())
+        self.check_lock()
         write_atomically(self.path / RECORD, text.encode() + b"\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -71,6 +87,7 @@ class RunFolder(AbstractContextManager):
         row = to_json({**row, "step": int(row["step"])})
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         path = self.path / METRICS
+        self.check_lock()
         with disk_errors(path), open(path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             try:
@@ -80,12 +97,17 @@ class RunFolder(AbstractContextManager):
                 file.truncate(start)
                 raise
 
-    def truncate_metrics(self, step: int) -> None:
-        """Atomically removes the lines after `step`, which a run resumed at `step` writes again."""
+    def truncate_metrics(self, step: int) -> int:
+        """Atomically removes the lines after `step`, which a run resumed at `step` writes again.
+
+        Returns the number of lines that are left.
+        """
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         if (self.path / METRICS).exists():
+            self.check_lock()
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(self.path / METRICS, text.encode())
+        return len(rows)
 
     def write_predictions(self, logits: Any, labels: Any, rows: Any) -> None:
         """Replaces predictions.npz.
@@ -97,6 +119,7 @@ class RunFolder(AbstractContextManager):
         """
         buffer = io.BytesIO()
         np.savez(buffer, logits=np.asarray(logits, np.float32), labels=labels, rows=rows)
+        self.check_lock()
         write_atomically(self.path / PREDICTIONS, buffer.getvalue())
 
     def read_record(self) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Mirrors a run to Weights & Biases (W&B); the run folder stays the source of truth.
 
 All calls into W&B happen on one daemon thread. The run only appends to the queue of that thread,
-so a slow, failing or hanging W&B costs nothing until `finish`, which waits at most `FINISH_S` and
-then ends W&B's service process. Any error of W&B becomes one warning.
+so a slow, failing or hanging W&B costs nothing until `finish`, which waits a limited time and then
+ends W&B's service process. Any error of W&B becomes one warning.
 
 Mode: `tracker.wandb=off` is final, then WANDB_MODE, then `tracker.wandb`. `auto` is online with a
 login and a server that accepts the run, otherwise offline; a failed online start falls back to it.
@@ -12,10 +12,13 @@ Offline runs are in <folder>/wandb; `sync_hint` is the command that uploads them
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import queue
 import secrets
 import shlex
+import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -28,9 +31,11 @@ from lra.runs.records import config_hash, to_json
 
 log = logging.getLogger(__name__)
 
+IMPORT_S = 60  # limit for `import wandb`, which may hang on a file system that does not answer
 INIT_S = 10.0  # W&B's limit for starting an online run
 UPLOAD_S = 10.0  # W&B's limit for uploading what is left at the end of a run
-FINISH_S = 20.0  # the longest that `finish` waits, covers both limits
+FINISH_S = 20.0  # the longest that `finish` waits, covers the two limits above
+KILL_S = 1.0  # limit for ending W&B's service process
 DOCTOR_S = 30.0  # for the state that `lra doctor` prints
 
 _MODES = dict.fromkeys(("online", "run", "shared"), "online")
@@ -47,7 +52,8 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None: ...
 
-    def finish(self, status: str) -> None: ...
+    def finish(self, status: str, seconds: float = math.inf) -> None:
+        """Sends the status; waits for what is left, at most `seconds` and `FINISH_S`."""
 
 
 class WandbTracker(Tracker):
@@ -58,7 +64,9 @@ class WandbTracker(Tracker):
 
     def __init__(self, folder: Path, mode: str, run: Mapping[str, Any]):
         self.folder = folder
-        self._ended = False
+        self._ended = False  # whether `finish` has given up on W&B
+        self._failed = False  # whether W&B failed or was ended, so that a server lacks values
+        self._imported = False
         self._shared = False  # whether the service belongs to a W&B run of the calling program
         self._calls: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._mirror, args=(mode, run), daemon=True)
@@ -72,31 +80,35 @@ class WandbTracker(Tracker):
         values = to_json(values)
         self._calls.put(lambda run: run.summary.update(values))
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, seconds: float = math.inf) -> None:
+        seconds = min(seconds, FINISH_S)
         if status == "preempted":
             self._calls.put(lambda run: run.mark_preempting())
         self._calls.put(lambda run: run.finish(exit_code=0 if status == "finished" else 1))
         self._calls.put(None)
         try:
-            self._thread.join(FINISH_S)
+            self._thread.join(seconds)
         finally:  # also after Ctrl-C
             if self._thread.is_alive():
-                self._ended = True
-                log.warning("W&B did not finish within %g s; this run ends without it", FINISH_S)
+                self._ended = self._failed = True
+                log.warning("W&B did not finish within %.3g s; this run ends without it", seconds)
                 self._kill_service()
 
     @property
     def sync_hint(self) -> str | None:  # type: ignore[override]
-        """The command that uploads the offline runs in this folder; None without any."""
-        if not list((self.folder / "wandb").glob("offline-run-*")):
-            return None
-        return f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}/offline-run-*"
+        """The command that uploads what the server lacks from this folder; None without any."""
+        folder = self.folder / "wandb"
+        names = ["offline-run-*", *(["run-*"] if self._failed else [])]
+        found = [name for name in names if any(folder.glob(f"{name}/*.wandb"))]
+        paths = [f"{shlex.quote(str(folder))}/{name}" for name in found]
+        return f"wandb sync {' '.join(paths)}" if paths else None
 
     def _mirror(self, mode: str, run: Mapping[str, Any]) -> None:
         try:
             (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
             run = {**run, "id": run_id(self.folder, run["config"]), "dir": str(self.folder)}
             wandb = _import_wandb()
+            self._imported = True
             self._shared = "WANDB_SERVICE" in os.environ
             wandb_run = _open_run(wandb, mode, run)
             while (call := self._calls.get()) is not None:
@@ -104,18 +116,25 @@ class WandbTracker(Tracker):
             if not self._shared:
                 wandb.teardown()
         except BaseException as error:  # W&B also calls sys.exit
+            self._failed = True
             if not self._ended:
                 log.warning("W&B failed: %s; this run goes on without it", _brief(error))
                 self._kill_service()
 
     def _kill_service(self) -> None:
         """Ends W&B's service process, which W&B's exit hook would wait for without a limit."""
-        if self._shared:
+        if self._shared or not self._imported:
             return
-        with suppress(BaseException):  # such as AttributeError while `import wandb` hangs
-            wandb = sys.modules["wandb"]
-            wandb.setup()._connection._proc._process.kill()  # W&B has no public call for this
-            wandb.teardown()
+
+        def kill() -> None:
+            with suppress(BaseException):  # such as AttributeError without a service
+                wandb = sys.modules["wandb"]
+                wandb.setup()._connection._proc._process.kill()  # W&B has no public call for this
+                wandb.teardown()
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        killer.join(KILL_S)
 
 
 def make_tracker(
@@ -202,6 +221,14 @@ def _online_state() -> str:
 def _import_wandb() -> Any:
     for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}.items():
         os.environ.setdefault(name, value)
+    if "wandb" not in sys.modules and hasattr(signal, "alarm"):  # missing on Windows
+        # Another process tries first: an import that hangs here would hold Python's import lock, so
+        # that the run would hang at its next import or at its exit.
+        code = f"import signal; signal.alarm({IMPORT_S}); import wandb"
+        null = subprocess.DEVNULL
+        trial = subprocess.run([sys.executable, "-P", "-c", code], stdout=null, stderr=null)
+        if trial.returncode == -signal.SIGALRM:
+            raise TimeoutError(f"import wandb takes longer than {IMPORT_S} s")
     import wandb
 
     return wandb

@@ -88,7 +88,12 @@ class Checkpoints:
             state=ocp.args.StandardSave(leaves),
             progress=ocp.args.JsonSave(json.loads(json.dumps(progress))),
         )
-        # Check first: if the disk fills up during a save, Orbax dumps stack traces of its threads.
+        # Check first: if a save fails, Orbax dumps stack traces of its threads.
+        if not self.folder.is_dir():
+            raise LraError(
+                f"{self.folder} was removed during the run; the checkpoint of step {step} is not "
+                "written, and the same command starts anew"
+            )
         if shutil.disk_usage(self.folder).free < sum(leaf.nbytes for leaf in leaves) + SPARE_BYTES:
             raise self._save_error(step, "the disk is full")
         try:
@@ -104,7 +109,8 @@ class Checkpoints:
                 shutil.rmtree(damaged, ignore_errors=True)
 
     def _save_error(self, step: int, reason: str) -> LraError:
-        free = shutil.disk_usage(self.folder).free // 2**20
+        folder = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        free = shutil.disk_usage(folder).free // 2**20
         return LraError(
             f"cannot write the checkpoint of step {step} in {self.folder} ({free} MiB free): "
             f"{reason}; earlier checkpoints are intact: free some space and run the same command "
@@ -286,3 +292,17 @@ def sha256(path: Path) -> str:
 def has_checkpoint(folder: Path) -> bool:
     """Returns whether `folder` holds a complete checkpoint, without importing Orbax."""
     return any(path.name.isdigit() for path in folder.glob("*"))
+
+
+def newest_progress(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Returns step and `progress` of the newest intact checkpoint, without importing Orbax.
+
+    The dictionary is empty if there is none.
+    """
+    for step in sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True):
+        if find_corruption(folder / str(step)) is None:
+            try:
+                return step, json.loads((folder / str(step) / "progress/metadata").read_bytes())
+            except (OSError, ValueError):
+                continue
+    return 0, {}

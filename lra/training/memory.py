@@ -34,7 +34,12 @@ def device_bytes(device: jax.Device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether the device ran out of memory; XLA and cuFFT word it in several ways."""
+    """Returns whether the device or the host ran out of memory.
+
+    XLA and cuFFT word it in several ways.
+    """
+    if isinstance(error, MemoryError):  # NumPy
+        return True
     return isinstance(error, jax.errors.JaxRuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 

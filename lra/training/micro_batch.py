@@ -1,5 +1,6 @@
 """Chooses the micro-batch: how many examples' activations are held in memory at once."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,17 +13,15 @@ from lra.errors import ConfigError, LraError
 from lra.training import distributed
 from lra.training.data_parallel import DataParallel
 from lra.training.memory import compiled_bytes, device_bytes, in_gb, is_out_of_memory
-from lra.training.prefetch import DeviceData, HostPrefetch
+from lra.training.prefetch import DeviceData, HostPrefetch, TrainingBatches
 from lra.training.setup import Setup
 from lra.training.state import Examples, State, copy_tree
 from lra.training.step import StepFunctions, make_step_functions
 
-Batches = DeviceData | HostPrefetch
-
 
 def make_batches(
     cfg: DictConfig, setup: Setup, train: Examples, devices: DataParallel, micro_batch: int
-) -> tuple[Batches, StepFunctions]:
+) -> tuple[TrainingBatches, StepFunctions]:
     """The source of training batches and the jitted functions for one micro-batch size."""
     batch_size = cfg.trainer.batch_size
     step_fns = make_step_functions(setup, batch_size, micro_batch, devices)
@@ -36,8 +35,9 @@ def choose_sizes(
     cfg: DictConfig,
     setup: Setup,
     val: Examples,
+    eval_batch: int,
     devices: DataParallel,
-    make: Callable[[int], tuple[Batches, StepFunctions]],
+    make: Callable[[int], tuple[TrainingBatches, StepFunctions]],
     new_state: Callable[[], State],
     previous: dict[str, Any],
 ) -> tuple[int, int, dict[int, int | None]]:
@@ -45,6 +45,7 @@ def choose_sizes(
 
     Args:
         val: validation split, from which the evaluations tried take their examples.
+        eval_batch: largest evaluation batch to try.
         make: `make_batches` for a size, which returns the same objects when called again.
         new_state: makes a state that a trial may consume.
         previous: record of an earlier start whose checkpoint is resumed; its sizes are kept, so
@@ -77,7 +78,7 @@ def choose_sizes(
     sizes = candidates("micro_batch", cfg.trainer.batch_size)
     what = "a micro-batch" if len(sizes) > 1 else "the micro-batch of the earlier start,"
     micro_batch, needs = search(what, sizes, training)
-    sizes = candidates("eval_batch", devices.round_up(cfg.trainer.eval_batch_size))
+    sizes = candidates("eval_batch", eval_batch)
     state = new_state()  # held in memory while an evaluation runs
     eval_batch, _ = search("an evaluation batch", sizes, evaluation)
     del state
@@ -105,7 +106,9 @@ def check_micro_batch(cfg: DictConfig, devices: int) -> None:
 
 def micro_batch_sizes(batch_size: int, devices: int = 1) -> list[int]:
     """Divisors of the batch size that are multiples of the number of devices, largest first."""
-    return [n for n in range(batch_size, 0, -1) if batch_size % n == 0 and n % devices == 0]
+    small = [n for n in range(1, math.isqrt(batch_size) + 1) if batch_size % n == 0]
+    divisors = {*small, *(batch_size // n for n in small)}
+    return sorted((n for n in divisors if n % devices == 0), reverse=True)
 
 
 def halvings(batch_size: int, devices: int = 1) -> list[int]:

@@ -1,16 +1,19 @@
 """Stops a run in time: SIGINT and SIGTERM, and the wall-time limit `trainer.time_limit`."""
 
+import math
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lra.errors import PreemptedError
 
-EXIT_S = 30.0  # reserved for the record and the tracker
+EXIT_S = 30.0  # reserved for the record, the tracker and the exit of the process
 EXIT_SHARE = 0.05  # at most this share of the limit
+TRACKER_SHARE = 2 / 3  # of the time that is left for the exit
+TRACKER_LATE_S = 1.0  # if the limit has passed, as it may in the final scoring
 
 
 class Signals:
@@ -41,11 +44,11 @@ class Signals:
         repeated, self.received = self.received is not None, signal.Signals(number).name
         if not self._deferred or (repeated and number == signal.SIGINT):
             raise KeyboardInterrupt
-        print(
-            f"lra: {self.received}: saving after the current steps; Ctrl-C stops at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"lra: {self.received}: saving after the current steps; Ctrl-C stops at once\n"
+        # The signal may interrupt a write to sys.stderr, and neither print nor logging may then
+        # write to it: RuntimeError, reentrant call.
+        with suppress(OSError):
+            os.write(2, message.encode())
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -114,3 +117,10 @@ class Deadline:
     def record_save(self, seconds: float) -> None:
         """Notes the duration of a checkpoint save."""
         self._longest_save = max(self._longest_save, seconds)
+
+    def tracker_seconds(self) -> float:
+        """Returns how long the tracker may take at the end of the run; inf without a limit."""
+        if self.limit is None:
+            return math.inf
+        left = self.limit - (self.clock() - self.started)
+        return TRACKER_SHARE * left if left > 0 else TRACKER_LATE_S

@@ -1,6 +1,7 @@
 """Training data on the device, or on the host with prefetch. Both give the same batches."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,24 +52,21 @@ def place_data(store: Store, devices: DataParallel, placement: str) -> dict[str,
     return {name: placed[id(split)] for name, split in store.splits.items()}
 
 
-class DeviceData:
-    """Training data on the device; the jitted function draws its batches by index."""
-
-    def __init__(self, split: Examples):
-        self.split = split
+class TrainingBatches(ABC):
+    """The batches of a run: training data on the device or on the host."""
 
     def start(self, step: int) -> None:
         """Prepares for training from `step` on."""
 
+    @abstractmethod
     def available_until(self, step: int) -> int:
         """Returns the last step to which one call from `step` on has data; waits for the data."""
-        return sys.maxsize
 
+    @abstractmethod
     def jitted_call(
         self, step_fns: StepFunctions, state: State, constants: Any, until: int
     ) -> tuple[Callable[..., State], tuple]:
         """Returns the jitted function and the arguments that train from `state.step` to `until`."""
-        return step_fns.train_steps, (state, constants, self.split, np.int32(until))
 
     def call(self, step_fns: StepFunctions, state: State, constants: Any, until: int) -> State:
         """Trains from `state.step` to `until`; donates `state`."""
@@ -79,7 +77,22 @@ class DeviceData:
         """Stops all prefetching and frees what was prefetched."""
 
 
-class HostPrefetch(DeviceData):
+class DeviceData(TrainingBatches):
+    """Training data on the device; the jitted function draws its batches by index."""
+
+    def __init__(self, split: Examples):
+        self.split = split
+
+    def available_until(self, step: int) -> int:
+        return sys.maxsize
+
+    def jitted_call(
+        self, step_fns: StepFunctions, state: State, constants: Any, until: int
+    ) -> tuple[Callable[..., State], tuple]:
+        return step_fns.train_steps, (state, constants, self.split, np.int32(until))
+
+
+class HostPrefetch(TrainingBatches):
     """Training data on the host; a thread sends windows of batches to the device ahead of time.
 
     Args:
@@ -99,8 +112,7 @@ class HostPrefetch(DeviceData):
         devices: DataParallel,
         steps: int,
     ):
-        super().__init__(split)
-        self.batch_size, self.devices, self.steps = batch_size, devices, steps
+        self.split, self.batch_size, self.devices, self.steps = split, batch_size, devices, steps
         # Shuffle on the CPU; on the accelerator the shuffle would queue behind the running steps.
         self.cpu = cpu_device()
         self.order_key = order_key if self.cpu is None else jax.device_put(order_key, self.cpu)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from lra.config.rules import format_value
 from lra.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,12 @@ def profiled_steps(value: object, steps: int) -> range | None:
     """
     if value is None:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", str(value).strip())
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", str(value).strip())
     if not match or not 0 <= int(match[1]) < int(match[2]) <= steps:
         raise ConfigError(
-            f"trainer.profile={value} must be A:B with 0 <= A < B <= trainer.steps={steps}, the "
-            f"steps to trace as a Python slice, in quotes in a YAML file; or null"
+            f"trainer.profile={format_value(value)} must be A:B with 0 <= A < B <= "
+            f"trainer.steps={steps}, the steps to trace as a Python slice, in quotes in a YAML "
+            f"file; or null"
         )
     return range(int(match[1]), int(match[2]))
 

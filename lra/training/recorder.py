@@ -15,6 +15,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from lra.config.compose import run_config, to_container
+from lra.config.rules import parse_duration
 from lra.data.store import Store
 from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
 from lra.runs import records, sanity
@@ -24,8 +25,14 @@ from lra.runs.run_folder import RunFolder
 from lra.runs.tracking import Tracker, make_tracker
 from lra.tasks.base import SPLITS
 from lra.training import distributed
-from lra.training.checkpoint import Restored, checkpoint_metadata, has_checkpoint
+from lra.training.checkpoint import (
+    Restored,
+    checkpoint_metadata,
+    has_checkpoint,
+    newest_progress,
+)
 from lra.training.optimizer import Group
+from lra.training.preemption import Deadline
 from lra.training.timing import compile_seconds
 
 CHECKPOINTS = "checkpoints"  # subfolder of a run's folder
@@ -38,11 +45,12 @@ class Recorder:
 
     Attributes:
         record: the content of record.json; `save` writes it.
-        previous: the record that an earlier start of this run left; empty for a new run.
+        deadline: when the run must save and stop.
         reporter: prints progress.
         checkpoints: folder of the checkpoints.
 
     Args:
+        previous: the record that an earlier start of this run left; empty for a new run.
         num_classes: C of the task.
         groups: parameter groups of the optimizer.
         num_devices: devices that share a batch, over all processes.
@@ -53,6 +61,7 @@ class Recorder:
         self,
         cfg: DictConfig,
         folder: RunFolder,
+        previous: dict[str, Any],
         *,
         num_classes: int,
         groups: list[Group],
@@ -60,9 +69,11 @@ class Recorder:
         started: float,
     ):
         self.cfg, self.folder, self.started = cfg, folder, started
+        self.deadline = Deadline(parse_duration(cfg.trainer.time_limit), started)
         self.num_classes, self.groups = num_classes, groups
-        self.previous = distributed.broadcast(folder.read_record) or {}
-        self.record = initial_record(cfg, self.previous, groups, num_devices)
+        self.previous = previous
+        self.record = initial_record(cfg, previous, groups, num_devices)
+        self.metrics_lines = 0  # of metrics.jsonl; before `start`, those it should have
         self.tracker = Tracker()
         self.reporter = Reporter(
             cfg.trainer.steps,
@@ -107,11 +118,15 @@ class Recorder:
         record["resumed_from"].append(saved.step)
         record["damaged_checkpoints"] += saved.damaged
         record["selection"] = saved.progress["selection"]
-        record["first_loss"] = saved.progress.get("first_loss")  # absent in old checkpoints
+        # absent in old checkpoints
+        record["first_loss"] = saved.progress.get("first_loss")
+        self.metrics_lines = saved.progress.get("metrics_lines", 0)
 
     def progress(self, vocab: Sequence[str] | None) -> dict[str, Any]:
-        """What a checkpoint keeps of the record, for `resume`."""
+        """What a checkpoint keeps for `resume` and, without record.json, for `previous_record`."""
         return {
+            "record": records.to_json(self.record),
+            "metrics_lines": self.metrics_lines,
             "selection": self.record["selection"],
             "first_loss": self.record["first_loss"],
             **checkpoint_metadata(self.record["config"], vocab),
@@ -120,7 +135,7 @@ class Recorder:
     def start(self, step: int) -> None:
         """Opens the trackers and prints the header of a run that begins or resumes at `step`."""
         self.record["segments"] = self._segments(step)
-        self.folder.truncate_metrics(step)
+        self._truncate_metrics(step)
         self.save(step=step)
         if distributed.is_first():
             self.tracker = make_tracker(
@@ -137,10 +152,21 @@ class Recorder:
         ]
         self.reporter.header(self.record, rates, self.folder.path)
 
+    def _truncate_metrics(self, step: int) -> None:
+        """Removes the lines after `step`; warns of lost lines and records their number."""
+        expected, self.metrics_lines = self.metrics_lines, self.folder.truncate_metrics(step)
+        if (lost := expected - self.metrics_lines) > 0 and distributed.is_first():
+            self.record["lost_metrics"] += lost
+            log.warning(
+                f"{self.folder.path / records.METRICS} lacks {lost} of the {expected} lines up to "
+                f"step {step}; the run continues without them, and curves have a gap"
+            )
+
     def _segments(self, step: int) -> list[dict[str, Any]]:
-        """Which devices trained which steps: earlier starts whose steps are kept, and this one."""
+        """What trained which steps: earlier starts whose steps are kept, and this one."""
         earlier = [part for part in self.previous.get("segments") or [] if part["step"] < step]
-        own = {"step": step, **self.record["device"], "micro_batch": self.record["micro_batch"]}
+        keys = ("micro_batch", "commit", "versions")
+        own = {"step": step, **self.record["device"], **{key: self.record[key] for key in keys}}
         return [*earlier, own]
 
     def first_loss(self, loss: float) -> None:
@@ -164,6 +190,7 @@ class Recorder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl and sends it to the trackers."""
         self.folder.append_metrics({"step": step, **values})
+        self.metrics_lines += 1
         self.tracker.log(step, values)
 
     def evaluation(
@@ -244,7 +271,8 @@ class Recorder:
         try:
             self._end(_status_of(error), error)
         except LraError as second:
-            log.warning(str(second))
+            if str(second) != str(error):  # such as a removed folder
+                log.warning(str(second))
 
     def _end(self, status: str, error: BaseException | None) -> None:
         self.record["memory"] = {"peak_bytes": peak_bytes()}
@@ -258,7 +286,7 @@ class Recorder:
             self.save(status=status, error=message)
         finally:  # also on a full disk: W&B's exit hook would wait for an unfinished run
             self.tracker.summary({"status": status, **scores})
-            self.tracker.finish(status)
+            self.tracker.finish(status, self.deadline.tracker_seconds())
 
 
 def _status_of(error: BaseException) -> str:
@@ -301,6 +329,7 @@ def initial_record(
         "segments": list(previous.get("segments") or []),
         "resumed_from": list(previous.get("resumed_from") or []),
         "damaged_checkpoints": list(previous.get("damaged_checkpoints") or []),
+        "lost_metrics": previous.get("lost_metrics", 0),
         "tuning_runs": cfg.tuning_runs,
         "commit": git_commit(),
         "versions": versions(),
@@ -317,28 +346,56 @@ def initial_record(
     }
 
 
-def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> dict | None:
-    """The record of a run that is finished already; None if this run may use the folder.
+def previous_record(folder: RunFolder, config: dict[str, Any], resume: str) -> dict[str, Any]:
+    """The record that an earlier start of this run left; empty if there was none.
 
-    A run that failed before its first checkpoint may be overwritten.
+    A run that failed before its first checkpoint may be overwritten. If record.json is lost, it is
+    taken from the newest checkpoint.
 
     Raises:
-        RunFolderError: the folder holds a run, and `resume` is not auto.
+        RunFolderError: the folder holds another run, or `resume` is not auto and it holds this one,
+            or it holds checkpoints without any record.
     """
     record = folder.read_record()
     if record is None:
-        return None
-    if records.config_hash(record["config"]) != records.config_hash(config):
-        raise RunFolderError(
-            f"{folder.path} holds another run; choose another output.root or remove that folder"
-        )
+        return _lost_record(folder.path, config, resume)
+    _check_same_run(folder.path, record["config"], config)
     if resume != "auto" and _is_worth_keeping(record, folder.path):
         raise RunFolderError(
             f"{folder.path} holds this run already, {record['status']} at step "
             f"{record.get('step', 0)}; resume=auto continues it (or shows a finished run again), "
             f"another output.root or seed starts a new one"
         )
-    return record if record["status"] == "finished" else None
+    return record
+
+
+def _check_same_run(folder: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
+    if records.config_hash(found) != records.config_hash(config):
+        raise RunFolderError(
+            f"{folder} holds another run; choose another output.root or remove that folder"
+        )
+
+
+def _lost_record(folder: Path, config: dict[str, Any], resume: str) -> dict[str, Any]:
+    """The record as the newest checkpoint holds it; empty without checkpoints."""
+    if not has_checkpoint(folder / CHECKPOINTS):
+        return {}
+    found = f"{folder} holds checkpoints but no {records.RECORD}"
+    if resume != "auto":
+        raise RunFolderError(
+            f"{found}; resume=auto continues from the newest checkpoint, another output.root or "
+            "seed starts a new run"
+        )
+    step, progress = newest_progress(folder / CHECKPOINTS)
+    record = progress.get("record")
+    if record is None:
+        raise RunFolderError(
+            f"{found}, and no checkpoint that can be read holds a copy of it; put {records.RECORD} "
+            "back, or remove the folder to start anew"
+        )
+    _check_same_run(folder, record["config"], config)
+    log.warning(f"{found}; the run continues with the copy in the checkpoint of step {step}")
+    return record
 
 
 def _is_worth_keeping(record: dict[str, Any], folder: Path) -> bool:

@@ -15,7 +15,7 @@ from lra.training.data_parallel import choose_devices
 from lra.training.memory import is_out_of_memory, out_of_memory_advice
 from lra.training.micro_batch import check_micro_batch
 from lra.training.preemption import Signals
-from lra.training.recorder import Recorder, finished_record
+from lra.training.recorder import Recorder, previous_record
 from lra.training.setup import Setup, check_compatible, use_compilation_cache
 from lra.training.trainer import Trainer
 
@@ -42,12 +42,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     setup = Setup(cfg)  # finds most config errors before a folder is made
     path = records.run_path(cfg.output.root, config, to_container(cfg.names))
     with distributed.open_run_folder(path) as folder:
-        finished = distributed.broadcast(partial(finished_record, folder, config, cfg.resume))
-        if finished is not None:
-            return finished
+        previous = distributed.broadcast(partial(previous_record, folder, config, cfg.resume))
+        if previous.get("status") == "finished":
+            return previous
         recorder = Recorder(
             cfg,
             folder,
+            previous,
             num_classes=setup.task.num_classes,
             groups=setup.groups,
             num_devices=devices.num_devices,

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from lra.config.build import build_task, data_arguments, model_builder
 from lra.config.options import CONF
 from lra.data.store import Store, prepare
-from lra.errors import ConfigError
+from lra.errors import ConfigError, LraError
 from lra.runs.progress import preparing
 from lra.tasks.base import Task
 from lra.training import distributed
+from lra.training.memory import is_out_of_memory
 from lra.training.optimizer import adamw
 from lra.training.profiling import profiled_steps
 
@@ -118,6 +119,13 @@ def build(builder: Callable[..., nnx.Module], key: jax.Array) -> tuple:
         model = builder(rngs=nnx.Rngs(params=key))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LraError(
+            "out of memory while the model was built; lower backbone.width or backbone.depth, or "
+            "the sizes in the section model"
+        ) from error
     graph, *variables = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
     # weak types, as of jnp.full(shape, 0.5), change in the first step, which would then recompile
     return graph, *jax.tree.map(

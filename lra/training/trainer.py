@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig
 
-from lra.config.rules import parse_duration
 from lra.errors import DivergedError, PreemptedError
 from lra.runs import sanity
 from lra.tasks.base import SPLITS
@@ -23,9 +22,9 @@ from lra.training import distributed
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.data_parallel import DataParallel
 from lra.training.evaluation import predict, sample_rows, score
-from lra.training.micro_batch import Batches, choose_sizes, make_batches
-from lra.training.preemption import Deadline, Signals
-from lra.training.prefetch import place_data
+from lra.training.micro_batch import choose_sizes, make_batches
+from lra.training.preemption import Signals
+from lra.training.prefetch import TrainingBatches, place_data
 from lra.training.profiling import Profile, profiled_steps
 from lra.training.recorder import Recorder
 from lra.training.schedules import plateau_scale, plateau_update, schedule
@@ -49,7 +48,7 @@ class Trainer:
     def __init__(self, cfg: DictConfig, setup: Setup, devices: DataParallel, recorder: Recorder):
         self.cfg, self.setup, self.devices, self.recorder = cfg, setup, devices, recorder
         self.checkpoints = Checkpoints(recorder.checkpoints)
-        self.deadline = Deadline(parse_duration(cfg.trainer.time_limit), recorder.started)
+        self.deadline = recorder.deadline
         steps = profiled_steps(cfg.trainer.profile, cfg.trainer.steps)
         self.profile = Profile(steps, recorder.folder.path / "profile", recorder.reporter.print)
 
@@ -91,18 +90,28 @@ class Trainer:
         rows = self.scored_rows[name]
         return split if len(rows) == len(split.labels) else Examples(*(x[rows] for x in split))
 
-    def choose_batches(self) -> tuple[Batches, StepFunctions, int]:
+    def choose_batches(self) -> tuple[TrainingBatches, StepFunctions, int]:
         """The source of batches, the jitted functions, and the evaluation batch size."""
         cfg, setup, devices = self.cfg.trainer, self.setup, self.devices
         variables = (setup.params, setup.batch_stats, setup.constants)
         setup.params, setup.batch_stats, setup.constants = devices.replicate(variables)
         make = cache(partial(make_batches, self.cfg, setup, self.data["train"], devices))
         micro_batch = cfg.micro_batch or cfg.batch_size
-        eval_batch = devices.round_up(cfg.eval_batch_size)
+        counts = {name: len(split.labels) for name, split in self.data.items()}
+        counts["train"] = min(counts["train"], cfg.train_eval_examples)
+        # a larger batch would be padding
+        eval_batch = devices.round_up(min(cfg.eval_batch_size, max(counts.values())))
         if micro_batch == "auto":
             kept = self.recorder.resumed_record()
             micro_batch, eval_batch, needs = choose_sizes(
-                self.cfg, setup, self.data["val"], devices, make, self.new_state, kept
+                self.cfg,
+                setup,
+                self.data["val"],
+                eval_batch,
+                devices,
+                make,
+                self.new_state,
+                kept,
             )
             self.recorder.reporter.micro_batch(micro_batch, cfg.batch_size, needs, eval_batch)
         self.recorder.sizes(micro_batch, eval_batch)
@@ -206,6 +215,8 @@ class Trainer:
 
     def save(self, step: int, state: State, best: Best) -> None:
         """Saves the state, the best weights and what a resume needs of the record."""
+        # on all processes, because all of them write a checkpoint
+        distributed.run_on_all(self.recorder.folder.check_lock)
         progress = {
             "best": {"step": best.step, "accuracy": best.accuracy},
             **self.recorder.progress(self.setup.task.vocab),

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lra.errors import LraError
+from lra.errors import LraError, RunFolderError
 from lra.runs import records, run_folder
 from lra.runs.records import read_predictions
 from lra.runs.run_folder import RunFolder, load_records
@@ -100,6 +101,44 @@ def test_a_second_process_is_refused_with_the_name_of_the_owner(tmp_path):
     RunFolder(tmp_path / "run").close()  # free again
 
 
+WRITES = {
+    "record": lambda folder: folder.write_record(a_record(step=2)),
+    "metrics": lambda folder: folder.append_metrics({"step": 2}),
+    "truncated metrics": lambda folder: folder.truncate_metrics(0),
+    "predictions": lambda folder: folder.write_predictions(np.eye(2), [0, 1], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_run_whose_lock_was_removed_writes_nothing_more(tmp_path, write, taken):
+    with RunFolder(tmp_path) as folder:
+        folder.write_record(a_record(step=1))
+        folder.append_metrics({"step": 1})
+        (tmp_path / "run.lock").unlink()
+        other = RunFolder(tmp_path) if taken else None
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(RunFolderError, match=r"run\.lock was removed during the run") as caught:
+            WRITES[write](folder)
+        assert "\n" not in str(caught.value)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        if other:
+            WRITES[write](other)
+            other.close()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_run_whose_folder_was_removed_ends_in_one_line(tmp_path, write):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.append_metrics({"step": 1})
+        shutil.rmtree(tmp_path / "run")
+        if write == "truncated metrics":  # nothing to truncate
+            return
+        with pytest.raises(RunFolderError, match="run was removed during the run, so"):
+            WRITES[write](folder)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_starting_run_waits_for_a_short_shared_lock(tmp_path):
     RunFolder(tmp_path).close()
     descriptor = os.open(tmp_path / records.LOCK, os.O_RDONLY)
@@ -117,10 +156,10 @@ def test_a_shared_lock_does_not_count_as_running(tmp_path):
 
 def test_metrics_are_truncated_to_the_step_a_run_resumes_from(tmp_path):
     with RunFolder(tmp_path) as folder:
-        folder.truncate_metrics(0)  # nothing written yet
+        assert folder.truncate_metrics(0) == 0  # nothing written yet
         for step in range(0, 50, 10):
             folder.append_metrics({"step": step, "train/loss": 1 / (step + 1), "bad": float("inf")})
-        folder.truncate_metrics(20)
+        assert folder.truncate_metrics(20) == 3
         folder.append_metrics({"step": np.int32(30), "train/loss": 0.0})
         rows = records.read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 10, 20, 30]

@@ -141,6 +141,54 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path):
     assert seconds < 30
 
 
+HANGING = """
+import os, pathlib, time
+tried = pathlib.Path(os.environ["TRIED"])
+if tried.exists() or os.environ["WHEN"] == "first":
+    tried.write_text(str(os.getpid()))
+    time.sleep(1000)
+tried.touch()
+def setup():
+    import wandb.missing  # waits for the import that hangs
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ("first", "W&B failed: TimeoutError: import wandb takes longer than 1 s"),
+        ("second", "W&B did not finish within 1 s"),
+    ],
+)
+def test_an_import_that_hangs_is_one_warning_and_leaves_no_process(
+    tmp_path, monkeypatch, when, message
+):
+    (tmp_path / "wandb.py").write_text(HANGING)
+    monkeypatch.setenv("TRIED", str(tmp_path / "pid"))
+    monkeypatch.setenv("WHEN", when)
+    code = f"""
+import sys
+from pathlib import Path
+from lra.runs import tracking
+from lra.runs.console import configure_logging
+configure_logging()
+tracking.IMPORT_S, tracking.FINISH_S = 1, {20.0 if when == "first" else 1.0}
+tracker = tracking.make_tracker(
+    {options("auto")}, Path({str(tmp_path)!r}), config={CONFIG}, names={NAMES}, seed=0
+)
+tracker.log(1, dict(x=1.0))
+tracker.finish("finished")
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (warning,) = done.stderr.splitlines()
+    assert message in warning
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 # ---- a fake W&B
 
 
@@ -277,6 +325,29 @@ def test_a_call_that_hangs_costs_the_run_only_the_limit(tmp_path, fake, caplog, 
     tracker.finish("finished")
     assert time.perf_counter() - begin < 5
     assert caplog.messages == ["W&B did not finish within 0.2 s; this run ends without it"]
+
+
+def test_finish_waits_no_longer_than_the_run_may(tmp_path, fake, caplog):
+    fake(hangs=["finish"])
+    tracker = start(tmp_path)
+    assert tracker.sync_hint is None
+    begin = time.perf_counter()
+    tracker.finish("finished", 0.1)
+    assert time.perf_counter() - begin < tracking.KILL_S + 5
+    assert caplog.messages == ["W&B did not finish within 0.1 s; this run ends without it"]
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_an_online_run_that_was_cut_off_can_be_uploaded_later(tmp_path, fake, monkeypatch, call):
+    monkeypatch.setattr(tracking, "FINISH_S", 0.2)
+    fake(**({"fails": [call]} if call == "log" else {"hangs": [call]}))
+    tracker = start(tmp_path)
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-1" / "run-1.wandb").touch()
+    assert tracker.sync_hint is None
+    tracker.log(0, {"x": 1.0})
+    tracker.finish("finished")
+    assert tracker.sync_hint == f"wandb sync {tmp_path}/wandb/run-*"
 
 
 def test_the_limits_sum_to_less_than_thirty_seconds():

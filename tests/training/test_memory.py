@@ -6,6 +6,7 @@ import pytest
 import lra
 from lra.errors import LraError
 from lra.runs.records import read_record
+from lra.training import setup
 from lra.training.memory import in_gb, is_out_of_memory, out_of_memory_advice
 from lra.training.prefetch import DeviceData
 
@@ -22,6 +23,23 @@ from lra.training.prefetch import DeviceData
 def test_messages_of_an_out_of_memory_error(message, out_of_memory):
     assert is_out_of_memory(jax.errors.JaxRuntimeError(message)) is out_of_memory
     assert not is_out_of_memory(ValueError(message))
+
+
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError("9 GB")]
+)
+def test_out_of_memory_while_the_model_is_built_is_one_line(tiny, tmp_path, monkeypatch, error):
+    def builder(*_):
+        def build(**_):
+            raise error
+
+        return build
+
+    monkeypatch.setattr(setup, "model_builder", builder)
+    with pytest.raises(LraError, match="out of memory while the model was built; lower") as caught:
+        lra.train(tiny)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("record.json"))
 
 
 def test_out_of_memory_ends_in_advice(tiny, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from lra.config.compose import run_config
 from lra.errors import ConfigError, DataError, LraError, PreemptedError
 from lra.runs.progress import Reporter
 from lra.runs.records import read_record, run_path
-from lra.training import micro_batch, prefetch, trainer
+from lra.training import micro_batch, prefetch
 from lra.training.memory import compiled_bytes
 from lra.training.micro_batch import halvings, largest_that_fits, micro_batch_sizes
 from lra.training.step import make_step_functions
@@ -88,7 +89,8 @@ def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, mo
     assert made_sizes == [4, 2]  # what fitted is what trains
     # a start that ends before it trains leaves what the next one goes by
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "prepare", lambda *_, **__: (_ for _ in ()).throw(DataError("gone")))
+        gone = Mock(side_effect=DataError("gone"))
+        patch.setattr("lra.training.setup.prepare", gone)
         with pytest.raises(DataError):
             lra.train([*here, "resume=auto"])
     cfg = lra.compose(here)

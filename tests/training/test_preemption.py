@@ -1,5 +1,6 @@
 """Signals, time limits and durations; a run that they stop resumes bit for bit."""
 
+import math
 import os
 import signal
 import subprocess
@@ -37,6 +38,19 @@ def test_signals_interrupt_unless_deferred(capfd):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "lra: SIGTERM: saving after the current steps" in capfd.readouterr().err
+
+
+def test_signal_during_a_write_to_stderr_is_deferred(monkeypatch):
+    """Python refuses a write to a stream in the middle of another one."""
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with Signals() as signals, signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received == "SIGTERM"
 
 
 @pytest.mark.parametrize(("module", "where"), [(setup, "prepare"), (trainer, "score")])
@@ -134,6 +148,19 @@ def test_deadline_reserves_time_for_an_iteration_a_save_and_the_exit():
     now = 910.0
     assert deadline.reached()
     assert not Deadline(None, started=0.0, clock=lambda: 1e9).reached()
+
+
+@pytest.mark.parametrize(
+    ("limit", "now", "seconds"),
+    [
+        (None, 1e9, math.inf),
+        (60.0, 57, 2),  # a third of what is left is for the exit of the process
+        (60.0, 100, 1),  # after the final scoring, which is not cut short
+    ],
+)
+def test_tracker_ends_within_the_limit(limit, now, seconds):
+    deadline = Deadline(limit, started=0.0, clock=lambda: now)
+    assert deadline.tracker_seconds() == pytest.approx(seconds)
 
 
 def test_bad_time_limit_is_refused_before_a_folder_is_made(tiny, tmp_path):

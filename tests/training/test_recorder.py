@@ -19,6 +19,7 @@ def test_run_at_chance_warns_once_and_is_marked(tiny, caplog, capfd):
         "trainer.steps=8",
         "trainer.chance_after=0.5",
         "trainer.first_loss_tolerance=1.001",
+        "trainer.eval_batch_size=1000",
         "trainer.early_stopping=3",  # would stop at step 8, which is the last
     ]
     record = lra.train(overrides)
@@ -34,6 +35,7 @@ def test_run_at_chance_warns_once_and_is_marked(tiny, caplog, capfd):
     assert cell == f"FAIL ({100 * record['metrics']['test']['accuracy']:.1f}) n=1"
     # the first step ends after its compilation and before the end of the run
     time = record["time"]
+    assert record["eval_batch"] == 24  # examples of the largest split that is scored
     assert 0 < time["compile_s"] <= time["first_step_s"] <= time["wall_s"] + 0.01
 
 
@@ -48,10 +50,12 @@ def test_tracker_is_finished_when_the_record_cannot_be_written(tiny, monkeypatch
         write(self, record)
 
     monkeypatch.setattr(RunFolder, "write_record", full_disk)
-    monkeypatch.setattr(Tracker, "finish", lambda self, status: finished.append(status))
+    monkeypatch.setattr(Tracker, "finish", lambda self, *args: finished.append(args))
     with pytest.raises(LraError, match="the disk is full"):
-        lra.train([*tiny, "tracker=none", "backbone.depth=1"])
-    assert finished[0] == "finished"
+        lra.train([*tiny, "tracker=none", "backbone.depth=1", "trainer.time_limit=2h"])
+    status, seconds = finished[0]
+    assert status == "finished"
+    assert 0 < seconds < 7200
 
 
 def test_edited_config_is_checked_again(tiny):

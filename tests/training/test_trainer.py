@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from run_checks import folder_of
+from run_checks import (
+    ONE_STEP_CALLS,
+    assert_same_run,
+    folder_of,
+    killed,
+    make_unfinished,
+    steps_saved,
+)
 
 import lra
 from lra.errors import (
@@ -33,24 +39,12 @@ from lra.training import recorder, trainer
 from lra.training.evaluation import predict, sample_rows, score
 from lra.training.step import epoch_order
 
-# two epochs and a half of 16 steps, dropout on, checkpoints out of step with evaluations
-LONG = [
-    "trainer.steps=40",
-    "backbone.dropout=0.1",
-    "trainer.eval_every=4",
-    "trainer.checkpoint_every=10",
-]
 
-
-@pytest.fixture(scope="module")
-def whole(data_root, tmp_path_factory):
-    """A run that nothing disturbed: its overrides but for the folder, its folder, its record."""
-    from tiny import TINY
-
-    overrides = [*TINY, *LONG, f"data.root={data_root}"]
-    here = [*overrides, f"output.root={tmp_path_factory.mktemp('whole')}"]
-    record = lra.train(here)
-    return overrides, folder_of(here), record
+@pytest.fixture
+def whole(finished_run):
+    """An undisturbed run: its overrides without output.root, its folder, its record."""
+    overrides, folder = finished_run
+    return overrides, folder, read_record(folder)
 
 
 def test_record_holds_what_was_run(whole):
@@ -83,8 +77,8 @@ def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop_at", [1, 13])
 def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, stop_at):
-    overrides, folder, record = whole
-    here = [*overrides, f"output.root={tmp_path}", "trainer.call_seconds=1e-9"]
+    overrides, folder, _ = whole
+    here = [*overrides, f"output.root={tmp_path}", ONE_STEP_CALLS]
 
     def interrupt(self, step, done, seconds, tally):
         if step == stop_at:
@@ -98,42 +92,17 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
 
     resumed = lra.train([*here, "resume=auto"])
     assert resumed["resumed_from"] == [stop_at]
-    assert resumed["metrics"] == record["metrics"]
-    assert resumed["selection"] == record["selection"]
-    assert read_metrics(folder_of(here)) == read_metrics(folder)
-    np.testing.assert_array_equal(
-        read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"]
-    )
+    assert_same_run(here, folder_of(here), folder)
 
 
-@pytest.mark.parametrize("kill_at", [17])
-def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
+def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
     """After SIGKILL the run resumes from its last checkpoint and repeats the metrics after it."""
-    overrides, folder, record = whole
-    here = [*overrides, f"output.root={tmp_path}", "trainer.call_seconds=1e-9"]
-    code = f"""
-import os, signal
-import lra
-from lra.report.diagnose import diagnose
-from lra.report.evaluate import evaluate_run
-from lra.report.saved_run import SavedRun
-from lra.runs.progress import Reporter
-Reporter.advance = lambda self, step, *_: step == {kill_at} and os.kill(os.getpid(), signal.SIGKILL)
-lra.train({here!r})
-"""
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode
-        == -signal.SIGKILL
-    )
+    overrides, folder, _ = whole
+    here = [*overrides, ONE_STEP_CALLS, f"output.root={tmp_path}"]
+    assert killed(here, folder_of(here), "step", 17) == [10]
     assert load_records([tmp_path])[0]["status"] == "dead"
-    resumed = lra.train([*here, "resume=auto"])
-    assert resumed["resumed_from"] == [(kill_at - 1) // 10 * 10]
-    assert resumed["metrics"] == record["metrics"]
-    assert resumed["selection"] == record["selection"]
-    assert read_metrics(folder_of(here)) == read_metrics(folder)
-    np.testing.assert_array_equal(
-        read_predictions(folder_of(here))["logits"], read_predictions(folder)["logits"]
-    )
+    assert lra.train([*here, "resume=auto"])["resumed_from"] == [10]
+    assert_same_run(here, folder_of(here), folder)
 
 
 def test_checkpoint_that_cannot_be_written_ends_in_one_line_and_spares_the_one_before(
@@ -268,6 +237,118 @@ def test_folder_that_holds_another_run_is_refused(whole, tmp_path):
     with pytest.raises(RunFolderError, match="holds another run"):
         lra.train([*here, "resume=auto"])
     assert read_record(target)["config"]["optim"]["lr"] != 0.5
+
+
+# ---- files removed or changed by hand
+
+
+@pytest.mark.parametrize("removed", ["run.lock", "checkpoints", ""])
+def test_files_removed_during_the_run_end_it_in_one_line(
+    whole, tmp_path, monkeypatch, caplog, removed
+):
+    overrides, folder, _ = whole
+    here = [*overrides, f"output.root={tmp_path}", ONE_STEP_CALLS]
+    target, left = folder_of(here), {}
+
+    def remove(self, step, *_):
+        if step == 13:
+            path = target / removed
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+            left.update({p: p.read_bytes() for p in target.rglob("*") if p.is_file()})
+
+    monkeypatch.setattr(Reporter, "advance", remove)
+    with pytest.raises(LraError, match="was removed during the run") as caught:
+        lra.train(here)
+    assert "\n" not in str(caught.value)
+    assert not caplog.messages
+    monkeypatch.undo()
+    if removed == "run.lock":
+        assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == left
+        assert lra.train([*here, "resume=auto"])["resumed_from"] == [10]
+    elif removed == "checkpoints":
+        assert read_record(target)["status"] == "failed"
+        assert lra.train(here)["resumed_from"] == []
+    else:
+        assert not target.exists()
+        return
+    assert_same_run(here, target, folder)
+
+
+def test_lost_record_is_taken_from_the_checkpoint(copied_run, whole, caplog):
+    here, folder = copied_run
+    make_unfinished(folder)
+    (folder / "record.json").unlink()
+    with pytest.raises(RunFolderError, match="checkpoints but no record.json; resume=auto"):
+        lra.train(here)
+    record = lra.train([*here, "resume=auto"])
+    (line,) = caplog.messages
+    assert "no record.json; the run continues with the copy in the checkpoint of step 40" in line
+    assert [part["step"] for part in record["segments"]] == [0, 40]
+    assert record["resumed_from"] == [40]
+    assert record["time"]["wall_s"] > whole[2]["time"]["wall_s"] / 2
+    assert_same_run(here, folder, whole[1])
+
+
+def test_checkpoints_without_any_record_are_refused(copied_run, monkeypatch):
+    """Checkpoints of older versions hold no copy of the record."""
+    here, folder = copied_run
+    (folder / "record.json").unlink()
+    monkeypatch.setattr(recorder, "newest_progress", lambda folder: (40, {"config": {}}))
+    with pytest.raises(RunFolderError, match="no checkpoint that can be read holds a copy of it"):
+        lra.train([*here, "resume=auto"])
+    assert steps_saved(folder) == [30, 40]
+
+
+def test_checkpoints_of_another_run_without_record_are_refused(whole, tmp_path):
+    overrides, folder, _ = whole
+    here = [*overrides, "optim.lr=0.5", f"output.root={tmp_path}"]
+    shutil.copytree(folder / "checkpoints", folder_of(here) / "checkpoints")
+    with pytest.raises(RunFolderError, match="holds another run"):
+        lra.train([*here, "resume=auto"])
+
+
+@pytest.mark.parametrize("kept", [0, 12])
+def test_lost_metrics_are_one_warning_and_recorded(copied_run, whole, caplog, kept):
+    here, folder = copied_run
+    make_unfinished(folder)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    if kept:
+        (folder / "metrics.jsonl").write_bytes(b"".join(lines[:kept]))
+    else:
+        (folder / "metrics.jsonl").unlink()
+    record = lra.train([*here, "resume=auto"])
+    (line,) = caplog.messages
+    assert f"lacks {len(lines) - kept} of the {len(lines)} lines up to step 40" in line
+    assert record["lost_metrics"] == len(lines) - kept
+    assert whole[2]["lost_metrics"] == 0
+    assert record["metrics"] == whole[2]["metrics"]
+
+
+def test_each_segment_has_its_commit_and_versions(copied_run, monkeypatch):
+    here, folder = copied_run
+    make_unfinished(folder)
+    first = read_record(folder)
+    monkeypatch.setattr(recorder, "git_commit", lambda: "abc1234")
+    monkeypatch.setattr(recorder, "versions", lambda: {"jax": "9.9"})
+    record = lra.train([*here, "resume=auto"])
+    assert [part["commit"] for part in record["segments"]] == [first["commit"], "abc1234"]
+    assert [part["versions"] for part in record["segments"]] == [first["versions"], {"jax": "9.9"}]
+    assert (record["commit"], record["versions"]) == ("abc1234", {"jax": "9.9"})
+
+
+def test_record_of_an_older_version_is_continued(copied_run, whole):
+    here, folder = copied_run
+    make_unfinished(folder)
+    record = read_record(folder)
+    del record["lost_metrics"]
+    for part in record["segments"]:
+        del part["commit"], part["versions"]
+    (folder / "record.json").write_text(json.dumps(record))
+    assert lra.train([*here, "resume=auto"])["segments"][0] == record["segments"][0]
+    assert_same_run(here, folder, whole[1])
+
+
+# ---- the folder
 
 
 def test_folder_is_named_by_its_config_without_output_and_resume(tiny, tmp_path):
