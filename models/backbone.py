@@ -31,6 +31,7 @@ MLPS = ("none", "gelu", "relu", "silu", "swiglu")
 POOLS = ("mean", "last", "cls")
 PAIR_HEADS = ("interact", "concat")
 HEADS = ("linear", "mlp")
+INITS = ("flax", "mega")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 PRECISIONS = {"float32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
 # Names of jax.checkpoint_policies. `dots` saves products with weights, but not products of one
@@ -52,16 +53,25 @@ class Backbone(nnx.Module):
         vocab_size: V of token inputs (B, L), or None for values (B, L, F) with F = `num_features`.
         num_pairs: 1, or 2 if an example is a pair of sequences; both use this encoder.
         num_targets: 1, or T if each of the last T positions, which must be real, has a class.
-        pair_head: interact | concat, the input of a pair's head: S4's features or the LRA paper's.
+        pair_head: interact | concat, the input of a pair's head: S4's features or the LRA paper's;
+            `pair_head_ratio` is its hidden width over D.
         norm: batch | layer | rms | none; `norm_position` pre | post (of the residual sum).
         activation, glu: applied after the mixer; GLU `full` doubles the width and gates,
             `half1` and `half2` are S5's.
         mlp: a second residual branch, as in a Transformer; `mlp_ratio` is its hidden width over D.
         dropout: rate, after the activation and after the GLU (once if there is no GLU), and in and
             after the MLP; `embedding_dropout` after the embeddings and their positions.
+        tie_dropout: one dropout mask for all positions of a sequence inside the blocks.
         pool: mean | last of the real positions | cls (a learned token in front; not causal).
         positions: none | learned | sinusoidal (added to the encoding) | rotary (by the mixer).
-        head: linear | mlp (one hidden layer of `mlp_ratio` D with ReLU, as in the LRA paper).
+        head: linear | mlp (one hidden layer of `mlp_ratio` D, as in the LRA paper).
+        head_activation: gelu | relu | silu, of a head's hidden layer; None is gelu for a pair's
+            head and relu for mlp.
+        init: flax | mega, of the encoder, the MLPs and the head: Flax's and a standard normal
+            embedding, or those of Mega's code (`mega_init`).
+        mask_zeros: also hides positions with id 0 from the mixers, as the code of the LRA paper
+            does, in which 0 is padding and black; they are pooled. Not with bf16, because flash
+            attention takes lengths instead of a mask.
         precision: float32 | tf32 | bf16. With bf16 the activations and the matrix products of the
             blocks are bfloat16; parameters, encoder, norm statistics, pooling and head stay
             float32. A mixer chooses the dtype of its own states and sums.
@@ -81,6 +91,7 @@ class Backbone(nnx.Module):
         num_pairs: int = 1,
         num_targets: int = 1,
         pair_head: str = "interact",
+        pair_head_ratio: float | int = 2,
         depth: int,
         width: int,
         norm: str,
@@ -95,17 +106,28 @@ class Backbone(nnx.Module):
         pool: str,
         positions: str,
         embedding_dropout: float | int = 0.0,
+        tie_dropout: bool = False,
         head: str = "linear",
+        head_activation: str | None = None,
+        init: str = "flax",
+        mask_zeros: bool = False,
         precision: str = "float32",
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
         check_option("backbone.pool", pool, POOLS)
         check_option("backbone.head", head, HEADS)
+        check_option("backbone.init", init, INITS)
+        if mask_zeros and precision == "bf16":
+            raise ValueError(
+                "backbone.mask_zeros=true does not go with bf16: flash attention takes lengths "
+                "instead of a mask; set trainer.precision to float32 or tf32"
+            )
         check_option("backbone.precision", precision, PRECISIONS)
         check_option("backbone.remat", remat, REMATS)
         check_option("backbone.norm_position", norm_position, ("pre", "post"))
         self.pool, self.num_targets, self.seq_len = pool, num_targets, seq_len
+        self.mask_zeros = mask_zeros and vocab_size is not None
         self.pair_head = None if num_pairs == 1 else pair_head
         length = seq_len + (pool == "cls")
         if vocab_size is None:
@@ -131,6 +153,7 @@ class Backbone(nnx.Module):
                 mlp=mlp,
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
+                tie_dropout=tie_dropout,
                 rngs=rngs,
             )
             for _ in range(depth)
@@ -154,12 +177,15 @@ class Backbone(nnx.Module):
         if num_pairs > 1:
             check_option("backbone.pair_head", pair_head, PAIR_HEADS)
             inputs = (4 if pair_head == "interact" else 2) * width
-            self.head = MLPHead(inputs, 2 * width, num_classes, jax.nn.gelu, rngs=rngs)
+            hidden, act = round(pair_head_ratio * width), head_activation or "gelu"
+            self.head = MLPHead(inputs, hidden, num_classes, act, rngs=rngs)
         elif head == "mlp":
-            hidden = round(mlp_ratio * width)
-            self.head = MLPHead(width, hidden, num_classes, jax.nn.relu, rngs=rngs)
+            hidden, act = round(mlp_ratio * width), head_activation or "relu"
+            self.head = MLPHead(width, hidden, num_classes, act, rngs=rngs)
         else:
             self.head = nnx.Linear(width, num_classes, rngs=rngs)
+        if init == "mega":
+            mega_init(self, rngs)
 
     def __call__(
         self,
@@ -197,10 +223,12 @@ class Backbone(nnx.Module):
             )
         x = self.encoder(inputs)  # (B, L, D)
         mask = jnp.arange(inputs.shape[1])[None, :] < lengths[:, None]
+        visible = mask & (inputs > 0) if self.mask_zeros else mask
         if self.cls is not None:
             first = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([first, x], axis=1)
-            mask = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), mask], axis=1)
+            ones = jnp.ones((x.shape[0], 1), bool)
+            mask, visible = (jnp.concatenate([ones, m], axis=1) for m in (mask, visible))
         if self.positions is not None:
             x = x + self.positions[...][None]
         if self.sinusoidal:
@@ -214,11 +242,35 @@ class Backbone(nnx.Module):
             policy = getattr(jax.checkpoint_policies, REMATS[self.remat])
             apply = nnx.remat(apply, policy=policy)
         for block in self.blocks:
-            x = apply(block, x, mask, rngs)
+            x = apply(block, x, visible, rngs)
         x = x.astype(jnp.float32)  # the mean over thousands of positions loses digits in bfloat16
         if self.final_norm is not None:
             x = self.final_norm(x, mask, train=train)
         return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
+
+
+def mega_init(model: Backbone, rngs: nnx.Rngs) -> None:
+    """Draws encoder, MLPs and head as facebookresearch/mega does; other biases stay 0.
+
+    Embeddings of tokens are N(0, 1/D), those of values have weights N(0, 1) and biases N(0, 0.01);
+    MLPs are N(0, 0.02^2), the head has Glorot's uniform weights.
+    """
+
+    def normal(parameter: nnx.Param, deviation: float) -> None:
+        parameter[...] = deviation * rngs.params.normal(parameter.shape)
+
+    if isinstance(model.encoder, Embedding):
+        normal(model.encoder.table, model.encoder.table.shape[1] ** -0.5)
+    else:
+        normal(model.encoder.kernel, 1.0)
+        normal(model.encoder.bias, 0.1)
+    for block in model.blocks:
+        for layer in () if block.mlp is None else (block.mlp.up, block.mlp.down):
+            normal(layer.kernel, 0.02)
+    xavier = jax.nn.initializers.glorot_uniform()
+    mlp = isinstance(model.head, MLPHead)
+    for layer in (model.head.hidden, model.head.output) if mlp else (model.head,):
+        layer.kernel[...] = xavier(rngs.params(), layer.kernel.shape)
 
 
 class Embedding(nnx.Module):
@@ -252,6 +304,7 @@ class Block(nnx.Module):
         mlp: str,
         mlp_ratio: float | int,
         dropout: float | int,
+        tie_dropout: bool = False,
         rngs: nnx.Rngs,
     ):
         check_option("backbone.activation", activation, ACTIVATIONS)
@@ -266,7 +319,7 @@ class Block(nnx.Module):
         self.glu = GLU(glu, width, rngs=rngs)
         self.mlp = None if mlp == "none" else MLP(mlp, width, round(mlp_ratio * width), rngs=rngs)
         self.mlp_norm = None if mlp == "none" else Norm(norm, width, norm_momentum, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = nnx.Dropout(dropout, broadcast_dims=(1,) if tie_dropout else ())
 
     def __call__(
         self, x: Sequences, mask: Mask, *, train: bool, rngs: nnx.Rngs | None
@@ -361,16 +414,17 @@ class MLPHead(nnx.Module):
         width: int,
         hidden: int,
         num_classes: int,
-        activation: Callable[[Array], Array],
+        activation: str,
         *,
         rngs: nnx.Rngs,
     ):
+        check_option("backbone.head_activation", activation, ACTIVATIONS)
         self.hidden = nnx.Linear(width, hidden, rngs=rngs)
         self.output = nnx.Linear(hidden, num_classes, rngs=rngs)
         self.activation = activation
 
     def __call__(self, features: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
-        return self.output(self.activation(self.hidden(features)))
+        return self.output(ACTIVATIONS[self.activation](self.hidden(features)))
 
 
 def pool(x: Sequences, mask: Mask, kind: str) -> Float[Array, "B D"]:

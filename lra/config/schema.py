@@ -128,6 +128,9 @@ KEYS: Mapping[str, Key] = {
     "backbone.depth": Key("Number of blocks.", number("[1, 1000]", whole=True)),
     "backbone.width": Key("Width D of the residual stream.", number("[1, 65536]", whole=True)),
     "backbone.dropout": Key("Dropout rate inside the blocks.", number("[0, 1)")),
+    "backbone.tie_dropout": Key(
+        "One dropout mask for all positions of a sequence, inside the blocks.", SWITCH,
+    ),
     "backbone.embedding_dropout": Key(
         "Dropout rate after the embeddings and their positions.", number("[0, 1)"),
     ),
@@ -157,6 +160,20 @@ KEYS: Mapping[str, Key] = {
         described("linear or mlp"),
     ),
     "backbone.pair_head": Key("Default: protocol.pair_head.", described("interact or concat")),
+    "backbone.pair_head_ratio": Key(
+        "Hidden width of the head of a pair divided by D.", number("(0, inf)"),
+    ),
+    "backbone.head_activation": Key(
+        "Activation of a head's hidden layer; null: relu for mlp, gelu for pairs.",
+        described("gelu, relu, silu or null"),
+    ),
+    "backbone.init": Key(
+        "Initialization of encoder, MLPs and head: Flax's, or that of Mega's code.",
+        described("flax or mega"),
+    ),
+    "backbone.mask_zeros": Key(
+        "Hide id 0 from the mixers also inside a sequence, where it is a black pixel.", SWITCH,
+    ),
     "backbone.positions": Key(
         "Position embedding; rotary belongs to the mixer, the others are added to the embeddings.",
         described("none, learned, sinusoidal or rotary"),

@@ -196,3 +196,8 @@ def test_record_of_the_first_version_is_upgraded(file):
     assert upgraded["task"]["hparams"] == config["task"]["budget"]
     assert "budget" not in upgraded["task"]
     assert set(upgraded["trainer"]) == set(lra.compose().trainer)
+    assert upgraded["optim"]["clip"] == config["optim"]["clip"] == 1.0  # today's default is null
+    # keys of the backbone that are newer than the record have the values of its time
+    newer = {"tie_dropout": False, "pair_head_ratio": 2, "head_activation": None, "init": "flax"}
+    assert {key: upgraded["backbone"][key] for key in newer} == newer
+    assert upgraded["backbone"]["mask_zeros"] is False

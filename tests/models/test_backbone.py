@@ -192,6 +192,77 @@ def test_the_mlp_head_has_one_hidden_layer_with_relu(num_targets):
     np.testing.assert_allclose(model(IDS, lengths), expected, atol=1e-5)
 
 
+def test_tied_dropout_has_one_mask_for_all_positions():
+    """Also in the hidden layer of the MLP; another mask for each sequence and each branch."""
+    block = backbone(tie_dropout=True, dropout=0.5).blocks[0]
+    x = jnp.ones((3, 9, 4))
+    y = block.dropout(x, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))
+    assert len(np.unique(y[:, 0], axis=0)) > 1
+    free = backbone(dropout=0.5).blocks[0].dropout
+    y = free(x, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    assert np.abs(y - y[:, :1]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "activation"),
+    [
+        ({"head": "mlp"}, jax.nn.relu),
+        ({"head": "mlp", "head_activation": "gelu"}, jax.nn.gelu),
+        ({"num_pairs": 2}, jax.nn.gelu),
+        ({"num_pairs": 2, "head_activation": "relu"}, jax.nn.relu),
+    ],
+)
+def test_hidden_layer_of_a_head_has_the_requested_activation(options, activation):
+    head = backbone(**options).head
+    x = jax.random.normal(jax.random.key(1), (3, head.hidden.in_features))
+    np.testing.assert_allclose(head(x), head.output(activation(head.hidden(x))), atol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(2, 8), (1, 4), (0.5, 2)])
+def test_hidden_layer_of_a_pairs_head_has_the_requested_width(ratio, hidden):
+    head = backbone(num_pairs=2, pair_head_ratio=ratio).head
+    assert head.hidden.kernel.shape == (16, hidden)
+    assert backbone(num_pairs=2).head.hidden.kernel.shape == (16, 8)
+
+
+@pytest.mark.parametrize("vocab_size", [400, None])
+def test_megas_initialization_is_that_of_its_code(vocab_size):
+    sizes = {"width": 300, "vocab_size": vocab_size, "depth": 1}
+    model = backbone(init="mega", mlp="silu", head="mlp", **sizes)
+
+    def deviation(parameter):
+        return float(np.asarray(parameter[...]).std())
+
+    if vocab_size is None:
+        assert deviation(model.encoder.kernel) == pytest.approx(1, rel=0.15)
+        assert deviation(model.encoder.bias) == pytest.approx(0.1, rel=0.15)
+    else:
+        assert deviation(model.encoder.table) == pytest.approx(300**-0.5, rel=0.02)
+    mlp, head = model.blocks[0].mlp, model.head
+    for layer in (mlp.up, mlp.down):
+        assert deviation(layer.kernel) == pytest.approx(0.02, rel=0.02)
+        assert np.abs(layer.bias[...]).max() == 0
+    for layer in (head.hidden, head.output):
+        ends = (6 / sum(layer.kernel.shape)) ** 0.5  # of Glorot's uniform distribution
+        assert 0.95 * ends < np.abs(layer.kernel[...]).max() <= ends
+
+
+def test_zeros_are_hidden_from_the_mixers_only_if_asked():
+    """`Mean` shows the positions that a mixer sees; the pool reads all real ones."""
+    ids = IDS.at[0, 3].set(0)
+    plain, masked = (backbone(Mean, mask_zeros=m, glu="none", depth=1) for m in (False, True))
+    np.testing.assert_array_equal(plain(IDS, LENGTHS), masked(IDS, LENGTHS))
+    assert np.abs(plain(ids, LENGTHS)[0] - masked(ids, LENGTHS)[0]).max() > 1e-4
+    block = masked.blocks[0]
+    x, mask = masked.encoder(ids), np.arange(9)[None] < np.asarray(LENGTHS)[:, None]
+    y = block(x, jnp.asarray(mask & (np.asarray(ids) > 0)), train=False, rngs=None)
+    expected = masked.head(pool(y, jnp.asarray(mask), "mean"))
+    np.testing.assert_allclose(masked(ids, LENGTHS), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"backbone\.mask_zeros=true .*trainer\.precision"):
+        backbone(mask_zeros=True, precision="bf16")
+
+
 def test_pair_goes_through_one_encoder():
     model = backbone(num_pairs=2)
     pairs, lengths = (
@@ -246,9 +317,12 @@ def test_values_go_through_a_linear_encoder():
 def test_wrong_length_and_unknown_options_name_their_key():
     with pytest.raises(ValueError, match=r"task\.seq_len=9"):
         backbone()(IDS[:, :5], LENGTHS)
-    for key in ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position", "head"):
+    keys = ("norm", "glu", "mlp", "pool", "positions", "activation", "norm_position", "head")
+    for key in (*keys, "init"):
         with pytest.raises(ValueError, match=rf"backbone\.{key}=wrong is unknown; choose one of"):
             backbone(**{key: "wrong"})
+    with pytest.raises(ValueError, match=r"backbone\.head_activation=wrong"):
+        backbone(head="mlp", head_activation="wrong")
 
 
 class NoMixer(nnx.Module):

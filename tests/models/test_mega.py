@@ -286,18 +286,17 @@ def test_dropout_acts_in_training_alone():
     np.testing.assert_array_equal(mixer(x, mask), still(x, mask))
 
 
-def published_size(depth, d, v, z, n, chunk, classes, two_layer_head):
-    """Parameters of facebookresearch/mega's model with batch norm on values, tensor by tensor."""
+def published_size(depth, d, v, z, n, chunk, classes):
+    """Parameters of facebookresearch/mega's model with batch norm on values, tensor by tensor.
+
+    The last layer has biases here, and none there.
+    """
     average = 4 * (2 * d * n) + d
     attention = (
         (d * v + v) + (d * (2 * d + z + v) + 2 * d + z + v) + (v * d + d) + 4 * z + 2 * chunk - 1
     )
     feed_forward = (d * v + v) + (v * d + d)
-    head = (
-        (d * 2 * d + 2 * d) + (2 * d * classes + classes)
-        if two_layer_head
-        else d * classes + classes
-    )
+    head = (d * 2 * d + 2 * d) + (2 * d * classes + classes)
     return depth * (average + attention + feed_forward + 2 * 2 * d) + 2 * d + 2 * d + head
 
 
@@ -309,15 +308,13 @@ def test_size_is_the_published_codes(depth, d, z, chunk, seq_len):
     """Image and Path-X of Long Range Arena, and the large model for raw speech."""
     options = OPTIONS | {"state_size": 16, "attention_size": z, "chunk_size": chunk}
     sizes = {"num_classes": 10, "seq_len": seq_len, "depth": depth, "width": d}
-    around = AROUND | {"final_norm": True, "mlp": "silu"}
+    around = AROUND | {"final_norm": True, "mlp": "silu", "head": "mlp"}
     count = count_parameters(partial(Mega, **options), **sizes, **around)
-    assert count == published_size(depth, d, 2 * d, z, 16, chunk, 10, two_layer_head=False)
+    assert count == published_size(depth, d, 2 * d, z, 16, chunk, 10)
 
 
 def test_large_speech_model_has_its_published_size():
-    assert published_size(6, 72, 144, 36, 16, 1000, 10, two_layer_head=True) == pytest.approx(
-        476_000, rel=0.002
-    )
+    assert published_size(6, 72, 144, 36, 16, 1000, 10) == pytest.approx(476_000, rel=0.002)
 
 
 @pytest.mark.parametrize(
