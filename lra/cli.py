@@ -14,7 +14,7 @@ from pathlib import Path
 from lra.config.options import CONF
 from lra.errors import ConfigError, LraError
 from lra.files import disk_errors
-from lra.runs.console import configure_logging, discard_stdout
+from lra.runs.console import configure_logging, discard_stdout, printable
 from lra.train_command import train_command
 from lra.training.preemption import Signals
 
@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "diagnostics (factors); task.KEY=VALUE[,VALUE ...] for length; keys of `lra eval`",
     )
     diagnose.add_argument(
-        "--examples", type=int, metavar="N", help="the first N examples (those the run scored)"
+        "--examples", type=int, metavar="N", help="N examples of the split (those the run scored)"
     )
     diagnose.add_argument(
         "--sizes",
@@ -251,6 +251,14 @@ def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str
     command.add_argument(
         "--weights", choices=("best", "last"), help="weights to score (as the protocol selects)"
     )
+    command.add_argument(
+        "--allow-target",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="run the code of this class, such as mymodel.Model, if the record names it; "
+        "repeatable (classes of this package only)",
+    )
 
 
 def add_data_commands(data: argparse.ArgumentParser) -> None:
@@ -340,9 +348,14 @@ def plot_command(args: argparse.Namespace) -> int:
 def eval_command(args: argparse.Namespace) -> int:
     from lra.report.evaluate import evaluate_run
 
-    print(
-        evaluate_run(args.folder, split=args.split, weights=args.weights, overrides=args.overrides)
+    text = evaluate_run(
+        args.folder,
+        split=args.split,
+        weights=args.weights,
+        overrides=args.overrides,
+        allow_targets=args.allow_target,
     )
+    print_lines(text)
     return 0
 
 
@@ -355,16 +368,26 @@ def diagnose_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--sizes {args.sizes}: expected whole numbers such as 1,16,256"
         ) from None
-    options = {"split": args.split, "weights": args.weights, "examples": args.examples}
+    options = {
+        "split": args.split,
+        "weights": args.weights,
+        "examples": args.examples,
+        "allow_targets": args.allow_target,
+    }
     tables: dict = {}
     for name, found, text in diagnose(args.folder, args.overrides, sizes=sizes, **options):
-        print(text, end="\n\n", flush=True)
+        print_lines(text + "\n")
         tables |= {f"{name}: {heading}": rows for heading, rows in found.items()}
     if args.plot:
         from lra.report.plots import plot_diagnostics
 
         print(plot_diagnostics(tables, args.plot))
     return 0
+
+
+def print_lines(text: str) -> None:
+    """Prints text with names of a record, whose control characters are escaped."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def list_options(args: argparse.Namespace) -> int:

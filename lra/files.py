@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,25 @@ def disk_errors(path: Path, key: str = "output", kind: type[LraError] = LraError
             f"{error.filename or path}: {error.strerror or error}{advice} or set another {key}, "
             "earlier files are intact"
         ) from error
+
+
+def read_regular_file(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file; OSError for a pipe or device, on which a read could wait forever.
+
+    Args:
+        limit: largest size in bytes; OSError for a larger file.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if limit is not None and status.st_size > limit:
+            raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+        return file.read()
+
+
+def _open_without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,8 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from lra.config.options import options
@@ -72,9 +71,7 @@ def train_command(argv: Sequence[str]) -> int:
         from lra.training.distributed import is_first
 
         if is_first():
-            from lra.report.tables import summary_after_run
-
-            print_quietly(partial(summary_after_run, record, cfg.output.root))
+            print_table(cfg.output.root, record)
 
     with translated_errors(argv):
         start(job)()
@@ -97,9 +94,7 @@ def sweep(start, argv: Sequence[str]) -> int:
         roots = [word.partition("=")[2] for word in argv if word.startswith("output.root=")]
         root = ["runs", *roots][-1]
         if Path(root).exists():  # otherwise no run began
-            from lra.report.tables import comparison_table
-
-            print_quietly(partial(comparison_table, [root], published="best"))
+            print_table(root)
     return 0
 
 
@@ -134,9 +129,23 @@ def run_job(cfg) -> dict:
     return train(finalize(cfg, hydra_cfg.runtime.choices, hydra_cfg.overrides.task, flags))
 
 
-def print_quietly(make: Callable[..., str]) -> None:
-    """Prints `make(color=...)`; a closed stdout does not change the result of a run."""
+def print_table(root: str, record: dict | None = None) -> None:
+    """Prints what is known of a run's task, or the table of a sweep (`record` is None).
+
+    Neither a closed stdout nor an error changes the exit code.
+    """
+    color = sys.stdout.isatty()
     try:
-        print(make(color=sys.stdout.isatty()), end="", flush=True)
+        from lra.report.tables import comparison_table, summary_after_run
+
+        if record is None:
+            text = comparison_table([root], published="best", color=color)
+        else:
+            text = summary_after_run(record, root, color=color)
+    except Exception as error:
+        log.warning("no table: %s: %s", type(error).__name__, error)
+        return
+    try:
+        print(text, end="", flush=True)
     except BrokenPipeError:
         discard_stdout()

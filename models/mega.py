@@ -209,7 +209,8 @@ class MovingAverage(nnx.Module):
 
     The skip and the SiLU are those of the code. Each channel has N averages, h_t = alpha beta x_t +
     (1 - alpha delta) h_{t-1}, read by eta / sqrt(N); a sigmoid keeps alpha and delta in (0, 1).
-    The averages over the reversed sequence exclude the current position.
+    The averages over the reversed sequence include the current position, so that x_t has the first
+    weights of both kernels, as in the published code.
     """
 
     def __init__(self, width: int, state_size: int, *, bidirectional: bool, rngs: nnx.Rngs):
@@ -229,10 +230,14 @@ class MovingAverage(nnx.Module):
             p[...].astype(wide.dtype) for p in (self.alpha, self.delta, self.beta, self.eta)
         )
         kernels = ema_kernel(alpha, delta, beta, eta, x.shape[1])
-        # the anticausal kernel begins at the next position; its last entry meets no input
-        back = jnp.roll(kernels[1], -1, axis=1) if len(kernels) == 2 else None
+        forward, back = kernels[0], None
+        if len(kernels) == 2:
+            # `fft_convolution` begins the second kernel at the next position: its first entry
+            # joins the first kernel, and its last one, now the wrapped first, meets no input
+            forward = forward.at[:, 0].add(kernels[1, :, 0])
+            back = jnp.roll(kernels[1], -1, axis=1)
         skip = self.omega[...].astype(wide.dtype)[None, None] * wide
-        return silu(fft_convolution(u, kernels[0], back) + skip).astype(x.dtype)
+        return silu(fft_convolution(u, forward, back) + skip).astype(x.dtype)
 
     def step(
         self, state: Float[Array, "B D N"], x: Float[Array, "B D"]

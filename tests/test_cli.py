@@ -116,6 +116,15 @@ def test_train_prints_progress_result_and_table(lra, tiny):
     assert err == ""
 
 
+def test_an_error_of_the_table_does_not_change_the_exit_code(lra, tiny, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("accuracy")
+
+    monkeypatch.setattr("lra.report.tables.summary_after_run", fail)
+    code, _, err = lra("train", *tiny, "model=lru")
+    assert (code, err) == (0, "lra: warning: no table: KeyError: 'accuracy'\n")
+
+
 def test_train_creates_only_the_folder_of_its_runs(data_root, tmp_path):
     words = ["train", *TINY, "experiment=null", f"data.root={data_root}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

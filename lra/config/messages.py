@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,18 +17,18 @@ from lra.errors import ConfigError
 @contextmanager
 def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
     """Raises errors of Hydra and OmegaConf as a ConfigError of one line."""
-    from hydra.errors import HydraException
-
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error, overrides)) from None
-    except ValueError as error:
-        if "Config group override must be" not in str(error):
-            raise
-        raise ConfigError(
-            "a config group cannot be null in a sweep; sweep over the names of its options"
-        ) from None
+    except Exception as error:
+        from hydra.errors import HydraException  # slow to import
+
+        if isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise ConfigError(one_line(error, overrides)) from None
+        if isinstance(error, ValueError) and "Config group override must be" in str(error):
+            raise ConfigError(
+                "a config group cannot be null in a sweep; sweep over the names of its options"
+            ) from None
+        raise
 
 
 def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
@@ -101,6 +102,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
+@cache
 def known_keys(group: str = "", option: str = "**/*") -> list[str]:
     """Dotted keys of the default config and of every option of its groups, or of one option."""
     keys = set()

@@ -243,12 +243,13 @@ KEYS: Mapping[str, Key] = {
         "Examples of one evaluation batch.", count(), "speed", in_eval=True,
     ),
     "trainer.eval_examples": Key(
-        "Examples of validation and of test that are scored; null: all; a number marks the record "
-        "as partial.",
+        "Examples of validation and of test that are scored, a random sample stratified by label; "
+        "null: all; a number marks the record as partial.",
         count(None),
     ),
     "trainer.train_eval_examples": Key(
-        "Training examples on which the selected weights are scored.", count(),
+        "Training examples on which the selected weights are scored, sampled as eval_examples.",
+        count(),
     ),
     "trainer.first_loss_tolerance": Key(
         "Factor between the first loss and log(classes) above which a run warns; null: never.",

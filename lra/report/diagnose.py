@@ -27,7 +27,7 @@ from lra.files import disk_errors, write_atomically
 from lra.report.intervals import AccuracyRow, accuracy_by_factors, accuracy_row
 from lra.report.perturbations import cut_windows, geometric_sizes, mean_by_example, shuffle_blocks
 from lra.report.resize import resized_setup, setup_for_windows, split_settings
-from lra.report.saved_run import SavedRun, first_examples
+from lra.report.saved_run import SavedRun
 from lra.runs import machine, records
 from lra.runs.progress import preparing
 
@@ -47,15 +47,17 @@ def diagnose(
     examples: int | None = None,
     weights: str | None = None,
     sizes: Sizes = None,
+    allow_targets: Sequence[str] = (),
 ) -> Iterator[tuple[str, Tables, str]]:
     """Yields the name, tables and report of each diagnostic; checks all before the first one runs.
 
     Args:
         words: names of diagnostics (default: factors), task.KEY=VALUE[,VALUE...] for `length`, and
             the overrides of `lra eval`.
-        examples: number of first examples of the split; None for as many as the run scored.
+        examples: number of examples of the split, sampled; None for those that the run scored.
         weights: best or last; None for those that the protocol selects.
         sizes: blocks of `permutation` and windows of `locality`; None for a geometric scale.
+        allow_targets: classes outside `lra` and `models` that the record may name.
     Raises:
         ConfigError: an unknown word, a number out of its range, or a diagnostic that does not
             apply to this task or model.
@@ -77,7 +79,14 @@ def diagnose(
     if examples is not None and examples < 1:
         raise ConfigError(f"--examples {examples}: expected 1 or more")
     overrides = [word for word in words if "=" in word and word not in keys]
-    run = SavedRun(folder, overrides, split=split, weights=weights, examples=examples)
+    run = SavedRun(
+        folder,
+        overrides,
+        split=split,
+        weights=weights,
+        examples=examples,
+        allow_targets=allow_targets,
+    )
     planned = [(name, *DIAGNOSTICS[name](run, keys, sizes)) for name in names]
     for name, title, compute in planned:
         tables, step, source = compute()
@@ -111,9 +120,9 @@ def factors(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
     def compute() -> tuple[Tables, int, str]:
         data, count = run.data, len(run.data)
         stored = run.stored_predictions()
-        if stored is not None and np.array_equal(stored["rows"][:count], np.arange(count)):
-            logits = stored["logits"][:count]
-            step, source = run.record["selection"]["step"], records.PREDICTIONS
+        if stored is not None and np.isin(run.rows, stored["rows"]).all():
+            logits = stored["logits"][np.searchsorted(stored["rows"], run.rows)]
+            step, source = run.recorded_step, records.PREDICTIONS
         else:
             logits = run.logits(data.inputs, data.lengths)
             step, source = run.weights_step, "weights"
@@ -180,7 +189,7 @@ def length(run: SavedRun, keys: Sequence[str], sizes: Sizes) -> Plan:
         rows = [length_row("as trained", run.data, run.logits(run.data.inputs, run.data.lengths))]
         for words, setup in zip(settings, setups, strict=True):
             work = partial(prepare, setup.task, **data_arguments(run.cfg))
-            data = first_examples(preparing(setup.task, work).splits[run.split], run.limit)
+            data = run.evaluated(preparing(setup.task, work).splits[run.split])
             varied = [word for word in words if word not in keys] or words
             logits = run.logits(data.inputs, data.lengths, setup)
             rows.append(length_row(" ".join(varied), data, logits))
@@ -247,6 +256,8 @@ def save_result(folder: Path, name: str, split: str, result: Mapping[str, Any]) 
             raise RunFolderError(
                 f"{path} is not of schema {SCHEMA}, which this version reads; move it away"
             )
-        found[name] = found.get(name, {}) | {split: records.to_json(result)}
+        if not isinstance(earlier := found.get(name, {}), dict):
+            raise RunFolderError(f"{path} holds no results under {name}; move it away")
+        found[name] = earlier | {split: records.to_json(result)}
         text = json.dumps(found, indent=1, allow_nan=False) + "\n"
         write_atomically(path, text.encode())

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lra.errors import MismatchError
-from lra.report.saved_run import SavedRun
+from lra.report.saved_run import SavedRun, check_scores
 from lra.runs import machine
 from lra.training.evaluation import score
 from lra.training.prefetch import on_host
@@ -21,21 +21,29 @@ TIE_MARGIN = 1e-3  # other devices may swap the two largest logits if they are c
 
 
 def evaluate_run(
-    folder: Path, *, split: str = "test", weights: str | None = None, overrides: Sequence[str] = ()
+    folder: Path,
+    *,
+    split: str = "test",
+    weights: str | None = None,
+    overrides: Sequence[str] = (),
+    allow_targets: Sequence[str] = (),
 ) -> str:
     """Scores a split with the saved weights of a run and returns a report. Writes no file.
 
     Args:
         weights: best or last; None for those that the protocol selects.
         overrides: KEY=VALUE of the keys in `lra.config.schema.keys_in_eval`.
+        allow_targets: classes outside `lra` and `models` that the record may name.
 
     Raises:
-        MismatchError: a prediction differs from the stored one and is no tie.
-        RunFolderError: there is no record, or no checkpoint that can be read.
+        MismatchError: a prediction differs from the stored one and is no tie, or the recorded
+            scores are not those of the predictions.
+        RunFolderError: there is no record, or no checkpoint or predictions that can be read.
         DataError: the split differs from the data of the run.
         LraError: a batch does not fit into device memory.
     """
-    run = SavedRun(folder, overrides, split=split, weights=weights)
+    run = SavedRun(folder, overrides, split=split, weights=weights, allow_targets=allow_targets)
+    stored = run.stored_predictions()
     *_, checkpoint_step = run.checkpoint  # before the data, which may have to be prepared
     inputs, lengths, labels = on_host(run.data)
     logits = run.logits(inputs, lengths)
@@ -46,17 +54,18 @@ def evaluate_run(
         f"{split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
         f"{result['count']:,} examples",
     ]
-    stored = run.stored_predictions()
-    if not run.scores_recorded:
+    recorded = run.recorded_scores
+    if not run.scores_recorded or recorded.get("accuracy") is None:
         lines.append("no comparison: the run recorded no score of these weights")
     elif stored is None:
-        recorded = run.record["metrics"][split]
-        lines.append(
-            "record.json: identical"
-            if all(result[key] == recorded[key] for key in result)
-            else f"record.json: accuracy {100 * recorded['accuracy']:.2f} %, "
-            f"loss {recorded['loss']:.4f}"
-        )
+        if all(value == recorded.get(key) for key, value in result.items()):
+            lines.append("record.json: identical")
+        else:
+            ties = float((margins(logits) < TIE_MARGIN).mean())
+            check_scores(recorded, result, "the saved weights", ties=ties, loss_tolerance=0.01)
+            lines.append(f"record.json: accuracy {100 * recorded['accuracy']:.2f} %")
+    elif not np.array_equal(stored["labels"], labels):
+        raise MismatchError("the labels in predictions.npz are not those of the data")
     elif logits.tobytes() == stored["logits"].tobytes():
         lines.append("predictions.npz: identical, bit for bit")
     else:
@@ -76,9 +85,8 @@ def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
             f"the stored logits have shape {stored.shape}, those of the saved weights "
             f"{logits.shape}"
         )
-    second, first = np.moveaxis(np.sort(stored, axis=-1)[..., -2:], -1, 0)
     changed = logits.argmax(axis=-1) != stored.argmax(axis=-1)
-    ties = changed & (first - second < TIE_MARGIN)
+    ties = changed & (margins(stored) < TIE_MARGIN)
     text = (
         f"predictions.npz: logits differ by up to {np.abs(logits - stored).max(initial=0.0):.1e}; "
         f"{changed.sum():,} of {changed.size:,} classes differ, {ties.sum():,} of them where the "
@@ -87,13 +95,19 @@ def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
     return text, bool(np.array_equal(ties, changed))
 
 
+def margins(logits: np.ndarray) -> np.ndarray:
+    """Differences between the two largest logits of each label."""
+    second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
+    return first - second
+
+
 def environment_differences(record: Mapping[str, Any]) -> list[str]:
     """Devices and versions of a record that differ from those in use, as "name old, here new"."""
-    device, here = record["device"], machine.versions()
+    device, here = record.get("device") or {}, machine.versions()
     rows = [
-        ("device", device["kind"], jax.devices()[0].device_kind),
+        ("device", device.get("kind"), jax.devices()[0].device_kind),
         ("devices", device.get("count", 1), 1),
         ("processes", device.get("processes", 1), 1),
-        *((name, value, here.get(name)) for name, value in record["versions"].items()),
+        *((name, value, here.get(name)) for name, value in (record.get("versions") or {}).items()),
     ]
     return [f"{name} {old}, here {new}" for name, old, new in rows if old != new]

@@ -1,12 +1,18 @@
-"""Renders a table for the terminal or as Markdown, LaTeX or CSV."""
+"""Renders a table for the terminal or as Markdown, LaTeX or CSV.
+
+Names in a table may come from the records of others. Control characters are escaped in every
+format, HTML and links in Markdown, and formulas in CSV.
+"""
 
 import io
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lra.errors import ConfigError
+from lra.runs.console import printable
 
 # fmt: off
 LONG_FORM_COLUMNS = (
@@ -71,12 +77,16 @@ def render(
 
 
 def _cells(table: Table, row: TableRow) -> list[str]:
-    return [row.name, *(row.cells.get(column, "") for column in table.columns)]
+    return [printable(row.name), *(printable(row.cells.get(key, "")) for key in table.columns)]
+
+
+def _headings(table: Table) -> list[str]:
+    return [table.row_heading, *map(printable, table.columns.values())]
 
 
 def _lines_below(table: Table) -> list[str]:
     footnotes = (f"[{number}] {text}" for number, text in enumerate(table.footnotes, 1))
-    return [*table.remarks, *footnotes]
+    return [*map(printable, table.remarks), *map(printable, footnotes)]
 
 
 def _terminal(table: Table, width: int | None, color: bool) -> str:
@@ -86,11 +96,11 @@ def _terminal(table: Table, width: int | None, color: bool) -> str:
     from rich.text import Text
 
     rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in [table.row_heading, *table.columns.values()]:
+    for heading in _headings(table):
         rich.add_column(Text(heading), overflow="fold")
     for title, rows in table.sections:
         rich.add_section()
-        rich.add_row(Text(title, style="bold"))
+        rich.add_row(Text(printable(title), style="bold"))
         for row in rows:
             rich.add_row(*map(Text, _cells(table, row)))
     text = io.StringIO()
@@ -108,14 +118,27 @@ def _data_frame(table: Table, title_format: str) -> Any:
     empty = [""] * len(table.columns)
     lines = []
     for title, rows in table.sections:
-        lines += [[title_format.format(title), *empty], *(_cells(table, row) for row in rows)]
-    return pd.DataFrame(lines, columns=[table.row_heading, *table.columns.values()], dtype=str)
+        heading = title_format.format(printable(title))
+        lines += [[heading, *empty], *(_cells(table, row) for row in rows)]
+    return pd.DataFrame(lines, columns=_headings(table), dtype=str)
 
 
 def _markdown(table: Table) -> str:
-    frame = _data_frame(table, "**{}**").map(lambda text: text.replace("|", r"\|"))
+    frame = _data_frame(table, "**{}**").map(_markdown_cell)
+    frame.columns = [_markdown_cell(heading) for heading in frame.columns]
     body = frame.to_markdown(index=False, disable_numparse=True)
-    return "\n".join([body, "", *(f"- {line}" for line in _lines_below(table))]) + "\n"
+    lines = (f"- {_without_markup(line)}" for line in _lines_below(table))
+    return "\n".join([body, "", *lines]) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    # backslashes before a bar are doubled, or they would undo its escape
+    return re.sub(r"(\\*)\|", r"\1\1\\|", _without_markup(text))
+
+
+def _without_markup(text: str) -> str:
+    """Markdown without HTML tags, links and pictures."""
+    return text.replace("<", "&lt;").replace("](", r"]\(")
 
 
 def _latex(table: Table) -> str:
@@ -131,8 +154,15 @@ def _latex(table: Table) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    integers = dict.fromkeys(
-        ("n", "examples", "params", "steps", "tuning_runs"), "Int64"
-    )  # may be missing
-    frame = pd.DataFrame(table.long, columns=list(LONG_FORM_COLUMNS)).astype(integers)
+    counts = ("n", "examples", "params", "steps", "tuning_runs")
+    integers = dict.fromkeys(counts, "Int64")  # may be missing
+    rows = [{key: _csv_value(value) for key, value in row.items()} for row in table.long]
+    frame = pd.DataFrame(rows, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _csv_value(value: Any) -> Any:
+    """`value` with an apostrophe before a text that a spreadsheet would read as a formula."""
+    if not isinstance(value, str):
+        return value
+    return f"'{printable(value)}" if value[:1] in ("=", "+", "-", "@") else printable(value)

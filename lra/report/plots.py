@@ -1,5 +1,7 @@
 """Draws learning curves, diagnostics and efficiency into PNG, PDF or SVG files."""
 
+import io
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,12 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from lra.errors import LraError
+from lra.errors import LraError, RunFolderError
+from lra.files import write_atomically
 from lra.report.compare import Ranks
 from lra.report.intervals import AccuracyRow
 from lra.report.selection import Record, select_runs
+from lra.runs.console import printable
 from lra.runs.records import read_metrics
 from lra.runs.run_folder import load_records
+
+log = logging.getLogger(__name__)
+
+Curves = list[tuple[np.ndarray, Record]]  # validation curves and their runs
 
 
 def plot_learning_curves(
@@ -31,11 +39,14 @@ def plot_learning_curves(
         for record in load_records(paths)
         if record["status"] == "finished" and (tasks is None or record["task"] in tasks)
     ]
-    panels: dict[str, dict[str, list[Record]]] = defaultdict(dict)
+    panels: dict[str, dict[str, Curves]] = defaultdict(dict)
     for (name, task), selected in select_runs(finished).items():
-        panels[task][name] = selected.runs
+        found = [(validation_curve(run), run) for run in selected.runs]
+        if curves := [(curve, run) for curve, run in found if curve is not None]:
+            panels[task][name] = curves
     if not panels:
-        raise LraError(f"no finished run below {', '.join(map(str, paths))}; `lra train` makes one")
+        places = ", ".join(map(str, paths))
+        raise LraError(f"no finished run with metrics below {places}; `lra train` makes one")
     figure, axes = _figure(len(panels), (6.0 * len(panels), 4.0))
     for axis, (task, rows) in zip(axes, sorted(panels.items()), strict=True):
         _learning_curves(axis, task, rows)
@@ -53,9 +64,9 @@ def plot_diagnostics(tables: Mapping[str, Sequence[AccuracyRow]], output: str | 
         ends = 100 * np.asarray([(row.low, row.high) for row in rows]).T
         places = range(len(rows))
         axis.errorbar(accuracy, places, xerr=np.abs(ends - accuracy), fmt="o", capsize=3)
-        axis.set_yticks(places, [row.value for row in rows], fontsize=8)
+        axis.set_yticks(places, [_plain(row.value) for row in rows], fontsize=8)
         axis.invert_yaxis()  # the first row on top, as in the table
-        axis.set(title=name, xlabel="accuracy, %")
+        axis.set(title=_plain(name), xlabel="accuracy, %")
     return _save(figure, output)
 
 
@@ -131,26 +142,55 @@ def plot_efficiency(cells: Sequence[dict[str, Any]], output: str | Path) -> Path
 
 def median_curve(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Median accuracy at the steps that all runs evaluated; a run has rows of (step, accuracy)."""
-    steps = sorted(set.intersection(*(set(run[:, 0]) for run in runs)))
-    values = [[dict(run)[step] for step in steps] for run in runs]
-    return np.asarray(steps), np.median(values, axis=0)
+    values = [dict(run) for run in runs]
+    steps = sorted(set.intersection(*map(set, values)))
+    return np.asarray(steps), np.median([[run[step] for step in steps] for run in values], axis=0)
 
 
-def _learning_curves(axis: Any, task: str, rows: Mapping[str, Sequence[Record]]) -> None:
-    for index, (name, records) in enumerate(rows.items()):
-        color, runs = f"C{index}", []
-        for record in records:
-            lines = read_metrics(record["path"])
-            points = [(m["step"], 100 * m["val/accuracy"]) for m in lines if "val/accuracy" in m]
-            runs.append(np.asarray(points))
-            axis.plot(*runs[-1].T, color=color, linewidth=0.7, alpha=0.5)
-        axis.plot(*median_curve(runs), color=color, linewidth=2, label=f"{name}, n={len(runs)}")
+def validation_curve(record: Record) -> np.ndarray | None:
+    """Rows of (step, accuracy in %) of a run; None, with a warning, if it has none."""
+    path = record["path"]
+    try:
+        lines = read_metrics(path)
+    except RunFolderError as error:
+        log.warning("not plotted: %s", error)
+        return None
+    points = [
+        (line["step"], 100 * accuracy)
+        for line in lines
+        if (accuracy := line.get("val/accuracy")) is not None
+    ]
+    if not points:
+        log.warning("not plotted: %s has no validation accuracy in metrics.jsonl", path)
+        return None
+    return np.asarray(points, np.float64)
+
+
+def _learning_curves(axis: Any, task: str, rows: Mapping[str, Curves]) -> None:
+    for index, (name, curves) in enumerate(rows.items()):
+        color = f"C{index}"
+        for curve, _ in curves:
+            axis.plot(*curve.T, color=color, linewidth=0.7, alpha=0.5)
+        label = _plain(f"{name}, n={len(curves)}")
+        median = median_curve([curve for curve, _ in curves])
+        axis.plot(*median, color=color, linewidth=2, label=label)
     style = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7}
-    for name, accuracy in next(iter(rows.values()))[0]["reference"].items():
-        axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
-        axis.text(1, 100 * accuracy, name.replace("_", " "), **style)
-    axis.set(title=task, xlabel="step", ylabel="validation accuracy, %")
+    _, first = next(iter(rows.values()))[0]
+    for name, accuracy in (first.get("reference") or {}).items():
+        if accuracy is not None:
+            axis.axhline(100 * accuracy, color="grey", linewidth=1, linestyle="--")
+            axis.text(1, 100 * accuracy, _plain(name.replace("_", " ")), **style)
+    axis.set(title=_plain(task), xlabel="step", ylabel="validation accuracy, %")
     axis.legend(fontsize=8)
+
+
+def _plain(text: str) -> str:
+    """Text that Matplotlib draws as it is: no mathematics between dollars, no control characters.
+
+    A legend leaves out a label that starts with an underscore.
+    """
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
@@ -168,10 +208,12 @@ def _figure(panels: int, size: tuple[float, float], **options: Any) -> tuple[Any
 def _save(figure: Any, output: str | Path, dpi: int = 130) -> Path:
     import matplotlib.pyplot as plt
 
+    output, buffer = Path(output), io.BytesIO()
     try:
-        figure.savefig(output, dpi=dpi)
+        figure.savefig(buffer, dpi=dpi, format=output.suffix[1:] or "png")
     except ValueError as error:
         raise LraError(f"cannot draw {output}: {error}") from error
     finally:
         plt.close(figure)
-    return Path(output)
+    write_atomically(output, buffer.getvalue())
+    return output

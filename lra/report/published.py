@@ -44,7 +44,19 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
             raise LraError(
                 f"{path}, line 1: no column {column}; expected model,task,accuracy[,variant,source]"
             )
-    return [_checked(f"{path}, line {reader.line_num}", row) for row in reader]
+    rows: list[dict[str, str]] = []
+    lines: dict[tuple[str, ...], int] = {}
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        rows.append(_checked(place, row))
+        key = tuple(rows[-1].get(name, "") for name in ("model", "variant", "source", "task"))
+        if key in lines:
+            raise LraError(
+                f"{place}: {key[0]} has a result on {key[3]} in line {lines[key]} already; "
+                "remove one, or give them another variant or source"
+            )
+        lines[key] = reader.line_num
+    return rows
 
 
 def choose_rows(results: Sequence[Mapping[str, str]], which: str) -> list[Mapping[str, str]]:

@@ -9,16 +9,17 @@ from typing import Any, cast
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from lra.config.build import build_task, data_arguments
-from lra.config.compose import resolve, upgrade_config
+from lra.config.build import build_task, check_recorded_targets, data_arguments
+from lra.config.compose import check_resolved, resolve, upgrade_config
+from lra.config.messages import translated_errors
 from lra.config.schema import keys_in_eval
 from lra.data.store import Split, prepare
-from lra.errors import ConfigError, DataError, LraError, RunFolderError
+from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.runs import records
 from lra.runs.progress import preparing
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.determinism import use_deterministic_ops
-from lra.training.evaluation import predict
+from lra.training.evaluation import predict, sample_rows, score
 from lra.training.memory import is_out_of_memory
 from lra.training.recorder import CHECKPOINTS, describe_data
 from lra.training.setup import Setup, use_compilation_cache
@@ -33,11 +34,13 @@ class SavedRun:
         overrides: KEY=VALUE of the keys in `keys_in_eval`.
         split: train, val or test.
         weights: best or last; None for those that the protocol selects.
-        examples: number of first examples of the split; None for as many as the run scored.
+        examples: number of examples of the split, chosen as the run chose its own; None for those
+            that the run scored.
+        allow_targets: classes outside `lra` and `models` that the record may name.
 
     Raises:
         RunFolderError: the folder holds no record, or no checkpoint that can be read.
-        ConfigError: an override of another key.
+        ConfigError: an override of another key, or a config that cannot be built or is not trusted.
         DataError: the split differs from the data of the run.
         LraError: a batch does not fit into device memory.
     """
@@ -50,6 +53,7 @@ class SavedRun:
         split: str = "test",
         weights: str | None = None,
         examples: int | None = None,
+        allow_targets: Sequence[str] = (),
     ):
         record = records.read_record(folder)
         if record is None:
@@ -58,11 +62,13 @@ class SavedRun:
                 "runs/TASK/MODEL/strict-s0-1a2b3c4d"
             )
         self.folder, self.record, self.split = folder, record, split
-        self.cfg = cfg = resolved_config(record, overrides)
-        self.rule = weights or cfg.protocol.select
+        check_recorded_targets(record["config"], allow_targets)
+        with translated_errors(overrides):  # such as a missing section
+            self.cfg = cfg = resolved_config(record, overrides)
+            self.rule = weights or cfg.protocol.select
+            self.task = build_task(cfg)
         scored = cfg.trainer.train_eval_examples if split == "train" else cfg.trainer.eval_examples
         self.limit: int | None = examples or scored
-        self.task = build_task(cfg)
         # the training functions are never called, so the batch size is irrelevant
         self._forward = cache(lambda setup: make_step_functions(setup, 1).predict)
         if cfg.trainer.deterministic:
@@ -71,16 +77,37 @@ class SavedRun:
             use_compilation_cache()
 
     @cached_property
-    def data(self) -> Split:
-        """The evaluated examples, memory-mapped."""
+    def whole_split(self) -> Split:
+        """All examples of the split, memory-mapped."""
         store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
-        recorded = (self.record.get("data") or {}).get("splits", {})
+        recorded = (self.record.get("data") or {}).get("splits") or {}
         if describe_data(store)["splits"][self.split] != recorded.get(self.split):
             raise DataError(
                 f"{self.split} under data.root={self.cfg.data.root} differs from the data of the "
                 "run; set data.root to the data of the run"
             )
-        return first_examples(store.splits[self.split], self.limit)
+        return store.splits[self.split]
+
+    @cached_property
+    def data(self) -> Split:
+        """The evaluated examples."""
+        return self.evaluated(self.whole_split)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of the split (n,) of each evaluated example, ascending."""
+        return self.rows_of(self.whole_split)
+
+    def rows_of(self, split: Split) -> np.ndarray:
+        how = (self.record.get("data") or {}).get("sample", "first")
+        return sample_rows(np.asarray(split.labels), self.limit, how)
+
+    def evaluated(self, split: Split) -> Split:
+        """The examples of a split that are evaluated, all as views of the mapped memory."""
+        rows = self.rows_of(split)
+        if len(rows) < len(split):
+            return split.batch(rows)
+        return Split(split.inputs.view(np.ndarray), np.asarray(split.lengths), split.labels)
 
     @cached_property
     def setup(self) -> Setup:
@@ -116,6 +143,11 @@ class SavedRun:
         return best.step if self.rule == "best" else int(state.step)
 
     @property
+    def recorded_step(self) -> int:
+        """The step of the selected weights according to the record."""
+        return (self.record.get("selection") or {}).get("step", self.record.get("step", 0))
+
+    @property
     def title(self) -> str:
         return "{model} on {task}, protocol {protocol}, seed {seed}".format_map(self.record)
 
@@ -124,11 +156,24 @@ class SavedRun:
         """Whether the run is finished and recorded the scores of the requested weights."""
         return self.record["status"] == "finished" and self.rule == self.cfg.protocol.select
 
+    @property
+    def recorded_scores(self) -> Mapping[str, Any]:
+        """The recorded scores of the requested split."""
+        return (self.record.get("metrics") or {}).get(self.split) or {}
+
     def stored_predictions(self) -> dict[str, np.ndarray] | None:
-        """The content of predictions.npz if it belongs to the requested split and weights."""
+        """The content of predictions.npz if it belongs to the requested split and weights.
+
+        Raises:
+            MismatchError: it does not give the recorded scores of test.
+        """
         if self.split != "test" or not self.scores_recorded:
             return None
-        return records.read_predictions(self.folder)
+        stored = records.read_predictions(self.folder)
+        if stored is not None:
+            found = score(stored["logits"], stored["labels"])
+            check_scores(self.recorded_scores, found, f"the logits in {records.PREDICTIONS}")
+        return stored
 
     def logits(
         self, inputs: np.ndarray, lengths: np.ndarray, setup: Setup | None = None
@@ -161,6 +206,7 @@ def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
                 f"{word}: the config of a saved run is fixed; KEY=VALUE may set "
                 f"{', '.join(keys_in_eval())}"
             )
+    check_resolved(record["config"])
     config = OmegaConf.create(upgrade_config(record["config"]))
     if batch := record.get("eval_batch"):  # the batch that fit, and that gave the stored bits
         config.trainer.eval_batch_size = batch
@@ -169,7 +215,28 @@ def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     return resolve(cfg, choices, overrides)
 
 
-def first_examples(split: Split, limit: int | None) -> Split:
-    """The first `limit` examples of a split, all if None, as views of the mapped memory."""
-    inputs = split.inputs[:limit].view(np.ndarray)
-    return Split(inputs, np.asarray(split.lengths)[:limit], split.labels[:limit])
+def check_scores(
+    recorded: Mapping[str, Any],
+    found: Mapping[str, Any],
+    origin: str,
+    *,
+    ties: float = 0.0,
+    loss_tolerance: float = 1e-6,
+) -> None:
+    """Checks the scores of a record against those of logits from `origin`.
+
+    Args:
+        ties: fraction of labels that may have another class, as the two largest logits are close.
+        loss_tolerance: relative.
+
+    Raises:
+        MismatchError: a score differs.
+    """
+    for name, value in found.items():
+        stated = recorded.get(name)
+        allowed = loss_tolerance * max(1.0, abs(value)) if name == "loss" else ties + 1e-9
+        if stated is not None and not abs(stated - value) <= allowed:
+            raise MismatchError(
+                f"record.json states {name} {stated:.6g}, but {origin} give {value:.6g}; one of "
+                "them is not of this run"
+            )

@@ -6,26 +6,38 @@ most seeds, names its settings and counts the runs that competed. The count is d
 written by a sweep, because a run cannot know the runs that another start or machine adds later.
 """
 
+import json
+import logging
 import re
 import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from lra.config.compose import compose, upgrade_config
-from lra.config.options import NOT_ARGUMENTS
+from lra.config.compose import check_resolved, stored_config, upgrade_config
+from lra.config.messages import translated_errors, unknown_key, unknown_option
+from lra.config.options import CONF, NOT_ARGUMENTS, options
 from lra.config.rules import format_value
-from lra.config.schema import RENAMED, keys_affecting
-from lra.errors import ConfigError
-from lra.runs.records import config_hash, to_json
+from lra.config.schema import RENAMED, check_config, keys_affecting
+from lra.errors import ConfigError, RunFolderError
+from lra.runs.records import RECORD, config_hash, read_predictions, to_json
 from lra.runs.sanity import is_at_chance
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 MAX_SETTINGS = 200  # characters of a footnote; `lra table --configs` shows all
+
+# sections whose defaults a table compares with those of a run
+COMPARED = {"task", "protocol", "model", "backbone", "optim", "trainer"}
+WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
+WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,20 @@ def restricted(
 
 
 def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], Selected]:
-    """`best_configuration` of each (row name, task) among finished runs."""
-    return {key: best_configuration(group) for key, group in grouped(records).items()}
+    """`best_configuration` of each (row name, task) among finished runs.
+
+    A run whose predictions do not give its recorded accuracy is left out with a warning. Only runs
+    that would be shown are compared, because reading all predictions takes long.
+    """
+    selected = {}
+    for key, group in grouped(records).items():
+        while group:
+            best = best_configuration(group)
+            if not (wrong := list(filter(contradicts_predictions, best.runs))):
+                selected[key] = best
+                break
+            group = [record for record in group if record not in wrong]
+    return selected
 
 
 def grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
@@ -71,6 +95,27 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
     for record, name in zip(records, row_names(records), strict=True):
         groups[name, record["task"]].append(record)
     return dict(sorted(groups.items()))
+
+
+def contradicts_predictions(record: Record) -> bool:
+    """Whether predictions.npz of a run gives another test accuracy than its record; warns if so."""
+    accuracy = accuracy_of(record, "test")
+    try:
+        stored = read_predictions(record["path"]) if "path" in record else None
+    except RunFolderError:  # `lra eval` reports it
+        return False
+    if stored is None or accuracy is None:
+        return False
+    found = float((stored["logits"].argmax(axis=-1) == stored["labels"]).mean())
+    if abs(found - accuracy) <= 1e-9:
+        return False
+    log.warning(
+        "skipped: %s states a test accuracy of %.4f, but its predictions.npz gives %.4f",
+        Path(record["path"]) / RECORD,
+        accuracy,
+        found,
+    )
+    return True
 
 
 def row_names(records: Sequence[Record]) -> list[str]:
@@ -126,14 +171,11 @@ def best_configuration(group: Sequence[Record]) -> Selected:
     return Selected(best, notes, settings, max(recorded, competed))
 
 
-def configurations(group: Sequence[Record]) -> dict[str, list[Record]]:
-    """One run for each seed of each configuration, by the hash of the configuration."""
-    configs: dict[str, dict[Any, Record]] = defaultdict(dict)
+def configurations(group: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """One run for each seed of each configuration."""
+    configs: dict[tuple[str, ...], dict[Any, Record]] = defaultdict(dict)
     for record in group:
-        # upgraded, so that a key that is newer than the record makes no other configuration
-        config = upgrade_config(record["config"])
-        identity = config_hash(config, without=["seed", *keys_affecting("speed")])
-        configs[identity][record["seed"]] = record
+        configs[configuration(record["config"])][record["seed"]] = record
     return {identity: list(runs.values()) for identity, runs in configs.items()}
 
 
@@ -142,15 +184,19 @@ def mean_val_accuracy(runs: Iterable[Record]) -> float:
     return statistics.mean(accuracy_of(run, "val") or 0.0 for run in runs)
 
 
-def distinguishing_settings(configs: Mapping[str, Sequence[Record]]) -> dict[str, str]:
+def distinguishing_settings(
+    configs: Mapping[tuple[str, ...], Sequence[Record]],
+) -> dict[tuple[str, ...], str]:
     """The settings of each configuration in which any two of them differ."""
     flat = {key: _flat(upgrade_config(runs[0]["config"])) for key, runs in configs.items()}
     first, *others = flat.values()
-    ignored = {"seed", *keys_affecting("speed", "start", "process")}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
     differing = [
         key
-        for key in dict.fromkeys(key for values in flat.values() for key in values)
-        if key not in ignored and any(values.get(key) != first.get(key) for values in others)
+        for key in keys
+        if key not in WITHOUT_EFFECT
+        and key != "seed"
+        and any(values.get(key) != first.get(key) for values in others)
     ]
     # the sections that the harness reads are defaults of other keys, which differ too
     arguments = [key for key in differing if not {*key.split(".")[1:2]} & {*NOT_ARGUMENTS}]
@@ -160,40 +206,122 @@ def distinguishing_settings(configs: Mapping[str, Sequence[Record]]) -> dict[str
     }
 
 
+def configuration(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Identifies what a recorded config computes, except for its seed.
+
+    A key that is newer than the record makes no other configuration. Sections are hashed one by
+    one, because the runs of a sweep share most of them.
+    """
+    return tuple(
+        _section_hash(name, json.dumps(value))
+        for name, value in sorted(config.items())
+        if name != "seed" and name not in WITHOUT_EFFECT
+    )
+
+
+@cache
+def _section_hash(name: str, text: str) -> str:
+    config = upgrade_config({name: json.loads(text)})
+    return config_hash(config, without=keys_affecting("speed"))
+
+
 def changed_defaults(record: Record) -> list[str]:
     """Settings of a run for which its command gives other values today, as "key=old (today new)".
 
     Keys that only the record or only today's config has are new, removed or renamed: they do not
     count. Regular expressions of parameter groups do not count, because another spelling may
-    select the same parameters. A command with a config folder of its user is not composed.
+    select the same parameters. A command with a config folder of its user has no known defaults.
     """
-    words = shlex.split(record.get("command") or "")[2:]  # without `lra train`
-    if not words or any(word.startswith("-") for word in words):
-        return []
-    for old, new in RENAMED.items():
-        words = [re.sub(rf"^{re.escape(old)}(?=[.=])", new, word) for word in words]
-    if any(word.startswith("model.param_count=") for word in words):  # the search for it is slow
-        words = [word for word in words if not word.startswith("model.param_count=")]
-        words.append(f"backbone.width={record['config']['backbone']['width']}")
+    recorded = upgrade_config(record["config"])
     try:
-        config = to_json(OmegaConf.to_container(compose(words)))
+        config = todays_config(record.get("command") or "", recorded)
     except ConfigError as error:
         return [f"its command is refused today ({error})"]
-    recorded = _flat(upgrade_config(record["config"]))
+    flat = _flat(recorded)
     changed = []
-    sections = ("task", "protocol", "model", "backbone", "optim", "trainer")
-    for key, value in _flat({name: config[name] for name in sections}).items():
+    for key, value in _flat({name: config[name] for name in COMPARED & config.keys()}).items():
         _, name, *rest = key.split(".")
         if (
-            recorded.get(key, value) != value
+            flat.get(key, value) != value
             and name not in NOT_ARGUMENTS  # their values are in the other sections
             and not name.startswith("_")
             and rest[-1:] != ["match"]
             and name != "no_decay"
-            and key not in keys_affecting("speed", "start", "process")
+            and key not in WITHOUT_EFFECT
         ):
-            changed.append(f"{key}={_format(recorded[key])} (today {_format(value)})")
+            changed.append(f"{key}={_format(flat[key])} (today {_format(value)})")
     return changed
+
+
+def todays_config(command: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config that a recorded command gives today; empty if it has more than KEY=VALUE words.
+
+    The command may come from others, so Hydra does not compose it: its options are files of conf/,
+    and the keys that it sets have their values in `recorded`.
+
+    Raises:
+        ConfigError: an option, key or value that does not exist today.
+    """
+    try:
+        words = [WORD.fullmatch(word) for word in shlex.split(command)[2:]]  # without `lra train`
+    except ValueError:
+        return {}
+    if not words or None in words:
+        return {}
+    typed = {match[1]: match[2] for match in words if match}
+    choices = {key: typed.pop(key) for key in [*typed] if (CONF / key).is_dir()}
+    choices = {group: name for group, name in choices.items() if name != "null"}
+    for group, name in choices.items():
+        if name not in options(group):
+            raise ConfigError(unknown_option(group, name))
+    keys = [key for key in map(_renamed, typed) if key.partition(".")[0] in COMPARED]
+    if "model.param_count" in keys:
+        keys.append("backbone.width")  # the search for it is slow
+    return _todays_config(
+        tuple(sorted(choices.items())),
+        json.dumps({key: _value(recorded, key) for key in keys}),
+    )
+
+
+@cache
+def _todays_config(choices: tuple[tuple[str, str], ...], typed: str) -> dict[str, Any]:
+    """The resolved config of options of conf/ and of values by dotted key, as JSON."""
+    values = json.loads(typed)
+    check_resolved(values)
+    cfg = stored_config(dict(choices))
+    for key in values:
+        if not _has(cfg, key):
+            raise ConfigError(unknown_key(key, [f"{group}={name}" for group, name in choices]))
+    with translated_errors():
+        for key, value in values.items():
+            OmegaConf.update(cfg, key, value, merge=False)
+        OmegaConf.resolve(cfg)
+    config = to_json(OmegaConf.to_container(cfg))
+    check_config(config)
+    return config
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """Whether an unresolved config has a dotted key."""
+    section, _, name = key.rpartition(".")
+    with translated_errors():
+        node = OmegaConf.select(cfg, section)
+    return isinstance(node, DictConfig) and name in node.keys()  # noqa: SIM118 `in` skips null
+
+
+def _renamed(key: str) -> str:
+    for old, new in RENAMED.items():
+        if f"{key}.".startswith(f"{old}."):
+            return key.replace(old, new, 1)
+    return key
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -234,9 +362,9 @@ def data_source_and_key(record: Record) -> tuple[str, str]:
 def selected_on_test(record: Record) -> bool:
     """Whether the weights were selected on a validation split that equals the test split."""
     splits = (record.get("data") or {}).get("splits") or {}
-    if "val" not in splits or (record.get("selection") or {}).get("rule") != "best":
-        return False
-    return splits["val"]["sha256"] == splits["test"]["sha256"]
+    val, test = (splits.get(name, {}).get("sha256") for name in ("val", "test"))
+    rule = (record.get("selection") or {}).get("rule")
+    return rule == "best" and val is not None and val == test
 
 
 def has_learned(record: Record, split: str = "test") -> bool | None:

@@ -7,12 +7,20 @@ import sys
 from contextlib import suppress
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for control characters, which would drive the reader's terminal.
+
+    Names, versions and messages of a record may come from others.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class StderrHandler(logging.Handler):
     """Prints `lra: LEVEL: message` on one line of stderr; info omits the level."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        message = " ".join(line.strip() for line in self.format(record).splitlines())
+        message = printable(" ".join(line.strip() for line in self.format(record).splitlines()))
         with suppress(OSError, ValueError):  # a closed terminal or pipe ends no run
             print(f"lra: {level}{message}", file=sys.stderr, flush=True)
 

@@ -1,108 +1,283 @@
 """The files of a run folder and their contents. Tables, plots and W&B are derived from them.
 
-    record.json       the run as one JSON object, replaced atomically
+    record.json       the run as one JSON object, replaced atomically: `Record`
     metrics.jsonl     one JSON object with a `step` per line; a truncated last line is ignored
     predictions.npz   test logits (n, C) float32, labels (n,), rows (n,): row in the split
     run.lock          locked while the process lives; the kernel releases the lock when it dies
 
-record.json, schema 1. JSON is strict: NaN and infinities become null. Accuracies are fractions in
-0..1, also in metrics.jsonl. A value that is not known yet or does not apply is null.
-
-    schema          1
-    status          running | finished | preempted | diverged | failed; `load_records` adds dead
-    error           the message that ended the run
-    task model protocol experiment seed     names as on the command line; experiment may be null
-    config          the resolved Hydra config
-    command         the command that reproduces the run
-    step            optimizer steps done
-    metrics         {train, val, test: {accuracy, loss, count}}; test is scored once, at the end
-    selection       {rule: best | last, step, val_accuracy, last_step, last_val_accuracy} of the
-                    weights that are scored on test
-    reference       {majority, root_operator, ...}: test accuracies of trivial predictors
-    data            {source: generated | release, key, partial: not all examples,
-                    splits: {train, val, test: {count, sha256}}}
-    params          {total, groups: {name: count}}
-    segments        [{step, platform, kind, count, processes, micro_batch}]: the hardware from each
-                    `step` on
-    resumed_from    steps at which the run was resumed
-    damaged_checkpoints     steps whose checkpoint was damaged and skipped
-    tuning_runs     number of runs behind the choice of this configuration
-    commit          of the code, with `+dirty` for uncommitted changes; null outside a checkout
-    versions        {python, jax, jaxlib, flax, optax, numpy, lra}
-    device          {platform, kind, count: devices per batch, processes} of the last segment
-    micro_batch     examples per forward and backward pass, over all devices, in the last segment
-    eval_batch      examples per evaluation batch
-    first_loss      mean training loss of the first step
-    at_chance       validation accuracy is within noise of chance; null before trainer.chance_after
-    stopped_early   {step, reason} if trainer.early_stopping ended the run
-    learned         test accuracy is above chance by more than noise; false is FAIL in a table
-    time            {wall_s: of all starts; train_s, steps_per_s, examples_per_s: of the last start,
-                    including waits for data; first_step_s: from the start of the training to the
-                    end of its first step; compile_s: part of it in which JAX traces and compiles}
-    memory          {peak_bytes}
+JSON is strict: NaN and infinities become null. Accuracies are fractions in 0..1, also in
+metrics.jsonl. A value that is not known yet or does not apply is null. Files are validated when
+they are read, because they may come from others: docs/trust.md.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping, Sequence, Set
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Required
 
 import numpy as np
+from annotated_types import Ge, Le, Lt, MinLen
+from typing_extensions import TypedDict
 
 from lra.config.schema import keys_affecting
 from lra.errors import RunFolderError
+from lra.files import read_regular_file
 
 SCHEMA = 1
-STATUSES = ("running", "finished", "preempted", "diverged", "failed")
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
+LARGEST_RECORD, LARGEST_PREDICTIONS = 2**24, 2**30  # bytes
+
+Name = Annotated[str, MinLen(1)]
+Count = Annotated[int, Ge(0), Lt(2**63)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Section = dict[str, Any]
+
+
+class Scores(TypedDict, total=False):
+    """Of one split, by the selected weights; test is scored once, at the end."""
+
+    accuracy: Fraction | None
+    loss: float | None  # nats
+    count: Count  # examples
+    exact: Fraction | None  # examples with all labels correct, for several labels per example
+
+
+class Selection(TypedDict, total=False):
+    """The weights that are scored on test."""
+
+    rule: Literal["best", "last"]
+    step: Count
+    val_accuracy: Fraction | None
+    last_step: Count
+    last_val_accuracy: Fraction | None
+
+
+class SplitData(TypedDict, total=False):
+    """The examples of a split and the hash of their stored bytes."""
+
+    count: Count
+    sha256: str
+
+
+class Data(TypedDict, total=False):
+    """The data of a run; `key` is a hash of the hashes of its splits."""
+
+    source: str | None  # generated, release or tfds
+    key: str
+    partial: bool  # not all examples
+    sample: str  # stratified, or first (if absent): the examples scored if not all are
+    splits: dict[str, SplitData]
+
+
+class Params(TypedDict, total=False):
+    """Numbers of parameters, also by parameter group."""
+
+    total: Count
+    groups: dict[str, Count]
+
+
+class Device(TypedDict, total=False):
+    """The hardware: `count` devices share a batch."""
+
+    platform: str
+    kind: str
+    count: Count
+    processes: Count
+
+
+class Segment(Device, total=False):
+    """The hardware from `step` on."""
+
+    step: Required[Count]
+    micro_batch: Count | None
+
+
+class StoppedEarly(TypedDict, total=False):
+    """Where trainer.early_stopping ended the run."""
+
+    step: Count
+    reason: str
+
+
+class Time(TypedDict, total=False):
+    """Seconds and rates."""
+
+    wall_s: float | None  # of all starts
+    train_s: float | None  # of the last start, as the rates; all include waits for data
+    steps_per_s: float | None
+    examples_per_s: float | None
+    first_step_s: float | None  # from the start of the training to the end of its first step
+    compile_s: float | None  # part of first_step_s in which JAX traces and compiles
+
+
+class Memory(TypedDict, total=False):
+    """Largest use of device memory, or of main memory on a CPU."""
+
+    peak_bytes: Count | None
+
+
+class Config(TypedDict, total=False):
+    """The resolved config; `lra.config` validates its values before a model is built."""
+
+    task: Section
+    model: Section
+    protocol: Section
+    backbone: Section
+    optim: Section
+    trainer: Section
+    tracker: Section
+    output: Section
+    data: Section
+
+
+class Record(TypedDict, total=False):
+    """record.json. Keys of newer versions are kept; older versions lack some."""
+
+    schema: Required[Literal[1]]
+    status: Required[Literal["running", "finished", "preempted", "diverged", "failed"]]
+    error: str | None  # the message that ended the run
+    task: Required[Name]  # names as on the command line
+    model: Required[Name]
+    protocol: Required[Name]
+    experiment: str | None
+    seed: Required[Count]
+    config: Required[Config]
+    command: str | None  # reproduces the run
+    step: Count  # optimizer steps done
+    metrics: dict[str, Scores | None] | None  # of train, val and test
+    selection: Selection | None
+    reference: dict[str, Fraction | None] | None  # test accuracies of trivial predictors
+    data: Data | None
+    params: Params | None
+    segments: list[Segment] | None
+    resumed_from: list[Count] | None  # steps
+    damaged_checkpoints: list[Count] | None  # steps whose checkpoint was damaged and skipped
+    tuning_runs: Count | None  # runs behind the choice of this configuration
+    commit: str | None  # of the code, with `+dirty` for uncommitted changes
+    versions: dict[str, str | None] | None
+    device: Device | None  # of the last segment
+    micro_batch: Count | None  # examples per forward and backward pass, over all devices
+    eval_batch: Count | None  # examples per evaluation batch
+    first_loss: float | None  # mean training loss of the first step
+    at_chance: bool | None  # validation accuracy is within noise of chance
+    stopped_early: StoppedEarly | None
+    learned: bool | None  # test accuracy is above chance by more than noise; false: FAIL in a table
+    time: Time | None
+    memory: Memory | None
+
+
+MetricsLine = TypedDict(
+    "MetricsLine",
+    {
+        "step": Required[Count],
+        "train/loss": float | None,
+        "train/accuracy": Fraction | None,
+        "train/lr": float | None,
+        "val/loss": float | None,
+        "val/accuracy": Fraction | None,
+    },
+    total=False,
+)
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """The record of a run, or None; raises RunFolderError if the file is no valid record."""
     path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        return parse_json(Record, read_regular_file(path, LARGEST_RECORD))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise RunFolderError(f"{path} is not JSON ({error}); move it away and run again") from error
-    if found := problem(record):
-        raise RunFolderError(f"{path} {found}")
-    return record
+        raise RunFolderError(f"{path} {error}; move it away") from None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first, without a truncated last line.
 
-    Raises RunFolderError if another line is not a JSON object with a `step`.
+    Raises RunFolderError if another line is not valid.
     """
     path = Path(folder) / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # the last part is empty or truncated
+        lines = read_regular_file(path).split(b"\n")[:-1]  # the last part is empty or truncated
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, LookupError, TypeError):
-            raise RunFolderError(
-                f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}"
-            ) from None
+            rows.append(parse_json(MetricsLine, line))
+        except ValueError as error:
+            raise RunFolderError(f"{path}, line {number} {error}") from None
     return rows
 
 
+def parse_json(schema: Any, content: bytes) -> Any:
+    """The value of a JSON text; raises ValueError with the first field that `schema` refuses."""
+    from pydantic import ValidationError
+    from pydantic_core import from_json
+
+    try:
+        value = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    try:
+        _validator(schema).validate_python(value, strict=True, extra="allow")
+        return value
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        raise ValueError(f"lacks {field}")
+    found = repr(first["input"])
+    found = found if len(found) <= 60 else f"{found[:60]}..."
+    raise ValueError(f"has {field}={found}: {first['msg'][0].lower()}{first['msg'][1:]}")
+
+
+@cache
+def _validator(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
 def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
-    """{logits, labels, rows} of a run, or None without predictions."""
+    """{logits, labels, rows} of a run, or None without predictions.
+
+    Raises RunFolderError if the file is damaged, or if its arrays do not fit together.
+    """
     path = Path(folder) / PREDICTIONS
-    if not path.exists():
+    try:
+        content = io.BytesIO(read_regular_file(path, LARGEST_PREDICTIONS))
+        with zipfile.ZipFile(content) as archive:  # a compressed file of a few KB may hold many GB
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is compressed")
+        with np.load(content, allow_pickle=False) as file:
+            logits, labels, rows = (file[name] for name in ("logits", "labels", "rows"))
+        if (
+            logits.ndim not in (2, 3)
+            or logits.dtype != np.float32
+            or labels.shape != logits.shape[:-1]
+            or rows.shape != logits.shape[:1]
+            or not (labels.dtype.kind in "iu" and rows.dtype.kind in "iu")
+            or not ((labels >= 0) & (labels < logits.shape[-1])).all()
+        ):
+            raise ValueError("shapes, types or labels do not fit together")
+    except FileNotFoundError:
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in ("logits", "labels", "rows")}
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({' '.join(str(error).split())}); restore it, or move it away"
+        ) from None
+    return {"logits": logits, "labels": labels, "rows": rows}
 
 
 def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
@@ -139,24 +314,6 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy and JAX, scalars and arrays
         return to_json(value.tolist())
     raise TypeError(f"a {type(value).__name__} has no JSON form: {value!r}")
-
-
-def problem(record: Any) -> str | None:
-    """What makes `record` invalid under schema 1; None for a valid record."""
-    if not isinstance(record, dict):
-        return f"holds a {type(record).__name__}, expected an object"
-    if record.get("schema") != SCHEMA:
-        return f"has schema {record.get('schema')!r}; this version reads schema {SCHEMA}"
-    required = ("status", "task", "model", "protocol", "seed", "config")
-    if missing := [key for key in required if key not in record]:
-        return f"lacks {', '.join(missing)}"
-    if record["status"] not in STATUSES:
-        return f"has status {record['status']!r}, expected one of {', '.join(STATUSES)}"
-    if not all(isinstance(record[key], str) for key in ("task", "model", "protocol")):
-        return "has a task, model or protocol that is not a name"
-    if not isinstance(record["config"], Mapping):
-        return "has a config that is not an object"
-    return None
 
 
 def _hashed(value: Any, left_out: Set[str] = frozenset(), prefix: str = "") -> Any:

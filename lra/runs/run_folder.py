@@ -22,7 +22,8 @@ from lra.runs.records import (
     PREDICTIONS,
     RECORD,
     SCHEMA,
-    problem,
+    Record,
+    parse_json,
     read_metrics,
     read_record,
     to_json,
@@ -57,11 +58,12 @@ class RunFolder(AbstractContextManager):
         self.close()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact."""
-        record = {"schema": SCHEMA, **record}
-        if found := problem(record):
-            raise ValueError(f"record {found}")
-        text = json.dumps(to_json(record), indent=1, allow_nan=False)
+        """Replaces record.json by `record` plus `schema`; an error leaves the old file intact.
+
+        Raises ValueError or TypeError if `record` is not a `lra.runs.records.Record`.
+        """
+        text = json.dumps(to_json({"schema": SCHEMA, **record}), indent=1, allow_nan=False)
+        parse_json(Record, text.encode())
         write_atomically(self.path / RECORD, text.encode() + b"\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:

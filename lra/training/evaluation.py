@@ -6,6 +6,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from lra.tasks.base import permutation
+
+
+def sample_rows(labels: np.ndarray, limit: int | None, how: str = "stratified") -> np.ndarray:
+    """Rows (ascending) of `limit` examples; all for None or if there are fewer.
+
+    The rows depend on the labels and the arguments alone.
+
+    Args:
+        labels: (n,), or (n, T), which have no strata.
+        how: "stratified": random, with each label as often as its share of the split, rounded;
+            "first": the first rows, as in records without `data.sample`.
+    """
+    count = len(labels)
+    if limit is None or limit >= count:
+        return np.arange(count)
+    if how == "first":
+        return np.arange(limit)
+    order = permutation(count, 0)
+    if labels.ndim == 1:
+        order = order[np.argsort(labels[order], kind="stable")]
+    # evenly spaced places in the order by label
+    return np.sort(order[(np.arange(limit) * count + count // 2) // limit])
+
 
 def predict(
     apply: Callable[[Any, Any], jax.Array],

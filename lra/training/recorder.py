@@ -77,10 +77,13 @@ class Recorder:
         data, limit = describe_data(store), self.cfg.trainer.eval_examples
         scored = [len(store.splits[name]) for name in ("val", "test")]
         data["partial"] = data["partial"] or (limit is not None and max(scored) > limit)
+        # a run that resumes scores the examples of its earlier evaluations
+        earlier = self.resumed_record().get("data")
+        data["sample"] = earlier.get("sample", "first") if earlier else "stratified"
         self.record |= {"data": data, "reference": store.manifest["reference"]}
 
-    def resumed_sizes(self) -> dict[str, Any]:
-        """The record with the batch sizes of an earlier start whose checkpoint is resumed."""
+    def resumed_record(self) -> dict[str, Any]:
+        """The record of an earlier start whose checkpoint is resumed, else empty."""
         return self.previous if has_checkpoint(self.checkpoints) else {}
 
     def sizes(self, micro_batch: int, eval_batch: int) -> None:
@@ -213,15 +216,21 @@ class Recorder:
         self.reporter.scoring(count, stopped_early)
 
     def finish(
-        self, step: int, scores: dict[str, dict[str, Any]], logits: np.ndarray, labels: np.ndarray
+        self,
+        step: int,
+        scores: dict[str, dict[str, Any]],
+        logits: np.ndarray,
+        labels: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
         """Writes the predictions, the scores of all splits, and the status "finished".
 
         Args:
             scores: of each split.
             logits, labels: of the test split, (n, C) and (n,) or (n, T, C) and (n, T).
+            rows: (n,), the row of the test split of each example.
         """
-        self.folder.write_predictions(logits, labels, np.arange(len(labels)))
+        self.folder.write_predictions(logits, labels, rows)
         self.record |= {"metrics": {name: scores[name] for name in SPLITS}, "step": step}
         chance = sanity.chance(labels, self.num_classes)
         self.record["learned"] = not sanity.is_at_chance(
@@ -325,9 +334,9 @@ def finished_record(folder: RunFolder, config: dict[str, Any], resume: str) -> d
         )
     if resume != "auto" and _is_worth_keeping(record, folder.path):
         raise RunFolderError(
-            f"{folder.path} holds this run already, {record['status']} at step {record['step']}; "
-            f"resume=auto continues it (or shows a finished run again), another output.root or "
-            f"seed starts a new one"
+            f"{folder.path} holds this run already, {record['status']} at step "
+            f"{record.get('step', 0)}; resume=auto continues it (or shows a finished run again), "
+            f"another output.root or seed starts a new one"
         )
     return record if record["status"] == "finished" else None
 

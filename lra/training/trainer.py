@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from lra.config.rules import parse_duration
 from lra.errors import DivergedError, PreemptedError
 from lra.runs import sanity
+from lra.tasks.base import SPLITS
 from lra.training import distributed
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.data_parallel import DataParallel
-from lra.training.evaluation import predict, score
+from lra.training.evaluation import predict, sample_rows, score
 from lra.training.micro_batch import Batches, choose_sizes, make_batches
 from lra.training.preemption import Deadline, Signals
 from lra.training.prefetch import place_data
@@ -76,8 +77,19 @@ class Trainer:
         self.recorder.add_data(store)
         distributed.check_same_data(self.recorder.record["data"]["key"])
         data = place_data(store, self.devices, cfg.data.placement)
-        limit = cfg.trainer.eval_examples
-        return data | {name: _first(data[name], limit) for name in ("val", "test")}
+        limit = dict.fromkeys(SPLITS, cfg.trainer.eval_examples)
+        limit["train"] = cfg.trainer.train_eval_examples
+        how = self.recorder.record["data"]["sample"]
+        self.scored_rows = {
+            name: sample_rows(np.asarray(store.splits[name].labels), limit[name], how)
+            for name in SPLITS
+        }
+        return data | {name: self.scored(name, data[name]) for name in ("val", "test")}
+
+    def scored(self, name: str, split: Examples) -> Examples:
+        """The examples of a split that are scored."""
+        rows = self.scored_rows[name]
+        return split if len(rows) == len(split.labels) else Examples(*(x[rows] for x in split))
 
     def choose_batches(self) -> tuple[Batches, StepFunctions, int]:
         """The source of batches, the jitted functions, and the evaluation batch size."""
@@ -88,7 +100,7 @@ class Trainer:
         micro_batch = cfg.micro_batch or cfg.batch_size
         eval_batch = devices.round_up(cfg.eval_batch_size)
         if micro_batch == "auto":
-            kept = self.recorder.resumed_sizes()
+            kept = self.recorder.resumed_record()
             micro_batch, eval_batch, needs = choose_sizes(
                 self.cfg, setup, self.data["val"], devices, make, self.new_state, kept
             )
@@ -222,14 +234,14 @@ class Trainer:
         step = int(state.step)
         weights = selected_weights(self.cfg.protocol.select, state, best)
         self.recorder.scoring(len(self.data["test"].labels), self.stopped_early(step, best))
-        sample = _first(self.data["train"], self.cfg.trainer.train_eval_examples)
-        splits = {**self.data, "train": sample}
+        splits = {**self.data, "train": self.scored("train", self.data["train"])}
         logits = {name: self.predict(weights, split) for name, split in splits.items()}
         labels = {name: np.asarray(split.labels) for name, split in splits.items()}
         scores = {name: score(logits[name], labels[name]) for name in splits}
         # again, for a run that was killed after its last evaluation
         self.recorder.check_chance(step, labels["val"])
-        self.recorder.finish(step, scores, logits["test"], labels["test"])
+        rows = self.scored_rows["test"]
+        self.recorder.finish(step, scores, logits["test"], labels["test"], rows)
 
     def predict(self, weights: tuple[Any, Any], split: Examples) -> np.ndarray:
         """Logits of a whole split, (n, C) or (n, T, C) float32."""
@@ -245,10 +257,3 @@ def intervals(cfg: DictConfig) -> dict[str, int]:
         "eval": evaluate,
         "checkpoint": cfg.checkpoint_every or evaluate,
     }
-
-
-def _first(split: Examples, limit: int | None) -> Examples:
-    """The first `limit` examples; all for None."""
-    if limit is None or limit >= len(split.labels):
-        return split
-    return Examples(*(x[:limit] for x in split))

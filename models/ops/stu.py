@@ -1,8 +1,8 @@
 """Computes the output of a spectral transform unit (STU) without K filtered copies of its input.
 
 Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.06837: equation (4) is
-`m_y="lag2"`, equations (5) and (6) are an array `m_y`. Reference code read:
-google-deepmind/spectral_ssm, to whose values the tests compare.
+`m_y=1.0, lag=2`, equation (5) one learned matrix and `lag=2`, equation (6) k_y of them and `lag=1`.
+Reference code read: google-deepmind/spectral_ssm, to whose values the tests compare.
 
 All terms except the feedback from y are one causal convolution with matrix-valued taps, sum_j
 basis_j(i) m_j; the basis consists of the filters, the sign-alternated filters and one unit impulse
@@ -20,7 +20,7 @@ u_{t-2}. Deviations: none in the values.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.ops.batch_sharding import shard_over_batch
-from models.ops.blocks import merge_blocks
+from models.ops.blocks import merge_blocks, split_blocks
 from models.ops.fft_convolution import smooth_size
+from models.ops.recurrence import linear_recurrence
 
 # for products that feed the next step: the rounding errors of tf32 would accumulate over L steps
 HIGHEST = lax.Precision.HIGHEST
@@ -45,7 +46,8 @@ def stu(
     m_u: Float[Array, "k_u D_in D_out"],
     m_plus: Float[Array, "K D_in D_out"],
     m_minus: Float[Array, "K D_in D_out"] | None = None,
-    m_y: Float[Array, "k_y D_out D_out"] | Literal["lag2"] | None = None,
+    m_y: Float[Array, "k_y D_out D_out"] | float | None = None,
+    lag: int = 1,
 ) -> Float[Array, "B L D_out"]:
     """The output of an STU, equations (4) to (6).
 
@@ -62,8 +64,8 @@ def stu(
         phi: filters as columns, in any order and of any sign; rows beyond L are not used.
         sigma: eigenvalues of the filters, positive.
         m_minus: None omits the sign-alternated filters, as the published CIFAR code does.
-        m_y: None for no feedback; "lag2" adds y_{t-2}, equation (4); an array adds sum_j y_{t-1-j}
-            m_y[j], equations (5) and (6).
+        m_y: None for no feedback; a number adds m_y y_{t-lag}; an array adds sum_j y_{t-lag(1+j)}
+            m_y[j].
     Returns:
         y in the dtype of u. With bfloat16 inputs the products have bfloat16 factors and float32
         sums; all else is float32.
@@ -91,11 +93,49 @@ def stu(
     convolution = partial(causal_convolution, products=products)
     wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])
     y = shard_over_batch(convolution, wide, basis, m)
-    if isinstance(m_y, str):
-        y = lag_two_sum(y)
+    if isinstance(m_y, float):
+        y = scalar_feedback(y, m_y, lag)
     elif m_y is not None:
-        y = feedback(y, m_y.astype(dtype))
+        y = merge_lags(feedback(split_lags(y, lag), m_y.astype(dtype)), lag, length)
     return y.astype(u.dtype)
+
+
+def feature_moments(
+    phi: Float[np.ndarray, "L K"],
+    sigma: Float[np.ndarray, " K"],
+    k_u: int,
+    negative_filters: bool,
+    alpha: float,
+    lag: int,
+) -> Float[np.ndarray, "J J"]:
+    """Second moments of the features for white input of unit variance, averaged over the L times.
+
+    C = sum_i w_i b_i b_i^T with w_i = (L - i) / L, where b_i (J,) are the values at lag i of the
+    filters with sigma^(1/4), of the filters with signs, and of the k_u unit impulses, in the order
+    m_plus, m_minus, m_u.
+
+    Args:
+        alpha, lag: the feedback alpha y_{t-lag}, which the features pass through as well.
+    """
+    length = len(phi)
+    filters = np.asarray(phi, np.float64) * np.asarray(sigma, np.float64) ** 0.25
+    if negative_filters:
+        filters = np.concatenate([filters, filters * (1 - 2 * (np.arange(length) % 2))[:, None]], 1)
+    delayed = np.concatenate([np.zeros((2, filters.shape[1])), filters])[:length]
+    basis = np.concatenate([delayed, np.eye(length, k_u)], axis=1)
+    for i in range(lag, length if alpha else 0):
+        basis[i] += alpha * basis[i - lag]
+    weights = 1 - np.arange(length) / length
+    return (basis * weights[:, None]).T @ basis
+
+
+def inverse_power(
+    moments: Float[np.ndarray, "J J"], power: float, floor: float = 1e-4
+) -> Float[np.ndarray, "J J"]:
+    """moments^(-power); eigenvalues are at least `floor` times the largest one."""
+    values, vectors = np.linalg.eigh(moments)
+    values = np.maximum(values, floor * values[-1])
+    return (vectors * values**-power) @ vectors.T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -295,11 +335,26 @@ def _write(spectrum: Array, part: Array, at: Any) -> Array:
     return lax.dynamic_update_slice_in_dim(spectrum, lax.complex(turned[0], turned[1]), at, axis=2)
 
 
-def lag_two_sum(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """y_t = x_t + y_{t-2}, as a cumulative sum over every second step."""
+def scalar_feedback(x: Float[Array, "B L D"], alpha: float, lag: int) -> Float[Array, "B L D"]:
+    """y_t = x_t + alpha y_{t-lag}, as a recurrence over every `lag`-th step."""
     batch, length, width = x.shape
-    pairs = jnp.pad(x, ((0, 0), (0, length % 2), (0, 0))).reshape(batch, -1, 2, width)
-    return jnp.cumsum(pairs, axis=1).reshape(batch, -1, width)[:, :length]
+    rows = split_blocks(x, lag).reshape(batch, -1, lag * width)
+    if alpha == 1:
+        rows = jnp.cumsum(rows, axis=1)
+    elif alpha != 0:
+        rows = linear_recurrence(jnp.full(lag * width, alpha, x.dtype), rows)
+    return rows.reshape(batch, -1, width)[:, :length]
+
+
+def split_lags(x: Float[Array, "B L D"], lag: int) -> Float[Array, "B_lag T D"]:
+    """Every `lag`-th step of each sequence as a sequence of its own; zeros fill the last ones."""
+    rows = jnp.swapaxes(split_blocks(x, lag), 1, 2)  # (B, lag, T, D)
+    return rows.reshape(-1, *rows.shape[2:])
+
+
+def merge_lags(x: Float[Array, "B_lag T D"], lag: int, length: int) -> Float[Array, "B L D"]:
+    """The inverse of `split_lags`: the first `length` steps."""
+    return merge_blocks(jnp.swapaxes(x.reshape(-1, lag, *x.shape[1:]), 1, 2), length)
 
 
 @jax.custom_vjp

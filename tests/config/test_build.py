@@ -1,5 +1,6 @@
 """Values that a constructor refuses, alone or together with others, are one line."""
 
+import sys
 from functools import cache
 
 import pytest
@@ -35,7 +36,20 @@ def build(model, *overrides):
         ),
         (["model=stu", "model._target_=models.stu.X"], "is not a class: models.stu has no class X"),
         (["model=stu", "model._target_=null"], "model._target_=null cannot be imported"),
-        (["model=stu", "model.depth=3"], "its YAML must have every argument of the constructor"),
+        (
+            ["model=stu", "model.num_filter=3"],
+            "model.num_filter: models.stu.STU has no argument num_filter to set (did you mean "
+            "num_filters",
+        ),
+        (["model=stu", "model.width=3"], "models.stu.STU has no argument width to set"),
+        (["model=stu", "task.protocol={}"], "ListOps has no argument protocol to set"),
+        (["model=stu", "model._partial_=false"], "model._partial_ must be true"),
+        (["model=stu", "task._partial_=true"], "task._partial_ must be false"),
+        (
+            ["model=stu", "model._target_=models.stu.nnx"],
+            "model._target_=models.stu.nnx is not a class",
+        ),
+        (["model=stu", "task._target_=lra.tasks.base.Path"], "lra.tasks.base has no class Path"),
         (
             ["model=stu", "model.negative_filters=3"],
             "model.negative_filters=3 must be true or false",
@@ -86,3 +100,82 @@ def test_refused_value_is_one_line(overrides, message):
         build(*overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["task.data_seed", "model.num_filters", "backbone.pool"])
+def test_missing_argument_is_named(missing):
+    cfg = unresolved("model=stu").copy()
+    section, name = missing.split(".")
+    del cfg[section][name]
+    cfg = resolve(cfg, {}, [])
+    with pytest.raises(ConfigError, match=f"^{missing} is missing; .* has no default for it"):
+        abstract_model(cfg, build_task(cfg))
+
+
+MIXERS = """
+import pathlib
+
+from flax import nnx
+
+from models.mixer import MixerFactory, MixerModule
+
+
+class Outer(MixerModule):
+    causal = True
+
+    def __init__(self, width: int, seq_len: int, *, inner: MixerFactory, plain, rngs: nnx.Rngs):
+        self.inner, self.plain = inner(width=width, seq_len=seq_len, rngs=rngs), plain
+
+    def __call__(self, x, mask, *, train=False, rngs=None):
+        return self.inner(x, mask, train=train, rngs=rngs)
+
+
+class Trap:
+    def __init__(self, path):
+        pathlib.Path(path).touch()
+"""
+
+
+@pytest.fixture
+def mixers(tmp_path, monkeypatch):
+    """A module `own_mixers` in the current folder; gives the section of its nested mixer."""
+    (tmp_path / "own_mixers.py").write_text(MIXERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    gru = {"_target_": "models.gru.GRU", "_partial_": True, "state_size": 8}
+    gru["bidirectional"] = False
+    yield {"_target_": "own_mixers.Outer", "_partial_": True, "inner": gru, "plain": None}
+    sys.modules.pop("own_mixers", None)
+
+
+def with_model(section):
+    cfg = unresolved("model=stu").copy()
+    cfg.model = OmegaConf.create(section)
+    return resolve(cfg, {}, [])
+
+
+def test_a_nested_target_is_built_where_the_constructor_declares_it(mixers):
+    cfg = with_model(mixers)
+    model = abstract_model(cfg, build_task(cfg))
+    assert type(model.blocks[0].mixer.inner).__name__ == "GRU"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("plain",), "Outer does not annotate plain with a protocol or an nnx.Module"),
+        (("plain", "deeper"), "model.plain.deeper._target_=own_mixers.Trap is refused"),
+        (("zzz",), "own_mixers.Outer has no argument zzz to set; it has: inner, plain"),
+        (("inner", "zzz"), "model.inner.zzz: models.gru.GRU has no argument zzz to set"),
+    ],
+)
+def test_a_nested_target_elsewhere_is_refused_before_it_runs(mixers, tmp_path, place, message):
+    node = mixers
+    for name in place[:-1]:
+        node[name] = node.get(name) or {}
+        node = node[name]
+    node[place[-1]] = {"_target_": "own_mixers.Trap", "path": str(tmp_path / "ran")}
+    cfg = with_model(mixers)
+    with pytest.raises(ConfigError, match=message):
+        abstract_model(cfg, build_task(cfg))
+    assert not (tmp_path / "ran").exists()

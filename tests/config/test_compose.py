@@ -9,7 +9,13 @@ from omegaconf import OmegaConf
 from tiny import TINY
 
 import lra
-from lra.config.compose import normalize_overrides, upgrade_config
+from lra.config.compose import (
+    check_resolved,
+    composed,
+    normalize_overrides,
+    stored_config,
+    upgrade_config,
+)
 from lra.config.options import options
 from lra.errors import ConfigError
 from lra.runs.records import config_hash
@@ -62,6 +68,56 @@ def test_key_of_a_user_s_yaml_with_an_old_name_is_named(tmp_path):
     (tmp_path / "task" / "mine.yaml").write_text(old)
     with pytest.raises(ConfigError, match=r"task\.budget in a config file is now task\.hparams"):
         lra.compose([f"hydra.searchpath=[file://{tmp_path}]", "task=mine"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+anything=1", "unknown key anything; every key of the config is part of"),
+        ("+trainr.steps=1", "unknown key trainr (did you mean trainer or tracker?)"),
+        ("+optim.learning_rate=1", "unknown key optim.learning_rate"),
+        ("+trainer.step=9", "unknown key trainer.step (did you mean trainer.steps"),
+    ],
+)
+def test_keys_that_nothing_reads_make_no_other_configuration(word, message):
+    with pytest.raises(ConfigError) as caught:
+        lra.compose([word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+CHOICES = [
+    {},
+    *(
+        {group: name}
+        for group in ("task", "model", "protocol", "tracker")
+        for name in options(group)
+    ),
+    *({"experiment": name} for name in options("experiment")),
+    {"experiment": "listops/lru", "debug": "tiny"},
+    {"task": "text", "model": "mega", "protocol": "s4", "debug": "tiny"},
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_stored_config_is_that_of_hydra(choices):
+    with composed([f"{group}={name}" for group, name in choices.items()]) as (cfg, _):
+        assert stored_config(choices) == cfg
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${seed}", "???"])
+def test_interpolations_in_a_record_are_refused(value):
+    check_resolved({"model": {"a": [1, "$x"]}})
+    with pytest.raises(ConfigError, match=r"config\.model\.a\.1="):
+        check_resolved({"model": {"a": [1, value]}})
+
+
+def test_deep_nesting_in_a_record_is_refused():
+    node: object = 1
+    for _ in range(150):
+        node = [node]
+    with pytest.raises(ConfigError, match="nested more than 16 levels"):
+        check_resolved({"model": node})
 
 
 def test_names_and_command_of_a_composed_config():

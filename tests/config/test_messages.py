@@ -22,8 +22,8 @@ from lra.errors import ConfigError
         ),
         (
             ["model.state_size=16"],
-            "model=stu has no state_size; it has: bidirectional, filters, init_m_u, k_u, k_y, "
-            "negative_filters, num_filters",
+            "model=stu has no state_size; it has: bidirectional, feedback, feedback_scale, "
+            "filters, init_m_phi, init_m_u, k_u, k_y, negative_filters, num_filters",
         ),
         (["model.state_size=16", "experiment=mine"], "unknown experiment=mine"),
         (

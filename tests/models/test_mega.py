@@ -49,26 +49,23 @@ def silu(x):
 
 
 def average_by_loop(p, x):
-    """Equations (5) and (6) for one sequence of real positions, in one or two directions."""
-    alpha, delta = sigmoid(p["alpha"]), sigmoid(p["delta"])
-    n = alpha.shape[2]
+    """silu(sum_s k1[t - s] x_s + sum_s k2[s - t] x_s + omega x_t) for one sequence.
 
-    def one_way(direction, rows):
-        h, out = np.zeros(alpha.shape[1:]), []
-        for row in rows:
-            # the state before this step is what a scan from the end reads: it leaves out the
-            # present
-            before = (1 - alpha[direction] * delta[direction]) * h
-            h = before + alpha[direction] * p["beta"][direction] * row[:, None]
-            out.append(
-                ((h if direction == 0 else before) * p["eta"][direction]).sum(1) / np.sqrt(n)
-            )
-        return np.stack(out)
-
-    y = one_way(0, x)
-    if len(alpha) == 2:
-        y = y + one_way(1, x[::-1])[::-1]
-    return silu(y + p["omega"] * x)
+    The first sum is over s <= t, the second over s >= t: both kernels weigh the present, as in
+    `exponential_moving_average.py` of facebookresearch/mega. k[l] = sum_n p beta q^l eta / sqrt(N)
+    with p = sigmoid(alpha) and q = 1 - p sigmoid(delta).
+    """
+    alpha, delta, x = sigmoid(p["alpha"]), sigmoid(p["delta"]), np.asarray(x)
+    lags = np.arange(len(x))
+    gain = alpha * p["beta"] * p["eta"] / np.sqrt(alpha.shape[2])
+    kernels = (gain[..., None] * (1 - alpha * delta)[..., None] ** lags).sum(2)  # (1 or 2, D, L)
+    y = np.asarray(p["omega"]) * x
+    for t in lags:
+        for s in range(t + 1):
+            y[t] += kernels[0, :, t - s] * x[s]
+        for s in range(t, len(x)) if len(kernels) == 2 else ():
+            y[t] += kernels[1, :, s - t] * x[s]
+    return silu(y)
 
 
 def mega_by_loop(p, x, residual, *, attention, causal, chunk):

@@ -1,17 +1,23 @@
 """`lra eval`: saved weights give the recorded scores, and differences are reported."""
 
+import io
 import json
+import os
+import pickle
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from lra.cli import main
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.report import saved_run
 from lra.report.evaluate import environment_differences, evaluate_run
 from lra.runs.records import read_predictions, read_record
+from lra.training.evaluation import score
 
 
 def change_record(folder, change):
@@ -44,16 +50,23 @@ def test_other_splits_and_the_last_weights_are_scored(trained_run):
     assert "no comparison" in text
 
 
+def write_predictions(folder, stored):
+    """Replaces the predictions of a run and its recorded scores."""
+    np.savez(folder / "predictions.npz", **stored)
+    scores = score(stored["logits"], stored["labels"])
+    change_record(folder, lambda record: record["metrics"].update(test=scores))
+
+
 def test_changed_predictions_are_counted_and_only_ties_pass(copied_run):
     stored = read_predictions(copied_run)
     logits = stored["logits"]
     second, first = np.argsort(logits[0])[-2:]
     logits[0, second] = logits[0, first] + 5e-4  # the stored class is another, by less than 1e-3
-    np.savez(copied_run / "predictions.npz", **stored)
+    write_predictions(copied_run, stored)
     text = evaluate_run(copied_run)
     assert "1 of 21 classes differ, 1 of them where the two largest logits were closer" in text
     logits[0, second] = logits[0, first] + 5e-3
-    np.savez(copied_run / "predictions.npz", **stored)
+    write_predictions(copied_run, stored)
     with pytest.raises(MismatchError, match="1 of 21 classes differ, 0 of them") as caught:
         evaluate_run(copied_run)
     assert caught.value.exit_code == 6
@@ -73,6 +86,108 @@ def test_rounding_differences_are_reported_with_the_environment(copied_run):
     differences = environment_differences(record)
     assert differences[:2] == ["devices 4, here 1", "processes 2, here 1"]
     assert differences[2].startswith("jax 0.0.1")
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+@pytest.mark.parametrize(("name", "value"), [("accuracy", 0.99), ("loss", 0.1), ("count", 22)])
+def test_an_edited_score_is_a_mismatch(copied_run, capsys, split, name, value):
+    change_record(copied_run, lambda record: record["metrics"][split].update({name: value}))
+    assert main(["eval", str(copied_run), "--split", split]) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"record.json states {name} {value}, but the " in line
+
+
+def test_labels_of_other_data_are_a_mismatch(copied_run):
+    stored = read_predictions(copied_run)
+    stored["labels"] = stored["logits"].argmax(axis=1)
+    write_predictions(copied_run, stored)
+    assert read_record(copied_run)["metrics"]["test"]["accuracy"] == 1
+    with pytest.raises(MismatchError, match="the labels in predictions.npz are not those of the"):
+        evaluate_run(copied_run)
+
+
+def damaged_predictions(stored, kind):
+    """The bytes of a file that is no predictions.npz."""
+    file = io.BytesIO()
+    if kind == "compressed":
+        np.savez_compressed(file, **stored)
+    elif kind == "pickled":
+        np.savez(file, **stored | {"labels": np.array([print] * 21, object)})
+    elif kind == "labels out of range":
+        np.savez(file, **stored | {"labels": stored["labels"] + 10})
+    elif kind == "other lengths":
+        np.savez(file, **stored | {"rows": np.arange(3)})
+    elif kind == "incomplete":
+        np.savez(file, logits=stored["logits"])
+    else:
+        np.savez(file, **stored)
+    return file.getvalue()[:-200] if kind == "truncated" else file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "compressed", "pickled", "labels out of range", "other lengths", "incomplete"],
+)
+def test_damaged_predictions_are_one_line(copied_run, capsys, kind):
+    content = damaged_predictions(read_predictions(copied_run), kind)
+    (copied_run / "predictions.npz").write_bytes(content)
+    assert main(["eval", str(copied_run)]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "predictions.npz is damaged (" in line
+
+
+TRAP = {"_target_": "pandas.read_pickle", "filepath_or_buffer": "trap.pkl"}
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(zzz=TRAP), "model.zzz._target_=pandas.read_pickle of this"),
+        (
+            lambda c: c["task"].update(zzz=[{"_target_": "joblib.load", "filename": "trap.pkl"}]),
+            "task.zzz.0._target_=joblib.load of this record is no class of lra.tasks.*",
+        ),
+        (lambda c: c["backbone"].update(depth=TRAP), "backbone.depth._target_=pandas.read_pickle"),
+        (
+            lambda c: c["model"].update(_target_="trap_module.Mixer"),
+            "if you trust it, add --allow-target trap_module.Mixer",
+        ),
+        (lambda c: c["model"].update(_target_="lra.cli.os"), "lra.cli.os of this record is no"),
+        (lambda c: c["task"].update(_target_="lra.tasks.base.Path"), "has no class Path"),
+        (lambda c: c["task"].update(name="${oc.env:HOME}"), "config.task.name=${oc.env:HOME} is"),
+    ],
+)
+@pytest.mark.parametrize("command", [["eval"], ["diagnose"]])
+def test_a_foreign_record_runs_no_code(
+    copied_run, tmp_path, monkeypatch, capsys, command, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "trap_module.py").write_text("import os; os.mkdir('ran')")
+    change_record(copied_run, lambda record: change(record["config"]))
+    words = ["length", "task.max_length=40"] if command == ["diagnose"] else []
+    assert main([*command, str(copied_run), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_allowed_target_of_the_current_folder_is_used(copied_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = "import models.stu\n\nclass Mine(models.stu.STU):\n    pass\n"
+    (tmp_path / "allowed_module.py").write_text(code)
+    target = "allowed_module.Mine"
+    change_record(copied_run, lambda record: record["config"]["model"].update(_target_=target))
+    assert main(["eval", str(copied_run)]) == 2
+    assert main(["eval", str(copied_run), "--allow-target", target]) == 0
+    assert "identical, bit for bit" in capsys.readouterr().out
+    sys.modules.pop("allowed_module")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -1,5 +1,6 @@
 """Tables as text for the terminal, Markdown, LaTeX and CSV."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -104,3 +105,32 @@ def test_the_terminal_table_needs_no_pandas():
         "sys.exit('pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+HOSTILE = {
+    "model": "a\x1b]0;x\x07<img src=x>](http://x)\\|b",
+    "experiment": "=cmd|' /C calc'!A0",
+    "commit": "@SUM(1)",
+    "task": "text\n| x",
+}
+
+
+@pytest.mark.parametrize("format", ["terminal", "markdown", "latex", "csv"])
+def test_names_of_a_record_drive_no_terminal(format):
+    text = render(make_table([a_record(0.5, **HOSTILE)]), format, width=300)
+    assert not any(c < " " and c != "\n" for c in text)
+    assert r"x1b]0;x" in text
+    assert r"text\n" in text or r"text\textbackslash n" in text.replace("{}", " ")
+
+
+def test_names_of_a_record_are_no_html_link_or_cell_in_markdown():
+    text = render(make_table([a_record(0.5, **HOSTILE)], published="none"), "markdown")
+    assert r"&lt;img src=x>]\(http://x)\\\|b" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows} == {3}
+
+
+def test_names_of_a_record_are_no_formulas_in_a_spreadsheet():
+    (row, *_) = long_form(make_table([a_record(0.5, **HOSTILE)], published="none"))
+    assert row["variant"] == "'=cmd|' /C calc'!A0"
+    assert row["source"] == "'@SUM(1)"

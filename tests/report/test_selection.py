@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from table_records import a_record, cells, long_form, ours
 
@@ -10,7 +11,7 @@ from lra.config.compose import upgrade_config
 from lra.report import selection
 from lra.report.formats import render
 from lra.report.tables import make_table
-from lra.runs.run_folder import load_records
+from lra.runs.run_folder import RunFolder, load_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,18 +153,19 @@ def transformer_records():
 
 def test_runs_made_with_other_defaults_have_a_footnote():
     table = make_table(load_records([ROOT / "results" / "runs"]), published="none")
-    (footnote,) = table.footnotes
-    assert footnote.startswith("made with other defaults than today's: ")
-    assert "backbone.mlp=gelu (today swiglu)" in footnote
+    start, clip = "made with other defaults than today's: ", "optim.clip=1 (today null)"
+    assert table.footnotes[0] == start + clip
+    assert table.footnotes[1].startswith(f"{start}backbone.mlp=gelu (today swiglu), ")
     found = {name: row["listops_short"][-3:] for name, row in cells(table, "Ours").items()}
-    assert found == {"lru": "n=3", "stu": "n=3", "transformer": "[1]"}
+    assert found == {"lru": "[1]", "stu": "[1]", "transformer": "[2]"}
 
 
 def test_changed_defaults_are_those_of_keys_that_matter():
     record = transformer_records()[0]
     changed = ["backbone.mlp=gelu (today swiglu)", "backbone.mlp_ratio=4 (today 2.667)"]
+    changed += ["optim.clip=1 (today null)"]
     assert selection.changed_defaults(record) == changed
-    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4"
+    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4 optim.clip=1"
     assert selection.changed_defaults(record | {"command": typed}) == []
     config = copy.deepcopy(record["config"])
     config["trainer"] |= {"log_every": 7, "gone": 1}  # without effect; removed since
@@ -181,13 +183,61 @@ def test_commands_that_cannot_be_composed_break_no_table():
     assert found.startswith("its command is refused today (unknown key optim.gone")
 
 
+def test_a_command_of_others_is_not_evaluated(monkeypatch):
+    record = transformer_records()[0]
+    monkeypatch.setenv("SECRET", "12345")
+    for word in (
+        "hydra.searchpath=[pkg://trap]",
+        "optim.lr=${oc.env:SECRET}",
+        "+x=1",
+        "..=x",
+        "optim.lr='",
+    ):
+        found = selection.changed_defaults(record | {"command": record["command"] + " " + word})
+        assert "12345" not in str(found)
+    for option in ("../train", "mine"):
+        command = record["command"] + f" model={option}"
+        (found,) = selection.changed_defaults(record | {"command": command})
+        assert found.startswith(f"its command is refused today (unknown model={option}")
+    config = copy.deepcopy(record["config"])
+    config["optim"]["lr"] = "${oc.env:SECRET}"
+    typed = {"command": record["command"] + " optim.lr=1", "config": config}
+    assert "12345" not in str(selection.changed_defaults(record | typed))
+
+
+def test_typed_keys_and_those_that_follow_from_them_are_no_changed_defaults():
+    record = load_records([ROOT / "results" / "runs" / "listops_short" / "lru"])[0]
+    config = upgrade_config(record["config"])
+    config["task"]["hparams"] = {**config["task"]["hparams"], "width": 48}
+    config["backbone"]["width"] = 48
+    config["optim"]["clip"] = None  # 1.0 in these runs, the default then
+    changed = record | {"config": config}
+    (found,) = selection.changed_defaults(changed)
+    assert found == "backbone.width=48 (today 32)"
+    for typed in ("task.hparams.width=48", "task.budget.width=48"):
+        assert (
+            selection.changed_defaults(changed | {"command": f"{record['command']} {typed}"}) == []
+        )
+
+
+def test_a_run_whose_predictions_contradict_its_record_is_left_out(tmp_path, caplog):
+    logits = np.eye(4, dtype=np.float32)
+    for seed in range(2):
+        with RunFolder(tmp_path / str(seed)) as folder:
+            folder.write_record(a_record(0.75 if seed == 0 else 0.99, seed))
+            folder.write_predictions(logits, np.array([0, 1, 2, 0]), np.arange(4))
+    assert ours(load_records([tmp_path])) == {"stu": {"listops_short": "75.0 n=1"}}
+    (line,) = caplog.messages
+    assert "1/record.json states a test accuracy of 0.9900, but its predictions.npz gives" in line
+
+
 def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):
     def search(*_):
         raise AssertionError
 
     monkeypatch.setattr("lra.config.width.choose_width", search)
     record = transformer_records()[0]
-    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu"
+    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu optim.clip=1"
     config = copy.deepcopy(record["config"])
     config["backbone"] |= {"width": 30, "mlp_ratio": 8 / 3}
     assert selection.changed_defaults(record | {"command": command, "config": config}) == []

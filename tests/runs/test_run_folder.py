@@ -70,9 +70,13 @@ def test_a_record_comes_back_in_strict_json(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"status": "done"}, "status 'done'"),
-        ({"model": None}, "not a name"),
-        ({"config": "lr=1"}, "config that is not an object"),
+        ({"status": "done"}, "has status='done': input should be 'running', 'finished', "),
+        ({"model": None}, "has model=None: input should be a valid string"),
+        ({"config": "lr=1"}, "has config='lr=1': input should be a valid dictionary"),
+        (
+            {"metrics": {"test": {"accuracy": 61.0}}},
+            r"metrics\.test\.accuracy=61.0: input should be",
+        ),
         ({"config": {"f": object()}}, "no JSON form"),
     ],
 )
@@ -248,9 +252,12 @@ def test_loading_skips_each_broken_record_with_a_warning(tmp_path, caplog):
         "newer": '{"schema": 2}',
         "list": "[1]",
         "short": '{"schema": 1}',
+        "deep": "[" * 9999,
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "record.json").write_text(text)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "record.json")  # a plain read would wait for a writer
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with RunFolder(tmp_path / "b" / "alive") as folder:
         folder.write_record(a_record(status="running"))
@@ -266,12 +273,14 @@ def test_loading_skips_each_broken_record_with_a_warning(tmp_path, caplog):
     assert status == {"finished": "finished", "dead": "dead", "alive": "running"}
     assert len(found) == 3  # no folder twice
     lines = caplog.messages
-    assert len(lines) == 5
+    assert len(lines) == 7
     for word in (
         "torn/record.json is not JSON",
-        "schema 2",
-        "holds a list",
-        "lacks status",
+        "newer/record.json has schema=2: input should be 1",
+        "list/record.json has =[1]: input should be a valid dictionary",
+        "short/record.json lacks status",
+        "deep/record.json is not JSON (recursion limit exceeded",
+        "pipe/record.json cannot be read: is not a regular file",
         "nowhere: no such folder",
     ):
         assert any(word in line for line in lines), word

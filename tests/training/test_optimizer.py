@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from optim_config import CONFIG, PARAMS
 from tiny import TINY
 
 import lra
-from lra.config.build import data_arguments
+from lra.config.build import build_task, data_arguments
+from lra.config.cost import abstract_model
 from lra.data.store import prepare
 from lra.errors import ConfigError
-from lra.training.optimizer import adamw, ema_update
+from lra.training.optimizer import adamw, assign_groups, ema_update
 from lra.training.prefetch import on_device
 from lra.training.setup import Setup
 from lra.training.state import eval_weights, initial_state
@@ -35,6 +37,21 @@ def by_loop(x, grads, factor, decay):
         adam = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.99 ** (t + 1))) + 1e-8)
         x = x - rate(t) * factor * (adam + decay * x)
     return x
+
+
+def test_official_stu_decays_all_parameters_but_its_feedback():
+    cfg = lra.compose([*TINY, "model=stu_official", "optim.weight_decay=0.1"])
+    params = nnx.state(abstract_model(cfg, build_task(cfg)), nnx.Param)
+    groups = {group.name: group for group in assign_groups(cfg.optim, params)[0]}
+    assert {name: group.weight_decay for name, group in groups.items()} == {
+        "feedback": 0.0,
+        "default": 0.1,
+    }
+    assert all(path.endswith("m_y") for path in groups["feedback"].paths)
+
+
+def test_gradients_are_not_clipped_by_default():
+    assert lra.compose().optim.clip is None
 
 
 def test_updates_equal_a_loop_over_scalars():

@@ -1,5 +1,6 @@
 """Training gives the same numbers however it is cut or resumed; faults end in one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,12 +22,15 @@ from lra.errors import (
     PreemptedError,
     RunFolderError,
 )
+from lra.report.diagnose import diagnose
+from lra.report.evaluate import evaluate_run
+from lra.report.saved_run import SavedRun
 from lra.runs.progress import Reporter
 from lra.runs.records import read_metrics, read_predictions, read_record
 from lra.runs.run_folder import load_records
 from lra.tasks import listops
 from lra.training import recorder, trainer
-from lra.training.evaluation import predict, score
+from lra.training.evaluation import predict, sample_rows, score
 from lra.training.step import epoch_order
 
 # two epochs and a half of 16 steps, dropout on, checkpoints out of step with evaluations
@@ -110,6 +114,9 @@ def test_killed_and_resumed_equals_never_stopped(whole, tmp_path, kill_at):
     code = f"""
 import os, signal
 import lra
+from lra.report.diagnose import diagnose
+from lra.report.evaluate import evaluate_run
+from lra.report.saved_run import SavedRun
 from lra.runs.progress import Reporter
 Reporter.advance = lambda self, step, *_: step == {kill_at} and os.kill(os.getpid(), signal.SIGKILL)
 lra.train({here!r})
@@ -201,6 +208,30 @@ def test_part_of_validation_and_test_is_scored_only_when_asked_and_marked(whole,
     assert part["data"]["partial"]
     assert not record["data"]["partial"]
     assert record["metrics"]["test"]["count"] == 21
+
+
+def test_scored_part_is_a_stratified_sample_that_eval_scores_again(whole, tmp_path):
+    """predictions.npz names its rows; a record of the time before scored the first ones."""
+    overrides, full, _ = whole
+    sizes = ["trainer.steps=4", "trainer.eval_examples=6", "trainer.train_eval_examples=9"]
+    here = [*overrides, *sizes, f"output.root={tmp_path}"]
+    lra.train(here)
+    folder, labels = folder_of(here), read_predictions(full)["labels"]
+    stored = read_predictions(folder)
+    np.testing.assert_array_equal(stored["rows"], sample_rows(labels, 6))
+    np.testing.assert_array_equal(stored["labels"], labels[stored["rows"]])
+    assert stored["rows"].tolist() != list(range(6))
+    assert "identical, bit for bit" in evaluate_run(folder)
+    for split in ("val", "train"):
+        assert "record.json: identical" in evaluate_run(folder, split=split)
+    (_, tables, _) = next(iter(diagnose(folder)))
+    assert tables["all"][0].examples == 6
+
+    record = read_record(folder)
+    del record["data"]["sample"]
+    (folder / "record.json").write_text(json.dumps(record))
+    run = SavedRun(folder)
+    np.testing.assert_array_equal(run.data.labels, labels[:6])
 
 
 def test_best_weights_are_those_of_the_best_evaluation(whole):

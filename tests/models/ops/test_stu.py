@@ -14,9 +14,11 @@ from models.ops.filters import spectral_filters
 from models.ops.stu import (
     basis_first,
     causal_convolution,
+    feature_moments,
     feedback,
     feedback_by_chunks,
     feedback_by_steps,
+    inverse_power,
     stu,
 )
 
@@ -56,10 +58,10 @@ def published(name):
     return ours(""), ours("grad_"), data
 
 
-@partial(jax.jit, static_argnames="lag2")
-def value_and_gradients(arrays, fixed, cotangent, lag2=False):
-    extra = {"m_y": "lag2"} if lag2 else {}
-    y, pull = jax.vjp(lambda x: stu(**x, **fixed, **extra), arrays)
+@partial(jax.jit, static_argnames=("alpha", "lag"))
+def value_and_gradients(arrays, fixed, cotangent, alpha=None, lag=1):
+    extra = {} if alpha is None else {"m_y": alpha}
+    y, pull = jax.vjp(lambda x: stu(**x, **fixed, **extra, lag=lag), arrays)
     return y, pull(cotangent)[0]
 
 
@@ -86,21 +88,26 @@ def test_stu_equals_published_code(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("length", "options", "lag2"),
+    ("length", "options", "extra"),
     [
-        (1, {"k_y": 2}, False),
-        (2, {}, True),
-        (3, {"k_y": 32}, False),
-        (7, {"k_y": 1, "k_u": 9}, False),
-        (7, {"minus": False}, True),
-        (64, {"k_y": 32}, False),
-        (64, {"batch": 1, "minus": False, "k_u": 1}, False),
-        (64, {}, True),
+        (1, {"k_y": 2}, {}),
+        (1, {"k_y": 1}, {"lag": 2}),
+        (2, {}, {"m_y": 1.0, "lag": 2}),
+        (3, {"k_y": 32}, {}),
+        (7, {"k_y": 1, "k_u": 9}, {}),
+        (7, {"minus": False}, {"m_y": 1.0, "lag": 2}),
+        (64, {"k_y": 32}, {}),
+        (64, {"batch": 1, "minus": False, "k_u": 1}, {}),
+        (64, {}, {"m_y": 1.0, "lag": 2}),
+        (33, {}, {"m_y": 0.9, "lag": 2}),
+        (33, {}, {"m_y": 0.9, "lag": 1}),
+        (33, {}, {"m_y": 0.0, "lag": 1}),
+        (33, {"k_y": 1}, {"lag": 2}),
+        (33, {"k_y": 3}, {"lag": 2}),
     ],
 )
-def test_stu_equals_loop(length, options, lag2):
+def test_stu_equals_loop(length, options, extra):
     arguments = random_arguments(length, **options)
-    extra = {"m_y": "lag2"} if lag2 else {}
     with jax.enable_x64(True):
         fast = jax.jit(partial(stu, **extra))(
             **{key: jnp.asarray(x) for key, x in arguments.items()}
@@ -108,17 +115,18 @@ def test_stu_equals_loop(length, options, lag2):
     assert_near(fast, stu_by_loop(**arguments, **extra), 1e-12)
 
 
-def test_lag2_is_the_feedback_with_an_identity_two_back():
+@pytest.mark.parametrize(("alpha", "lag"), [(1.0, 2), (0.9, 2), (0.9, 1), (1.0, 1), (0.0, 1)])
+def test_a_number_is_the_feedback_of_a_multiple_of_the_identity(alpha, lag):
     arguments = random_arguments(33)
     with jax.enable_x64(True):
         arrays = {key: jnp.asarray(x) for key, x in arguments.items()}
-        identity = jnp.stack([jnp.zeros((4, 4)), jnp.eye(4)])
+        identity = jnp.zeros((lag, 4, 4)).at[-1].set(alpha * jnp.eye(4))
         cotangent = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 4)))
-        word = jax.device_get(value_and_gradients(arrays, {}, cotangent, lag2=True))
+        number = jax.device_get(value_and_gradients(arrays, {}, cotangent, alpha=alpha, lag=lag))
         matrices = jax.device_get(value_and_gradients(arrays, {"m_y": identity}, cotangent))
-    assert_near(word[0], matrices[0], 1e-12)
+    assert_near(number[0], matrices[0], 1e-12)
     for key in arrays:
-        assert_near(word[1][key], matrices[1][key], 1e-11, key)
+        assert_near(number[1][key], matrices[1][key], 1e-11, key)
 
 
 @pytest.mark.parametrize("num_matrices", [0, 3, 4, 64, None])
@@ -252,3 +260,47 @@ def test_short_filters_are_refused():
     arguments = random_arguments(10) | {"u": np.zeros((2, 16, 3))}
     with pytest.raises(ValueError, match=r"length 15 and the input 16; set task\.seq_len to 16"):
         stu(**{key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()})
+
+
+@pytest.mark.parametrize(("alpha", "lag"), [(0.0, 1), (0.9, 1), (1.0, 2)])
+@pytest.mark.parametrize("negative", [False, True])
+def test_feature_moments_are_those_of_the_features_for_white_input(alpha, lag, negative):
+    length, num, k_u = 12, 3, 2
+    sigma, phi = spectral_filters(length, num)
+    count = num * (1 + negative) + k_u
+    # the responses to an impulse, one feature at a time, are the features' weights of the inputs
+    parts = np.split(np.eye(count)[:, :, None, None], [num, count - k_u], axis=1)
+    impulse = np.eye(length, 1)[None]
+    with jax.enable_x64(True):
+        responses = np.stack(
+            [
+                stu(
+                    jnp.asarray(impulse),
+                    phi,
+                    sigma,
+                    m_u=jnp.asarray(m_u),
+                    m_plus=jnp.asarray(m_plus[:num]),
+                    m_minus=jnp.asarray(m_minus) if negative else None,
+                    m_y=alpha,
+                    lag=lag,
+                )[0, :, 0]
+                for m_plus, m_minus, m_u in zip(*parts, strict=True)
+            ],
+            axis=1,
+        )
+    expected = np.zeros((count, count))
+    for time in range(length):
+        for age in range(time + 1):
+            expected += np.outer(responses[age], responses[age]) / length
+    found = feature_moments(phi, sigma, k_u, negative, alpha, lag)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_inverse_square_root_whitens_and_its_floor_bounds_it():
+    values = np.array([1e-9, 1e-3, 0.5, 4.0])
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    moments = rotation * values @ rotation.T
+    whitener = inverse_power(moments, 0.5, floor=1e-6)
+    white = whitener @ moments @ whitener
+    np.testing.assert_allclose(np.linalg.eigvalsh(white), [1e-9 / 4e-6, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.eigvalsh(inverse_power(moments, 0.25))[0], 4**-0.25)
