@@ -4,8 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -75,9 +74,7 @@ def train_command(argv: Sequence[str]) -> int:
         from lra.training.distributed import is_first
 
         if is_first():
-            from lra.report.tables import summary_after_run
-
-            print_quietly(partial(summary_after_run, record, cfg.output.root))
+            print_table(cfg.output.root, record)
 
     with translated_errors(argv):
         start(job)()
@@ -101,9 +98,7 @@ def sweep(start, argv: Sequence[str]) -> int:
         roots = [word.partition("=")[2] for word in argv if word.startswith("output.root=")]
         root = ["runs", *roots][-1]
         if Path(root).exists():  # otherwise no run began
-            from lra.report.tables import comparison_table
-
-            print_quietly(partial(comparison_table, [root], published="best"))
+            print_table(root)
     return 0
 
 
@@ -159,10 +154,19 @@ def run_job(cfg) -> dict:
     return train(finalize(cfg, hydra_cfg.runtime.choices, words, flags))
 
 
-def print_quietly(make: Callable[..., str]) -> None:
-    """Prints `make(color=...)`; neither a closed stdout nor an error changes the exit code."""
+def print_table(root: str, record: dict | None = None) -> None:
+    """Prints what is known of a run's task, or the table of a sweep (`record` is None).
+
+    Neither a closed stdout nor an error changes the exit code.
+    """
+    color = sys.stdout.isatty()
     try:
-        text = make(color=sys.stdout.isatty())
+        from lra.report.tables import comparison_table, summary_after_run
+
+        if record is None:
+            text = comparison_table([root], published="best", color=color)
+        else:
+            text = summary_after_run(record, root, color=color)
     except Exception as error:
         log.warning("no table: %s: %s", type(error).__name__, error)
         return

@@ -123,7 +123,7 @@ def test_an_error_of_the_table_does_not_change_the_exit_code(lra, tiny, monkeypa
     def fail(*_, **__):
         raise KeyError("accuracy")
 
-    monkeypatch.setattr("lra.report.tables.comparison_table", fail)
+    monkeypatch.setattr("lra.report.tables.summary_after_run", fail)
     code, _, err = lra("train", *tiny, "model=lru")
     assert (code, err) == (0, "lra: warning: no table: KeyError: 'accuracy'\n")
 

@@ -154,9 +154,9 @@ def _latex(table: Table) -> str:
 def _csv(table: Table) -> str:
     import pandas as pd
 
-    integers = dict.fromkeys(("n", "examples", "params", "steps", "tuning_runs"), "Int64")
+    counts = ("n", "examples", "params", "steps", "tuning_runs")
+    integers = dict.fromkeys(counts, "Int64")  # may be missing
     rows = [{key: _csv_value(value) for key, value in row.items()} for row in table.long]
-    # Int64, because numbers may be missing
     frame = pd.DataFrame(rows, columns=list(LONG_FORM_COLUMNS)).astype(integers)
     return frame.to_csv(index=False, lineterminator="\n")
 

@@ -99,5 +99,6 @@ def median_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 
 
 def binomial_error(accuracy: float, count: int) -> float:
-    """Half the width of the 95 % interval of an accuracy measured on `count` test labels."""
-    return Z * (accuracy * (1 - accuracy) / count) ** 0.5
+    """Half the width of the `wilson_interval` of an accuracy measured on `count` labels."""
+    low, high = wilson_interval(accuracy, count)
+    return (high - low) / 2

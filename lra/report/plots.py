@@ -42,8 +42,7 @@ def plot_learning_curves(
     panels: dict[str, dict[str, Curves]] = defaultdict(dict)
     for (name, task), selected in select_runs(finished).items():
         found = [(validation_curve(run), run) for run in selected.runs]
-        curves = [(curve, run) for curve, run in found if curve is not None]
-        if curves:
+        if curves := [(curve, run) for curve, run in found if curve is not None]:
             panels[task][name] = curves
     if not panels:
         places = ", ".join(map(str, paths))
@@ -75,18 +74,18 @@ def plot_ranks(ranks: Ranks, output: str | Path) -> Path:
     """Draws a critical-difference diagram (Demsar 2006): bars join models that do not differ."""
     means, count = ranks.means, len(ranks.means)
     figure, (axis,) = _figure(1, (7.0, 1.2 + 0.22 * (count + len(ranks.groups))))
-    axis.set(xlim=(1, count), ylim=(-len(ranks.groups) - count / 2 - 1.5, 1))
+    below = -0.6 * len(ranks.groups) - 1
+    axis.set(xlim=(1, count), ylim=(below - count / 2, 1))
     axis.xaxis.tick_top()
     axis.set_yticks([])
     axis.spines[["left", "right", "bottom"]].set_visible(False)
     for number, group in enumerate(ranks.groups, 1):
         ends = means[group[0]], means[group[-1]]
         axis.plot(ends, (-0.6 * number,) * 2, color="black", linewidth=3)
-    below = -0.6 * len(ranks.groups) - 1
     for place, (name, mean) in enumerate(means.items()):
         left = place < (count + 1) // 2  # the better half, listed downwards
         height = below - (place if left else count - 1 - place)
-        side = 0.0 if left else 1.0
+        side = -0.03 if left else 1.03
         axis.plot((mean, mean), (1, height), color="grey", linewidth=0.8)
         label = f"{name} ({mean:.2f})"
         align = "right" if left else "left"

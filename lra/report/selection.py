@@ -172,7 +172,7 @@ def best_configuration(group: Sequence[Record]) -> Selected:
 
 
 def configurations(group: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
-    """One run for each seed of each configuration, by `configuration`."""
+    """One run for each seed of each configuration."""
     configs: dict[tuple[str, ...], dict[Any, Record]] = defaultdict(dict)
     for record in group:
         configs[configuration(record["config"])][record["seed"]] = record
@@ -190,11 +190,13 @@ def distinguishing_settings(
     """The settings of each configuration in which any two of them differ."""
     flat = {key: _flat(upgrade_config(runs[0]["config"])) for key, runs in configs.items()}
     first, *others = flat.values()
-    ignored = {"seed", *keys_affecting("speed", "start", "process")}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
     differing = [
         key
-        for key in dict.fromkeys(key for values in flat.values() for key in values)
-        if key not in ignored and any(values.get(key) != first.get(key) for values in others)
+        for key in keys
+        if key not in WITHOUT_EFFECT
+        and key != "seed"
+        and any(values.get(key) != first.get(key) for values in others)
     ]
     # the sections that the harness reads are defaults of other keys, which differ too
     arguments = [key for key in differing if not {*key.split(".")[1:2]} & {*NOT_ARGUMENTS}]

@@ -21,6 +21,7 @@ from lra.report.selection import (
     Selected,
     accuracy_of,
     configurations,
+    contradicts_predictions,
     data_source_and_key,
     distinguishing_settings,
     grouped,
@@ -116,7 +117,11 @@ def configuration_table(
     """
     headings = {"seeds": "seeds", "val": "validation, mean %", "test": "test, median %"}
     table = Table(headings, row_heading="configuration")
-    scored = [r for r in restricted(records, tasks, models, protocol) if is_scored(r, "test")]
+    scored = [
+        record
+        for record in restricted(records, tasks, models, protocol)
+        if is_scored(record, "test") and not contradicts_predictions(record)
+    ]
     for (name, task), group in grouped(scored).items():
         configs = configurations(group)
         settings, rows = distinguishing_settings(configs), []

@@ -52,10 +52,11 @@ def test_few_seeds_have_points_and_no_interval(n):
 
 
 def test_error_of_a_test_set_is_the_binomial_one():
-    """2,000 examples of ListOps: 2.1 points; the normal approximation of Wilson's interval."""
+    """2,000 examples of ListOps: 2.1 points, 1.96 standard errors of a binomial."""
+    standard_error = (0.36 * 0.64 / 2000) ** 0.5
     assert 100 * intervals.binomial_error(0.36, 2000) == pytest.approx(2.1, abs=0.05)
-    low, high = wilson_interval(0.36, 2000)
-    assert intervals.binomial_error(0.36, 2000) == pytest.approx((high - low) / 2, rel=0.01)
+    assert intervals.binomial_error(0.36, 2000) == pytest.approx(1.96 * standard_error, rel=0.01)
+    assert intervals.binomial_error(0.0, 8) > 0.1  # no example right is no certainty
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 7), (3, 7), (7, 7), (480, 2000)])
