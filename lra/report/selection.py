@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 # sections whose defaults a table compares with those of a run
-COMPARED = {"task", "protocol", "model", "backbone", "optim", "trainer"}
+COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")
 WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
 WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
@@ -155,7 +155,7 @@ def changed_defaults(record: Record) -> list[str]:
         return [f"its command is refused today ({error})"]
     flat = _flat(recorded)
     changed = []
-    for key, value in _flat({name: config[name] for name in COMPARED & config.keys()}).items():
+    for key, value in _flat({name: config.get(name, {}) for name in COMPARED}).items():
         _, name, *rest = key.split(".")
         if (
             flat.get(key, value) != value
