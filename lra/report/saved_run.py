@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lra.config.build import build_task, check_recorded_targets, data_arguments
 from lra.config.compose import check_resolved, resolve, upgrade_config
 from lra.config.messages import translated_errors
-from lra.config.schema import keys_in_eval
+from lra.config.schema import COMPLETE_SECTIONS, keys_in_eval
 from lra.data.store import Split, prepare
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.runs import records
@@ -206,6 +206,9 @@ def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> Dict
                 f"{word}: the config of a saved run is fixed; KEY=VALUE may set "
                 f"{', '.join(keys_in_eval())}"
             )
+    for section in ("task", "model", "protocol", "backbone", *COMPLETE_SECTIONS):
+        if section not in record["config"]:
+            raise ConfigError(f"the config of the record lacks the section {section}")
     check_resolved(record["config"])
     config = OmegaConf.create(upgrade_config(record["config"]))
     if batch := record.get("eval_batch"):  # the batch that fit, and that gave the stored bits

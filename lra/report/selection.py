@@ -35,7 +35,7 @@ Record = Mapping[str, Any]
 MAX_SETTINGS = 200  # characters of a footnote; `lra table --configs` shows all
 
 # sections whose defaults a table compares with those of a run
-COMPARED = {"task", "protocol", "model", "backbone", "optim", "trainer"}
+COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")
 WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
 WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
@@ -239,7 +239,7 @@ def changed_defaults(record: Record) -> list[str]:
         return [f"its command is refused today ({error})"]
     flat = _flat(recorded)
     changed = []
-    for key, value in _flat({name: config[name] for name in COMPARED & config.keys()}).items():
+    for key, value in _flat({name: config.get(name, {}) for name in COMPARED}).items():
         _, name, *rest = key.split(".")
         if (
             flat.get(key, value) != value

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Required
 
 import numpy as np
-from annotated_types import Ge, Le, Lt, MinLen
+from annotated_types import Ge, Le, Lt, MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from lra.config.schema import keys_affecting
@@ -33,7 +33,7 @@ SCHEMA = 1
 RECORD, METRICS, PREDICTIONS, LOCK = "record.json", "metrics.jsonl", "predictions.npz", "run.lock"
 LARGEST_RECORD, LARGEST_PREDICTIONS = 2**24, 2**30  # bytes
 
-Name = Annotated[str, MinLen(1)]
+Name = Annotated[str, MinLen(1), MaxLen(200)]
 Count = Annotated[int, Ge(0), Lt(2**63)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Section = dict[str, Any]
@@ -150,7 +150,7 @@ class Record(TypedDict, total=False):
     experiment: str | None
     seed: Required[Count]
     config: Required[Config]
-    command: str | None  # reproduces the run
+    command: Annotated[str, MaxLen(20_000)] | None  # reproduces the run
     step: Count  # optimizer steps done
     metrics: dict[str, Scores | None] | None  # of train, val and test
     selection: Selection | None

@@ -103,22 +103,20 @@ def test_commands_over_wrong_records_end_as_documented(mutants, tmp_path, capsys
 
 
 def test_a_wrong_value_in_a_record_is_refused_by_eval_or_has_no_effect(record, tmp_path):
-    """Each field with two of the wrong values; without a checkpoint, no model runs."""
+    """Each field with one of the wrong values; without a checkpoint, no model runs."""
     codes = set()
     for number, path in enumerate(places(record)):
-        for value in (WRONG[number % len(WRONG)], WRONG[(5 * number + 3) % len(WRONG)]):
-            content = replaced(record, path, value)
-            (tmp_path / "record.json").write_text(text_of(content))
-            if path[0] != "config" and value is not None:  # reaches no config
-                codes.add(main(["eval", str(tmp_path)]))
-                continue
-            try:
-                run = SavedRun(tmp_path)
-                model_builder(run.cfg, run.task)
-                codes.add(0)
-            except LraError as error:
-                codes.add(error.exit_code)
-    assert codes <= {0, 2, 4}
+        content = replaced(record, path, WRONG[number % len(WRONG)])
+        (tmp_path / "record.json").write_text(text_of(content))
+        if path[0] != "config":
+            codes.add(main(["eval", str(tmp_path)]))
+            continue
+        try:
+            run = SavedRun(tmp_path)
+            model_builder(run.cfg, run.task)
+        except LraError as error:
+            codes.add(error.exit_code)
+    assert codes == {2, 4}
 
 
 LINE = {"step": 8, "val/loss": 2.0, "val/accuracy": 0.5}
@@ -136,7 +134,7 @@ def test_a_wrong_value_in_a_metrics_line_leaves_out_the_curve(trained_run, tmp_p
                 refused.append(str(error))
             validation_curve({"path": str(tmp_path)})
     assert len(refused) >= 20
-    assert all(f"{path}, line {sound.count(chr(10)) + 1} has " in line for line in refused)
+    assert all(f"{path}, line {sound.count(chr(10)) + 1} " in line for line in refused)
     path.write_text(sound + "\x00\n[]\n")
     assert validation_curve({"path": str(tmp_path)}) is None
 
