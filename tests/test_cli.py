@@ -138,6 +138,7 @@ def test_train_creates_only_the_folder_of_its_runs(data_root, tmp_path):
     assert os.listdir(tmp_path) == ["debug_runs"]
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_one_table_after_its_last_run(lra, tiny, tmp_path):
     code, out, err = lra("train", "-m", *tiny, "model=lru", "seed=0,1")
     assert code == 0, err
@@ -158,6 +159,7 @@ def check_bad_sweep(code, out, err, runs):
     assert sorted(r["status"] for r in records(runs)) == ["diverged", "finished"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_end_the_sweep(lra, tiny, tmp_path):
     check_bad_sweep(*lra("train", "-m", *tiny, "model=lru", *BAD_SWEEP), tmp_path / "runs")
 

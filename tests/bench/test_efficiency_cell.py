@@ -20,6 +20,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured():
     found = measure([*SMALL, "model=lru"], seconds=0.02)
     assert found["status"] == "ok"

@@ -29,6 +29,7 @@ def test_published_order_gives_the_same_values_and_gradients(case):
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_path_x_case_is_a_whole_classifier():
     case = path_x_case(batch=2, length=32, width=4, depth=2)
     logits, pull = jax.vjp(lambda *x: case.ours(*x, *case.constants), *case.learned)

@@ -57,6 +57,7 @@ def test_bad_values_are_refused_in_one_line(tiny, tmp_path, override, message):
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_micro_batch_that_the_memory_holds(tiny, made, monkeypatch, capsys):
     # activations, not the sum of gradients, take the memory
     longer = ["model=lru", "task.max_length=250", "backbone.norm=layer"]

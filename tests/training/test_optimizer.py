@@ -156,6 +156,7 @@ def steps(data_root):
     return make
 
 
+@pytest.mark.slow
 def test_averages_include_batch_stats_and_do_not_change_training(steps):
     plain, states = steps("backbone.norm=batch"), steps("backbone.norm=batch", "optim.ema=0.8")
     assert all(state.ema_params is None for state in plain)

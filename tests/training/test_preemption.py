@@ -53,6 +53,7 @@ def test_signal_during_a_write_to_stderr_is_deferred(monkeypatch):
     assert signals.received == "SIGTERM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "where"), [(setup, "prepare"), (trainer, "score")])
 def test_sigterm_outside_of_training_stops_and_resumes(
     finished_run, tmp_path, monkeypatch, module, where

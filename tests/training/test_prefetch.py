@@ -38,6 +38,7 @@ def host(made, monkeypatch):
     data.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", ["null", "2"])
 def test_host_and_device_give_the_same_run_bit_for_bit(tiny, tmp_path, monkeypatch, micro_batch):
     # three steps: windows end between evaluations and within epochs

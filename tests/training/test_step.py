@@ -15,6 +15,7 @@ from lra.training.step import make_step_functions
 MODELS = options("model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["stu", "transformer"])
 def test_micro_batches_make_the_update_of_the_whole_batch(made, model):
     setup, data = made(f"model={model}", "backbone.norm=layer", "optim.lr=0.01")
@@ -30,6 +31,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(made, model):
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_takes_the_statistics_of_each_micro_batch_in_turn(made):
     setup, data = made("model=lru", "backbone.norm=batch")
     stats = setup.batch_stats
@@ -51,6 +53,7 @@ def test_batch_norm_takes_the_statistics_of_each_micro_batch_in_turn(made):
     )
 
 
+@pytest.mark.slow
 def test_each_micro_batch_drops_other_units(made):
     setup, data = made("model=lru", "backbone.norm=none", "backbone.dropout=0.5")
     twice = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), data)  # every example the same
@@ -66,6 +69,7 @@ def test_each_micro_batch_drops_other_units(made):
     assert abs(eight - 4 * two) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lru", "mega"])  # batch norm; a mixer that gates the residual
 def test_remat_gives_the_same_gradients(made, model):
     def first(policy):
@@ -100,6 +104,7 @@ def kept_bytes(made, model, policy):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["stu", "lru", "transformer", "mamba"])
 def test_remat_keeps_less_for_the_backward_pass(made, model):
     kept, dots, forgotten = (
@@ -116,6 +121,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_bf16_keeps_float32_where_it_counts(made, monkeypatch, model):
     half, data = made(f"model={model}", "trainer.precision=bf16")
@@ -147,6 +153,7 @@ def summed(equation):
     return equation.outvars if name in ("while", "reduce_sum", "cumsum") else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["stu", "transformer"])
 def test_bf16_is_near_float32_and_trains_float32_parameters(made, model):
     (full, data), (half, _) = (

@@ -68,6 +68,7 @@ def test_record_holds_what_was_run(whole):
     )
 
 
+@pytest.mark.slow
 def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
     overrides, folder, record = whole
     other = [*overrides, f"output.root={tmp_path}", "trainer.call_seconds=1e-9"]
@@ -95,6 +96,7 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
     assert_same_run(here, folder_of(here), folder)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
     """After SIGKILL the run resumes from its last checkpoint and repeats the metrics after it."""
     overrides, folder, _ = whole
@@ -162,6 +164,7 @@ def test_checkpoint_of_another_vocabulary_is_refused(whole, tmp_path, monkeypatc
         lra.train([*here, "resume=auto"])
 
 
+@pytest.mark.slow
 def test_last_weights_are_scored_where_the_protocol_says_so(whole, tmp_path):
     overrides, _, _ = whole
     record = lra.train([*overrides, "protocol=lra2020", f"output.root={tmp_path}"])
