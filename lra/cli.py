@@ -14,7 +14,7 @@ from pathlib import Path
 from lra.config.options import CONF
 from lra.errors import ConfigError, LraError
 from lra.files import disk_errors
-from lra.runs.console import configure_logging, discard_stdout
+from lra.runs.console import configure_logging, discard_stdout, printable
 from lra.train_command import train_command
 from lra.training.preemption import Signals
 
@@ -233,8 +233,9 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
 
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument(
-        "tasks", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
+        "overrides", nargs="+", metavar="TASK", help="a name that `lra tasks` lists, or KEY=VALUE"
     )
+    chosen.set_defaults(takes_words=True)
     chosen.add_argument(
         "--set",
         nargs="+",
@@ -259,7 +260,7 @@ def add_data_commands(data: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--export", metavar="DIR", type=Path, help="also write the release's own file format"
     )
-    show.add_argument("-n", type=int, default=5, help="number of examples (5)")
+    show.add_argument("-n", "--n", type=int, default=5, help="number of examples (5)")
     show.add_argument("--split", choices=SPLITS, default="train", help="split to show (train)")
     show.add_argument("--png", metavar="FILE", type=Path, help="image (data.root/shown/TASK.png)")
 
@@ -357,8 +358,9 @@ def composed(args: argparse.Namespace) -> Iterator[tuple]:
 
     flags = ("download", "allow_partial")
     switches = [f"data.{flag}=true" for flag in flags if getattr(args, flag, False)]
-    names = [word for word in args.tasks if "=" not in word]
-    overrides = [word for word in args.tasks if "=" in word]
+    words = [word.removeprefix("task=") for word in args.overrides]
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
     if not names:
         raise ConfigError(f"no task given; write lra data ACTION TASK {' '.join(overrides)}")
     for name in names:
@@ -366,15 +368,21 @@ def composed(args: argparse.Namespace) -> Iterator[tuple]:
         yield cfg, build_task(cfg)
 
 
-def prepared(args: argparse.Namespace) -> Iterator[tuple]:
-    """Yields (task, store, data root) of each named task; prepares its data if missing."""
+def prepared(args: argparse.Namespace, **changes) -> Iterator[tuple]:
+    """Yields (task, store, data root) of each named task; prepares its data if missing.
+
+    `changes` are other arguments of `lra.data.store.prepare` than those of the config.
+    """
+    for cfg, task in composed(args):
+        yield task, prepared_store(cfg, task, **changes), Path(cfg.data.root)
+
+
+def prepared_store(cfg, task, **changes):
     from lra.config.build import data_arguments
     from lra.data.store import prepare
     from lra.runs.progress import preparing
 
-    for cfg, task in composed(args):
-        store = preparing(task, partial(prepare, task, **data_arguments(cfg)))
-        yield task, store, Path(cfg.data.root)
+    return preparing(task, partial(prepare, task, **data_arguments(cfg) | changes))
 
 
 def data_prepare(args: argparse.Namespace) -> int:
@@ -388,7 +396,7 @@ def data_prepare(args: argparse.Namespace) -> int:
         partial_data = ", PARTIAL" if store.manifest["partial"] else ""
         print(f"{task.name}: {store.manifest['source']}{partial_data}, {counts}, in {store.path}")
         for note in store.manifest["notes"]:
-            print(f"  note: {note}")
+            print(printable(f"  note: {note}"))
         if args.tfds:
             import tensorflow_datasets as tfds
 
@@ -409,9 +417,9 @@ def data_verify(args: argparse.Namespace) -> int:
     from lra.data.inspect import verify_lines
 
     code = 0
-    for task, store, _ in prepared(args):
+    for task, store, _ in prepared(args, verify="never"):  # verify_lines lists what is wrong
         for line, problem in verify_lines(task, store):
-            print(line)
+            print(printable(line))
             code = 3 if problem else code
     return code
 
@@ -420,17 +428,20 @@ def data_info(args: argparse.Namespace) -> int:
     from lra.data.inspect import info_lines
 
     for cfg, task in composed(args):
-        print("\n".join(info_lines(task, cfg.protocol.name, Path(cfg.data.root))))
+        print("\n".join(map(printable, info_lines(task, cfg.protocol.name, Path(cfg.data.root)))))
     return 0
 
 
 def data_show(args: argparse.Namespace) -> int:
-    from lra.data.inspect import show_lines, write_sheet
+    from lra.data.inspect import generated_rows, show_lines, write_sheet
 
     if args.n < 1:
         raise ConfigError(f"-n {args.n}: expected 1 or more")
-    for task, store, root in prepared(args):
-        split = store.splits[args.split]
+    for cfg, task in composed(args):
+        root = Path(cfg.data.root)
+        split = generated_rows(task, args.split, args.n, root)
+        if split is None:
+            split = prepared_store(cfg, task).splits[args.split]
         print("\n".join(show_lines(task, args.split, split, args.n)))
         if task.picture_shape:
             file = args.png or root / "shown" / f"{task.name}.png"

@@ -6,6 +6,7 @@ Most tests call `main` in this process; signals, locks, launchers and closed str
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from deadline import deadline
 from tiny import TINY
 
 from lra.cli import main
@@ -316,6 +319,89 @@ def test_bad_data_command_is_one_line(words, expected, message, lra, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task=listops_short", "-n", "2", "SMALL", "--split", "val"],
+        ["--n", "2", "task=listops_short", "SMALL", "--split", "val"],
+        ["-n", "2", "--split", "val", "SMALL", "listops_short"],
+        ["listops_short", "--split", "val", "SMALL", "-n", "2"],
+    ],
+)
+def test_words_of_data_show_stand_in_any_order(lra, tmp_path, words):
+    small = ["task.sizes={train: 30, val: 5, test: 5}", f"data.root={tmp_path}"]
+    words = [x for word in words for x in (small if word == "SMALL" else [word])]
+    code, shown, err = lra("data", "show", *words)
+    assert code == 0, err
+    assert [line.split(" label ")[0] for line in shown.splitlines()] == [
+        "listops_short val 0",
+        "listops_short val 1",
+    ]
+
+
+@pytest.mark.parametrize("words", [["-n", "2", "listops_short", "--nn"], ["listops_short", "-q"]])
+def test_unknown_option_after_words_of_data_show_is_refused(lra, words):
+    code, _, err = lra("data", "show", *words)
+    assert code == 2
+    assert "unrecognized arguments" in err
+
+
+@pytest.mark.parametrize("task", ["pathfinder", "listops_short", "copy"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_show_generates_only_what_it_shows(lra, tmp_path, task, split):
+    small = [f"data.root={tmp_path}", "task.sizes.val=6", "task.sizes.test=3"]
+    words = ["data", "show", task, "-n", "4", "--split", split, *small]
+    code, first, err = lra(*words, "task.sizes.train=20000")
+    assert code == 0, err
+    assert not (tmp_path / "packed").exists()
+    assert not (tmp_path / "generated").exists()
+    lra("data", "prepare", task, *small, "task.sizes.train=20")
+    assert lra(*words, "task.sizes.train=20")[1] == first  # the rows of the store
+
+
+def test_escapes_in_a_review_do_not_reach_the_terminal(lra, publishers, tmp_path):
+    root = shutil.copytree(publishers, tmp_path / "data")
+    for file in (root / "aclImdb" / "train" / "neg").iterdir():
+        file.write_text("\x1b]0;owned\x07 \x9b2J \u202e \r a caf\u00e9\tor two\n")
+    words = ["text", "protocol=lra2020", "--allow-partial", f"data.root={root}"]
+    code, shown, err = lra("data", "show", *words, "-n", "1")
+    assert code == 0, err
+    assert "\\x1b]0;owned\\x07" in shown
+    assert "\\x9b2J \\u202e \\r a caf\u00e9\\tor two\n" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("task.name=../../x", "task.name='../../x': expected letters, digits, _, - and ."),
+        ("task.name=/etc/x", "task.name='/etc/x': expected"),
+        ("task.name=.x", "task.name='.x': expected"),
+        ("task.sizes.train=1000000000000", "expected at most 100,000,000"),
+        ("task.sizes.train=1e12", "must be a whole number"),
+    ],
+)
+def test_name_and_sizes_beyond_a_limit_are_refused(lra, tmp_path, bad, message):
+    (tmp_path / "data").mkdir()
+    with deadline(60):
+        code, _, err = lra("data", "prepare", "pathfinder", bad, f"data.root={tmp_path / 'data'}")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert os.listdir(tmp_path) == ["data"]
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_damaged_store_is_told_by_info(lra, tmp_path):
+    small = ["task.sizes={train: 30, val: 5, test: 5}", f"data.root={tmp_path}"]
+    assert lra("data", "prepare", "listops_short", *small)[0] == 0
+    (file,) = tmp_path.glob("packed/*/val.labels.npy")
+    file.unlink()
+    code, out, _ = lra("data", "info", "listops_short", *small)
+    assert code == 0
+    assert "DAMAGED: " in out
+    assert "delete the folder" in out
+
+
 def test_data_info_verify_and_show_of_images(lra, tmp_path):
     small = ["--set", "task.sizes={train: 3, val: 1, test: 2}", f"data.root={tmp_path}"]
     assert "not prepared" in lra("data", "info", "pathfinder", *small)[1]
@@ -328,6 +414,23 @@ def test_data_info_verify_and_show_of_images(lra, tmp_path):
     _, shown, _ = lra("data", "show", "pathfinder", "-n", "2", "--split", "test", *small)
     assert "pathfinder test 1 label" in shown
     assert (tmp_path / "shown" / "pathfinder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_preparation_leaves_no_process(tmp_path):
+    sizes = "task.sizes={train: 1000, val: 1, test: 1}"  # two calls, so at least two workers
+    words = ["data", "prepare", "pathx", sizes, f"data.root={tmp_path}"]
+    environment = {**os.environ, "LOKY_MAX_CPU_COUNT": "2"}
+    process = subprocess.Popen([*LRA, *words], env=environment)
+
+    def workers():
+        children = psutil.Process(process.pid).children(recursive=True)
+        return children if len(children) >= 3 else None  # and the resource tracker
+
+    children = wait_for(workers)
+    process.kill()
+    process.wait(timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

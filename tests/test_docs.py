@@ -51,7 +51,8 @@ def composed_words(command: Command) -> list[str]:
     if words[0] in ("data", "models"):
         args, rest = parser().parse_known_args(words)
         typed = [*getattr(args, "overrides", []), *getattr(args, "set", []), *rest]
-        return [*(f"task={name}" for name in getattr(args, "tasks", [])[:1]), *typed]
+        names = [word for word in typed if "=" not in word]
+        return [*(f"task={name}" for name in names[:1]), *(w for w in typed if "=" in w)]
     return []
 
 

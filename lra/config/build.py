@@ -49,6 +49,7 @@ def data_arguments(cfg: DictConfig) -> dict[str, Any]:
         "data_root": Path(cfg.data.root),
         "download": cfg.data.download,
         "allow_partial": cfg.data.allow_partial,
+        "verify": cfg.data.verify,
     }
 
 

@@ -80,6 +80,11 @@ KEYS: Mapping[str, Key] = {
         "Whether to accept fewer examples than the task defines; the record is marked as partial.",
         SWITCH, in_eval=True,
     ),
+    "data.verify": Key(
+        "When to check the hashes of prepared data (ranges: always); auto: a large store once for "
+        "each state of its files.",
+        choice("always", "auto", "never"), "start", in_eval=True,
+    ),
     "data.placement": Key(
         "device: all data on the accelerator; host: prefetched batches; auto: device if it fits.",
         choice("auto", "device", "host"), "start",

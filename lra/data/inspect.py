@@ -3,14 +3,17 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lra.data.store import Split, Store, open_store, prepared_path, settings_name
+from lra.data.packed import Split, Store, open_store
+from lra.data.store import pack, prepared_path, settings_name
 from lra.data.verify import changed_sources, verify
 from lra.errors import DataError
+from lra.runs.console import printable
 from lra.tasks.base import Task
 
 CHECKSUMS = Path(__file__).with_name("checksums.json")  # by scripts/record_checksums.py
@@ -114,10 +117,14 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
         yield f"  source: {task.source}{where}"
     except DataError as error:
         yield f"  source: {error}"
-    try:
-        store = open_store(prepared_path(task, data_root))
-    except DataError:
+    path = _existing_store(task, data_root)
+    if path is None:
         yield f"  not prepared; `lra data prepare {task.name}` does it"
+        return
+    try:
+        store = open_store(path, task.name)
+    except DataError as error:
+        yield f"  DAMAGED: {error}"
         return
     megabytes = sum(file.stat().st_size for file in store.path.iterdir()) / 1e6
     partial = ", PARTIAL: data.allow_partial=true uses it" if store.manifest["partial"] else ""
@@ -132,6 +139,24 @@ def info_lines(task: Task, protocol: str, data_root: Path) -> Iterator[str]:
         yield f"  note: {note}"
 
 
+def _existing_store(task: Task, data_root: Path) -> Path | None:
+    with suppress(DataError):  # the sources are missing, and no store was made from them
+        path = prepared_path(task, data_root)
+        return path if path.exists() else None
+    return None
+
+
+def generated_rows(task: Task, name: str, count: int, data_root: Path) -> Split | None:
+    """The first rows of a split, generated without a store; None if there is one, or sources."""
+    try:
+        has_files = task.source != "generated" or task.source_files()
+    except DataError:  # they are missing
+        has_files = True
+    if has_files or _existing_store(task, data_root) is not None:
+        return None
+    return pack(task, list(task.first_examples(task.same.get(name, name), count)))
+
+
 def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]:
     """The first examples of a split as readable text."""
     for row in range(min(count, len(split))):
@@ -141,7 +166,8 @@ def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]
             task.to_text(side[:length]) for side, length in zip(sides, lengths, strict=True)
         )
         gap = "\n" if task.picture_shape else " "
-        yield f"{task.name} {name} {row} label {np.array2string(split.labels[row])}:{gap}{text}"
+        shown = f"{task.name} {name} {row} label {np.array2string(split.labels[row])}:{gap}{text}"
+        yield "\n".join(map(printable, shown.split("\n")))
 
 
 def write_sheet(task: Task, split: Split, count: int, file: Path) -> Path:

@@ -14,13 +14,11 @@ A store is built in a temporary folder and renamed when complete, so no incomple
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,42 +26,26 @@ import numpy as np
 from filelock import FileLock
 from jaxtyping import Int, Integer
 
+from lra.data.packed import (
+    ARRAYS,
+    STORE_VERSION,
+    Split,
+    Store,
+    damaged,
+    describe_split,
+    open_split,
+    open_store,
+    read_manifest,
+    rows_per_block,
+)
+from lra.data.verify import Verify, check_store, remember
 from lra.errors import DataError
 from lra.files import disk_errors, sync_folder
 from lra.sources.locate import Progress, ignore_progress
 from lra.tasks.base import SPLITS, Example, Task
 
-STORE_VERSION = 2  # increase it if the same task gives other bytes
-ARRAYS = ("inputs", "lengths", "labels")
-BYTES_PER_WRITE = 2**22
 LOCK_SECONDS = 5.0  # between two messages while another process builds the store
 PARTIAL = "-partial"  # suffix of the name of a store with too few examples
-
-
-@dataclass(frozen=True)
-class Split:
-    """The examples of one split; for pairs, `inputs` and `lengths` have a second axis of 2."""
-
-    inputs: Integer[np.ndarray, "n *pair_L_F"]  # memory-mapped, padded with 0
-    lengths: Int[np.ndarray, "n *pair"]
-    labels: Integer[np.ndarray, "n *targets"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, rows: Int[np.ndarray, " B"]) -> "Split":
-        """These rows, copied into memory."""
-        # a plain ndarray view, because memmap's own indexing is slower
-        return Split(self.inputs.view(np.ndarray)[rows], self.lengths[rows], self.labels[rows])
-
-
-@dataclass(frozen=True)
-class Store:
-    """An opened store."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-    splits: Mapping[str, Split]
 
 
 def settings_key(task: Task) -> str:
@@ -127,9 +109,10 @@ def prepare(
     *,
     download: bool = False,
     allow_partial: bool = False,
+    verify: Verify = "auto",
     on_progress: Progress = ignore_progress,
 ) -> Store:
-    """Open the packed store of `task`; builds it first if it does not exist.
+    """Open and check the packed store of `task`; builds it first if it does not exist.
 
     Concurrent calls are safe: one process builds, the others wait. A build that fails or is
     interrupted leaves nothing behind; the next build removes what a killed one left.
@@ -137,6 +120,7 @@ def prepare(
     Args:
         download: download the publisher's files if they are missing.
         allow_partial: accept too few examples; such a store has another name and is marked.
+        verify: when the hashes are checked (`lra.data.verify.check_store`).
     Raises:
         DataError: the sources are missing or malformed, or the store is damaged or not writable.
     """
@@ -157,7 +141,36 @@ def prepare(
     if not path.exists():
         with disk_errors(path, "data.root", DataError):
             path = _build_locked(task, path, partial if allow_partial else None, on_progress)
-    return open_store(path)
+    store = open_store(path, task.name)
+    _check_task(store, task)
+    check_store(store, verify, on_progress)
+    return store
+
+
+def _check_task(store: Store, task: Task) -> None:
+    """Raises DataError if the manifest or the arrays are not those of `task`."""
+    same = {name: entry.get("same_as") for name, entry in store.manifest["splits"].items()}
+    expected = {
+        "task": task.name,
+        "inputs": task.inputs,
+        "seq_len": task.seq_len,
+        "num_classes": task.num_classes,
+        "dual": task.dual,
+        "vocab": None if task.vocab is None else list(task.vocab),
+        "key": settings_key(task),
+    }
+    wrong = [key for key, value in expected.items() if store.manifest[key] != value]
+    if same != {name: task.same.get(name) for name in SPLITS}:
+        wrong.append("splits")
+    if wrong:
+        what = f"manifest.json describes another task: {', '.join(wrong)}"
+        raise damaged(store.path, task.name, what)
+    for name, split in store.splits.items():
+        for array, (dtype, row_shape) in array_types(task).items():
+            found = getattr(split, array)
+            if (found.dtype, found.shape[1:]) != (dtype, row_shape):
+                what = f"{name}.{array}.npy holds {found.dtype} {found.shape}, expected {dtype}"
+                raise damaged(store.path, task.name, f"{what} {(len(split), *row_shape)}")
 
 
 def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Progress) -> Path:
@@ -179,6 +192,8 @@ def _build_locked(task: Task, path: Path, partial: Path | None, on_progress: Pro
             built = partial if partial is not None and is_partial else path
             _move_or_link(building, built)
             sync_folder(path.parent)
+    if not built.is_symlink():  # the manifest describes the bytes that are in the files now
+        remember(built)
     task.packed()
     return built
 
@@ -210,7 +225,7 @@ def _move_or_link(building: Path, path: Path) -> None:
 def _content(path: Path) -> Any:
     """A value that is equal for stores of the same content; None if there is no valid store."""
     try:
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
     except DataError:
         return None
     parts = {name: (entry["sha256"], entry["count"]) for name, entry in manifest["splits"].items()}
@@ -228,7 +243,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
     for name, other in task.same.items():
         entries[name] = entries[other] | {"same_as": other}
     is_partial = any(entries[name]["count"] < count for name, count in counts.items())
-    splits = {name: _open_split(folder, entries[name].get("same_as", name)) for name in SPLITS}
+    splits = {name: open_split(folder, entries[name].get("same_as", name)) for name in SPLITS}
     has_rows = len(splits["train"]) and len(splits["test"])
     manifest = {
         "task": task.name,
@@ -263,34 +278,51 @@ def _write_split(
     task: Task, name: str, folder: Path, allow_partial: bool, on_progress: Progress
 ) -> dict[str, Any]:
     """Write the three arrays of one split in one pass; returns its entry in the manifest."""
-    dtype, row_shape = inputs_dtype(task), inputs_shape(task)
+    dtype, row_shape = array_types(task)["inputs"]
     expected = (task.split_sizes() or {}).get(name)
     lengths: list[np.ndarray] = []
-    labels: list[int | np.ndarray] = []
-    examples, rows = iter(task.examples(name)), rows_per_write(dtype, row_shape)
+    labels: list[np.ndarray] = []
+    examples, rows = iter(task.examples(name)), rows_per_block(dtype, row_shape)
+    count = 0
     with open(folder / f"{name}.inputs.npy", "wb") as file:
         _write_header(file, dtype, (0, *row_shape))
         while batch := list(itertools.islice(examples, rows)):
-            padded = np.zeros((len(batch), *row_shape), dtype)
-            lengths.extend(map(pad_into, padded, batch, itertools.repeat(task)))
-            file.write(padded.data)
-            labels.extend(example.label for example in batch)
-            on_progress(name, len(labels), expected)
-        check_count(task, name, len(labels), allow_partial)
-        _write_header(file, dtype, (len(labels), *row_shape))
+            packed = pack(task, batch)
+            file.write(packed.inputs.data)
+            lengths.append(packed.lengths)
+            labels.append(packed.labels)
+            count += len(batch)
+            on_progress(name, count, expected)
+        check_count(task, name, count, allow_partial)
+        _write_header(file, dtype, (count, *row_shape))
         _sync_file(file)
-    pair, targets = (2,) * task.dual, (task.num_targets,) * (task.num_targets > 1)
-    label_dtype = "<u1" if task.num_classes <= 256 else "<i4"
+    empty = pack(task, [])
     arrays = {
-        "lengths": np.array(lengths, "<i4").reshape(len(labels), *pair),
-        "labels": np.array(labels, label_dtype).reshape(len(labels), *targets),
+        "lengths": np.concatenate([empty.lengths, *lengths]),
+        "labels": np.concatenate([empty.labels, *labels]),
     }
     for array, values in arrays.items():
         with open(folder / f"{name}.{array}.npy", "wb") as file:
             np.save(file, values, allow_pickle=False)
             _sync_file(file)
     sizes = {array: (folder / f"{name}.{array}.npy").stat().st_size for array in ARRAYS}
-    return describe_split(_open_split(folder, name), task.num_classes) | {"bytes": sizes}
+    return describe_split(open_split(folder, name), task.num_classes) | {"bytes": sizes}
+
+
+def pack(task: Task, examples: Sequence[Example]) -> Split:
+    """These examples as the store holds them; the errors are those of `pad_into`."""
+    types, count = array_types(task), len(examples)
+    dtype, row_shape = types.pop("inputs")
+    inputs = np.zeros((count, *row_shape), dtype)
+    found = {
+        "lengths": list(map(pad_into, inputs, examples, itertools.repeat(task))),
+        "labels": [example.label for example in examples],
+    }
+    arrays = {
+        array: np.array(found[array], dtype).reshape(count, *row_shape)
+        for array, (dtype, row_shape) in types.items()
+    }
+    return Split(inputs, **arrays)
 
 
 def check_count(task: Task, name: str, found: int, allow_partial: bool = False) -> None:
@@ -313,9 +345,14 @@ def inputs_shape(task: Task) -> tuple[int, ...]:
     return (2,) * task.dual + (task.seq_len,) + (task.num_features,) * (task.num_features > 1)
 
 
-def rows_per_write(dtype: np.dtype, row_shape: tuple[int, ...]) -> int:
-    """Number of rows per write: bounds the memory and the time between progress reports."""
-    return int(np.clip(BYTES_PER_WRITE // (dtype.itemsize * math.prod(row_shape)), 1, 1024))
+def array_types(task: Task) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The dtype of each array of a split, and the shape of one row."""
+    targets = (task.num_targets,) * (task.num_targets > 1)
+    return {
+        "inputs": (inputs_dtype(task), inputs_shape(task)),
+        "lengths": (np.dtype("<i4"), (2,) * task.dual),
+        "labels": (np.dtype("<u1" if task.num_classes <= 256 else "<i4"), targets),
+    }
 
 
 def inputs_dtype(task: Task) -> np.dtype:
@@ -364,73 +401,3 @@ def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> No
 def _sync_file(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _open_split(folder: Path, name: str) -> Split:
-    lengths, labels = (np.load(folder / f"{name}.{array}.npy") for array in ARRAYS[1:])
-    # an empty array cannot be mapped
-    inputs = np.load(folder / f"{name}.inputs.npy", mmap_mode="r" if len(labels) else None)
-    return Split(inputs, lengths, labels)
-
-
-def open_store(path: str | Path) -> Store:
-    """Open a packed store; raises DataError if a file is missing or has another size.
-
-    `lra.data.verify` checks the contents.
-    """
-    path = Path(path)
-    manifest = _read_manifest(path)
-    # one object for equal splits, so that its examples are held once
-    files = {name: entry.get("same_as", name) for name, entry in manifest["splits"].items()}
-    for name, entry in manifest["splits"].items():
-        for array, expected in entry["bytes"].items():
-            file = path / f"{files[name]}.{array}.npy"
-            found = file.stat().st_size if file.is_file() else 0
-            if found != expected:
-                what = f"{file.name} has {found} bytes, expected {expected}"
-                raise _damaged(path, manifest["task"], what)
-    try:
-        opened = {name: _open_split(path, name) for name in set(files.values())}
-    except ValueError as error:
-        raise _damaged(path, manifest["task"], str(error)) from error
-    return Store(path, manifest, {name: opened[other] for name, other in files.items()})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} is no packed store (no manifest.json); run `lra data prepare NAME`"
-        ) from None
-    except ValueError as error:
-        raise _damaged(path, "NAME", f"manifest.json cannot be read: {error}") from error
-    version = manifest["versions"]["store"]
-    if version != STORE_VERSION:
-        what = f"store version {version}, expected {STORE_VERSION}"
-        raise _damaged(path, manifest["task"], what)
-    return manifest
-
-
-def _damaged(path: Path, task: str, what: str) -> DataError:
-    return DataError(f"{path}: {what}; delete the folder and run `lra data prepare {task}`")
-
-
-def describe_split(split: Split, num_classes: int) -> dict[str, Any]:
-    """The description of a split in the manifest, which `verify` computes again."""
-    digest = hashlib.sha256()
-    for array in (split.inputs, split.lengths, split.labels):
-        rows = rows_per_write(array.dtype, array.shape[1:])
-        for first in range(0, len(array), rows):
-            digest.update(np.ascontiguousarray(array[first : first + rows]).data)
-    lengths = split.lengths if len(split) else np.zeros(1, np.int32)
-    return {
-        "count": len(split),
-        "labels": np.bincount(split.labels.ravel(), minlength=num_classes).tolist(),
-        "lengths": {
-            "min": int(lengths.min()),
-            "mean": round(float(lengths.mean()), 3),
-            "max": int(lengths.max()),
-        },
-        "sha256": digest.hexdigest(),
-    }

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lra.data.inspect import content_hashes
-from lra.data.store import Store, check_count, inputs_dtype, inputs_shape, pad_into, store_name
+from lra.data.packed import Store
+from lra.data.store import check_count, inputs_dtype, inputs_shape, pad_into, store_name
 from lra.tasks.base import SPLITS, Task
 
 FEATURES_VERSION = "1.0.0"  # of the features; other examples have another config name

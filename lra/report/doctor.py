@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from lra.data.store import open_store
+from lra.data.packed import open_store
 from lra.errors import DataError
 from lra.runs.machine import git_commit, versions
 from lra.runs.tracking import doctor_line

@@ -120,6 +120,7 @@ def test_choices_of_the_trainer_are_those_of_the_backbone(words_of_the_backbone,
         ("data.root", None, "data.root=null must be the path of a folder"),
         ("data.allow_partial", 1, "data.allow_partial=1 must be true or false"),
         ("data.download", "perhaps", "data.download=perhaps must be true or false"),
+        ("data.verify", "often", "data.verify=often is unknown; choose one of always, auto, never"),
         ("output.root", 3, "must be the path of a folder"),
         ("optim.lr", float("inf"), "optim.lr=inf must be a finite number above 0"),
         ("optim.lr", float("nan"), "must be a number above 0"),
@@ -193,7 +194,7 @@ def test_key_that_belongs_to_a_start_leaves_the_run_the_same():
     assert set(keys_affecting("start", "process")) == {
         *("output", "output.root", "resume", "tuning_runs", "model.param_count"),
         *(f"tracker{name}" for name in ("", ".wandb", ".project", ".entity", ".group", ".tags")),
-        *("data.root", "data.download", "data.placement"),
+        *("data.root", "data.download", "data.placement", "data.verify"),
         *("trainer.devices", "trainer.distributed", "trainer.distributed_timeout"),
         *("trainer.time_limit", "trainer.profile"),
     }
@@ -210,7 +211,8 @@ def test_key_without_effect_on_the_result_makes_no_configuration_in_a_table():
 
 def test_keys_that_eval_and_processes_may_set():
     assert set(keys_in_eval()) == {
-        *("data.root", "data.download", "data.allow_partial", "trainer.eval_batch_size"),
+        *("data.root", "data.download", "data.allow_partial", "data.verify"),
+        "trainer.eval_batch_size",
     }
     assert set(keys_affecting("process")) == {
         *("trainer.distributed", "data.root", "output.root", "output"),
