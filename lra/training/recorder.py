@@ -118,7 +118,7 @@ class Recorder:
         record["resumed_from"].append(saved.step)
         record["damaged_checkpoints"] += saved.damaged
         record["selection"] = saved.progress["selection"]
-        # absent in old checkpoints
+        # these are absent in old checkpoints
         record["first_loss"] = saved.progress.get("first_loss")
         self.metrics_lines = saved.progress.get("metrics_lines", 0)
 
@@ -271,8 +271,8 @@ class Recorder:
         try:
             self._end(_status_of(error), error)
         except LraError as second:
-            if str(second) != str(error):  # such as a removed folder
-                log.warning(str(second))
+            if not (isinstance(error, RunFolderError) and isinstance(second, RunFolderError)):
+                log.warning(str(second))  # otherwise both say that the folder was removed
 
     def _end(self, status: str, error: BaseException | None) -> None:
         self.record["memory"] = {"peak_bytes": peak_bytes()}

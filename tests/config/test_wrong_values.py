@@ -89,8 +89,7 @@ def test_wrong_value_that_other_keys_take_over_is_one_line(key, value):
 @pytest.mark.parametrize(
     "words",
     [
-        *(["seed=" + value] for value in ("word", "", "-1", "9" * 40, "9" * 5000, "nan", "[1]")),
-        *(["seed=" + value] for value in ("{a: 1}", "null", "'ü☃'", "${nowhere}", "[", "a\nb")),
+        *(["seed=" + value] for value in ("", "9" * 5000, "{a: 1}", "${nowhere}", "[", "a\nb")),
         *(
             ["~protocol"],
             ["~trainer.steps"],
