@@ -85,6 +85,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "eval": "accuracy",
     "diagnose": "interval",
     "table": "61.04",
+    "experiments": "91.34",
     "plot": "curves.png",
     "tasks": "pathfinder",
     "models": "transformer",

@@ -8,6 +8,8 @@ from typing import Any
 
 from lra.errors import ConfigError
 
+# names of our formats in tabulate
+TABULATE_FORMATS = {"terminal": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 # fmt: off
 LONG_FORM_COLUMNS = (
     "kind", "task", "model", "variant", "protocol", "data_source", "data_key", "accuracy", "n",

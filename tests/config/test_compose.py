@@ -10,7 +10,6 @@ from tiny import TINY
 
 import lra
 from lra.config.compose import normalize_overrides, upgrade_config
-from lra.config.options import options
 from lra.errors import ConfigError
 from lra.runs.records import config_hash
 
@@ -83,22 +82,6 @@ def test_debug_is_applied_last_and_lies_apart_from_the_results():
 def test_invalid_value_is_refused():
     with pytest.raises(ConfigError, match="optim.lr=-1 must be a number above 0"):
         lra.compose(["optim.lr=-1"])
-
-
-@pytest.mark.parametrize("name", options("experiment"))
-def test_experiment_differs_from_its_defaults_in_every_key(name):
-    """A key that repeats a default would hide a later change of the default."""
-    file = OmegaConf.load(Path(lra.config.options.CONF) / "experiment" / f"{name}.yaml")
-    chosen = {
-        key.removeprefix("override /"): option
-        for choice in file.pop("defaults")
-        for key, option in choice.items()
-    }
-    assert chosen.get("protocol") != "strict"
-    default = lra.compose([f"{group}={option}" for group, option in chosen.items()])
-    for section, keys in file.items():
-        for key, value in keys.items():
-            assert default[section][key] != value, f"{section}.{key}"
 
 
 def test_old_names_and_missing_keys_are_upgraded(today):
