@@ -126,6 +126,21 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--format", choices=FORMATS, default="terminal")
     models.set_defaults(group="model")
 
+    experiments = add(
+        "experiments", experiments_command, "published scores, our runs and costs of experiments"
+    )
+    experiments.add_argument(
+        "tasks", nargs="*", metavar="TASK", help="list the experiments of these tasks (a matrix)"
+    )
+    experiments.add_argument(
+        "--runs",
+        action="append",
+        default=[],
+        metavar="ROOT",
+        help="folder of runs, beside results/runs; repeatable",
+    )
+    experiments.add_argument("--format", choices=FORMATS, default="terminal")
+
     evaluate = add("eval", eval_command, "score a run's saved weights; compare with its record")
     add_saved_run(evaluate, "KEY=VALUE", "data.root, data.download, trainer.eval_batch_size, ...")
 
@@ -415,6 +430,13 @@ def models_command(args: argparse.Namespace) -> int:
     from lra.report.models import cost_table
 
     print(cost_table(args.overrides, args.format), end="")
+    return 0
+
+
+def experiments_command(args: argparse.Namespace) -> int:
+    from lra.report.experiments import experiments_table
+
+    print(experiments_table(args.tasks, args.runs, args.format), end="")
     return 0
 
 

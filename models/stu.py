@@ -154,7 +154,8 @@ class STU(MixerModule):
 
     def inverse_moments(self, k_u: int, negative: bool, power: float) -> Float[Array, "J J"]:
         """C^(-power), with the second moments C of the features; learned feedback is left out."""
-        phi, sigma = np.asarray(self.phi[...]), np.asarray(self.sigma[...])
+        filters, *sizes = self.bank
+        sigma, phi = FILTERS[filters](*sizes)  # not the variables, which may be abstract
         moments = feature_moments(phi, sigma, k_u, negative, self.alpha or 0.0, self.lag)
         return jnp.asarray(inverse_power(moments, power))
 

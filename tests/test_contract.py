@@ -1,4 +1,4 @@
-"""The contract of every model, task and experiment in conf/, found there without an edit here."""
+"""The contract of every model and task in conf/, found there without an edit here."""
 
 import inspect
 import re
@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 import lra
 from lra.config.build import build_task, constructor_arguments, data_arguments, model_builder
@@ -27,9 +26,7 @@ from lra.training.state import Examples, initial_state
 from lra.training.step import make_step_functions
 from models.mixer import MixerFactory, StreamingMixer
 
-MODELS, TASKS, EXPERIMENTS, PROTOCOLS = (
-    options(g) for g in ("model", "task", "experiment", "protocol")
-)
+MODELS, TASKS, PROTOCOLS = (options(g) for g in ("model", "task", "protocol"))
 WIDTH, DEPTH, BATCH = 16, 2, 3
 TINY_TASK = ["task=listops_short", "task.max_length=30"]
 
@@ -473,14 +470,3 @@ def trace_two_steps(cfg):
     )
     targets = (setup.task.num_targets,) if setup.task.num_targets > 1 else ()
     assert logits.shape == (2, *targets, setup.task.num_classes)
-
-
-# ---- experiments
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_composes_and_its_model_builds(name):
-    cfg = lra.compose([f"experiment={name}"])
-    params = nnx.state(abstract_model(cfg, build_task(cfg)), nnx.Param)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1000
-    assign_groups(OmegaConf.to_container(cfg.optim), params)

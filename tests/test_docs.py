@@ -87,6 +87,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "diagnose": "interval",
     "table": "61.04",
     "compare": "P(A > B)",
+    "experiments": "91.34",
     "plot": "curves.png",
     "tasks": "pathfinder",
     "models": "transformer",

@@ -10,7 +10,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lra.config.options import CONF, NOT_ARGUMENTS, OPTIONAL_GROUPS, options
+from lra.config.options import (
+    CONF,
+    NOT_ARGUMENTS,
+    OPTIONAL_GROUPS,
+    experiment_text,
+    options,
+)
 from lra.errors import ConfigError
 
 # found in the messages of ValueErrors that Hydra raises for its input
@@ -78,12 +84,12 @@ def chosen_options(group: str, overrides: Sequence[str]) -> list[str]:
     chosen = dict(word.split("=", 1) for word in overrides if "=" in word)
     if group in chosen:
         return chosen[group].split(",")
-    files = [CONF / "train.yaml"]
+    lines = (CONF / "train.yaml").read_text()
     if "experiment" in chosen:
-        files.insert(0, CONF / "experiment" / f"{chosen['experiment']}.yaml")
-    if not files[0].exists():
-        return []
-    lines = "".join(file.read_text() for file in files)
+        own = experiment_text(chosen["experiment"])
+        if not own:
+            return []
+        lines = own + lines
     return re.findall(rf"^ *- (?:override /)?{group}: (\S+)", lines, re.MULTILINE)[:1]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from lra.errors import ConfigError
 from lra.runs.console import printable
 
+# names of our formats in tabulate
+TABULATE_FORMATS = {"terminal": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 # fmt: off
 LONG_FORM_COLUMNS = (
     "kind", "task", "model", "variant", "settings", "protocol", "data_source", "data_key",

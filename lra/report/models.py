@@ -11,9 +11,9 @@ from lra.config.compose import compose
 from lra.config.cost import Cost, cost
 from lra.config.options import options
 from lra.errors import ConfigError
+from lra.report.formats import TABULATE_FORMATS
 
 HEADERS = ("model", "width", "depth", "parameters", "FLOPs", "state")
-FORMATS = {"terminal": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 
 
 def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
@@ -54,7 +54,7 @@ def cost_table(overrides: Sequence[str], format: str = "terminal") -> str:
     body = tabulate(
         [row[: len(headers)] for row in cells],
         headers=headers,
-        tablefmt=FORMATS[format],
+        tablefmt=TABULATE_FORMATS[format],
         disable_numparse=True,
         colalign=("left", *["right"] * (len(HEADERS) - 1), "left")[: len(headers)],
     )

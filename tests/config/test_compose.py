@@ -157,22 +157,6 @@ def test_invalid_value_is_refused():
         lra.compose(["optim.lr=-1"])
 
 
-@pytest.mark.parametrize("name", options("experiment"))
-def test_experiment_differs_from_its_defaults_in_every_key(name):
-    """A key that repeats a default would hide a later change of the default."""
-    file = OmegaConf.load(Path(lra.config.options.CONF) / "experiment" / f"{name}.yaml")
-    chosen = {
-        key.removeprefix("override /"): option
-        for choice in file.pop("defaults")
-        for key, option in choice.items()
-    }
-    assert chosen.get("protocol") != "strict"
-    default = lra.compose([f"{group}={option}" for group, option in chosen.items()])
-    for section, keys in file.items():
-        for key, value in keys.items():
-            assert default[section][key] != value, f"{section}.{key}"
-
-
 def test_old_names_and_missing_keys_are_upgraded(today):
     old = copy.deepcopy(today)
     old["task"]["budget"] = old["task"].pop("hparams")
