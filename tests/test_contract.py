@@ -116,6 +116,7 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(built):
         assert np.abs(grad).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.slow
 def test_small_model_overfits_one_batch(built):
     """In 60 steps of Adam the training loss falls below 10 % of its first value."""
     tx, params = optax.adam(1e-2), built.initial
@@ -222,6 +223,7 @@ def test_reported_parameters_are_those_that_train(built):
     assert found.flops > 2 * built.task.seq_len * WIDTH * WIDTH
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(built):
     """Sums and states of a mixer stay float32; activations and factors of products are rounded."""
     x, _, padded = built.sequences(jnp.bfloat16)

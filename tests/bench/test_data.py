@@ -5,6 +5,7 @@ from lra.bench import data
 LISTOPS = ("task=listops", "task.sizes={train: 80, val: 8, test: 8}")
 
 
+@pytest.mark.slow
 def test_data_suite_measures_all_but_incomplete_data(publishers, monkeypatch):
     """The publishers' files of the tests hold too few examples of Text and Image."""
     monkeypatch.setattr(data, "WINDOWS", 1)

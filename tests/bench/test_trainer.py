@@ -48,6 +48,7 @@ def test_variants_train_alike(monkeypatch, tmp_path, capsys):
     assert found["second start / first, compilation cache on"]["value"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 def test_other_batches_are_noticed(monkeypatch):
     first_batches = trainer.first_batches
 

@@ -200,6 +200,7 @@ def test_models_of_a_sweep_have_one_size_and_are_resumed_and_scored(lra_train, t
     assert "identical, bit for bit" in evaluate_run(files["lru"].parent)
 
 
+@pytest.mark.slow
 def test_model_in_a_folder_of_ones_own_has_a_param_count(lra_train, tiny, tmp_path):
     (tmp_path / "myconf" / "model").mkdir(parents=True)
     yaml = (CONF / "model" / "lru.yaml").read_text()

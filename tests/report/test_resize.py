@@ -33,10 +33,12 @@ def assert_windows_equal_padded_windows(run, size, expected_length):
     np.testing.assert_allclose(run.logits(*short[:2], setup), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_model_of_short_windows_has_the_filters_of_the_run(stu):
     assert_windows_equal_padded_windows(stu, 4, 8)  # eight filters need as many positions
 
 
+@pytest.mark.slow
 def test_parameters_that_depend_on_the_length_are_refused(tmp_path):
     run = untrained_run([*ONE_BLOCK, "model=mega", "model.chunk_size=null"], tmp_path)
     assert_windows_equal_padded_windows(run, 8, 32)
@@ -46,6 +48,7 @@ def test_parameters_that_depend_on_the_length_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_logits_of_a_recurrent_model(tmp_path):
     run = untrained_run([*ONE_BLOCK, "model=gru"], tmp_path)
     rng = np.random.default_rng(0)

@@ -96,7 +96,6 @@ def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, 
     assert_same_run(here, folder_of(here), folder)
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_equals_never_stopped(whole, tmp_path):
     """After SIGKILL the run resumes from its last checkpoint and repeats the metrics after it."""
     overrides, folder, _ = whole
