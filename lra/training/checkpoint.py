@@ -266,6 +266,9 @@ def checksums(folder: Path) -> bytes:
 
 def find_corruption(folder: Path) -> str | None:
     """Returns the first problem of a checkpoint's files; None if intact or without checksums."""
+    for path in folder.rglob("*"):  # a read of a pipe, by us or by Orbax, may never end
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            return f"{path.relative_to(folder)} is not a regular file"
     try:
         lines = (folder / CHECKSUMS).read_text().splitlines()
         for line in lines:

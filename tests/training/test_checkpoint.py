@@ -1,15 +1,18 @@
 """Checkpoints: bit-identical resume after kills, detection of damage, full disks."""
 
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deadline import deadline
 from run_checks import (
     ONE_STEP_CALLS,
     assert_same_run,
@@ -127,6 +130,20 @@ def test_damage_to_any_file_is_detected(two_checkpoints, tmp_path, caplog, capfd
         checkpoints.close()
         assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [CHECKSUMS, "progress/metadata", "state/new"])
+def test_a_checkpoint_with_a_pipe_is_damaged(two_checkpoints, tmp_path, caplog, name):
+    """A read of a pipe would wait for a writer."""
+    original, state = two_checkpoints
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(original, folder)
+    (folder / "20" / CHECKSUMS).unlink()  # as if the process was killed before it was written
+    (folder / "20" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "20" / name)
+    with deadline(20), closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.restore(state).step == 10
+    assert f"step 20 in {folder} is damaged ({name} is not a regular file)" in caplog.text
 
 
 def test_checksums_are_those_of_sha256sum(two_checkpoints):
