@@ -67,6 +67,8 @@ class SavedRun:
             self.cfg = cfg = resolved_config(record, overrides)
             self.rule = weights or cfg.protocol.select
             self.task = build_task(cfg)
+        # groups have no arrays in a checkpoint, and the patterns of others may match very slowly
+        cfg.optim.groups = cfg.optim.no_decay = None
         scored = cfg.trainer.train_eval_examples if split == "train" else cfg.trainer.eval_examples
         self.limit: int | None = examples or scored
         # the training functions are never called, so the batch size is irrelevant
@@ -127,8 +129,8 @@ class SavedRun:
                 "before its first checkpoint"
             )
         check_metadata(self.folder, saved.progress, self.task.vocab)
-        state, best_weights = saved.state
-        return state, Best(*best_weights, **saved.progress["best"]), saved.step
+        (state, weights), best = saved.state, saved.progress["best"]
+        return state, Best(*weights, best["step"], best["accuracy"]), saved.step
 
     @cached_property
     def weights(self) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints: bit-identical resume after kills, detection of damage, full disks."""
 
+import json
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from lra.cli import main
 from lra.errors import RunFolderError
 from lra.runs.records import read_record
 from lra.runs.run_folder import load_records
-from lra.training.checkpoint import CHECKSUMS, Checkpoints
+from lra.training.checkpoint import CHECKSUMS, Checkpoints, checksums, newest_progress
 
 # ---- killed runs
 
@@ -67,6 +68,7 @@ def test_killed_six_times_ends_as_if_never_killed(finished_run, tmp_path, capsys
 
 # ---- damaged files
 
+PROGRESS = {"best": {"step": 0, "accuracy": -1.0}, "selection": None, "vocab": None}
 DAMAGE = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -94,7 +96,7 @@ def two_checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     checkpoints = Checkpoints(folder)
     for step in (10, 20):
-        checkpoints.save(step, [leaf + step for leaf in state], {"step": step})
+        checkpoints.save(step, [leaf + step for leaf in state], PROGRESS | {"step": step})
     checkpoints.close()
     return folder, state
 
@@ -125,7 +127,7 @@ def test_damage_to_any_file_is_detected(two_checkpoints, tmp_path, caplog, capfd
                 caplog.messages[0],
             )
             assert sorted(path.name for path in folder.iterdir()) == ["10", "20.damaged"]
-            checkpoints.save(20, state, {"step": 20})
+            checkpoints.save(20, state, PROGRESS | {"step": 20})
         assert checkpoints.restore(state).step == 20
         checkpoints.close()
         assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
@@ -144,6 +146,33 @@ def test_a_checkpoint_with_a_pipe_is_damaged(two_checkpoints, tmp_path, caplog, 
     with deadline(20), closing(Checkpoints(folder)) as checkpoints:
         assert checkpoints.restore(state).step == 10
     assert f"step 20 in {folder} is damaged ({name} is not a regular file)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("progress", "problem"),
+    [
+        ({"x": 1}, "lacks best"),
+        ([1], "has =[1]: input should be a valid dictionary"),
+        (PROGRESS | {"best": 5}, "has best=5: input should be a valid dictionary"),
+        (PROGRESS | {"vocab": 7}, "has vocab=7: input should be a valid list"),
+        (PROGRESS | {"selection": {"step": -1}}, "has selection.step=-1: input should be"),
+        (PROGRESS | {"random": {"seed": 0}}, "lacks random.kind"),
+        (PROGRESS | {"record": {"status": "finished"}}, "lacks task"),
+    ],
+)
+def test_a_checkpoint_with_wrong_progress_is_damaged(
+    two_checkpoints, tmp_path, caplog, progress, problem
+):
+    """Also if the checksums were computed again."""
+    original, state = two_checkpoints
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(original, folder)
+    (folder / "20/progress/metadata").write_text(json.dumps(progress))
+    (folder / "20" / CHECKSUMS).write_bytes(checksums(folder / "20"))
+    assert newest_progress(folder) == (10, PROGRESS | {"step": 10})
+    with closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.restore(state).step == 10
+    assert problem in caplog.text
 
 
 def test_checksums_are_those_of_sha256sum(two_checkpoints):
