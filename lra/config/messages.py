@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lra.config.options import (
     CONF,
@@ -33,6 +34,9 @@ def translated_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         from hydra.errors import HydraException  # slow to import
 
+        if isinstance(error, (YAMLError, RecursionError)):
+            problem = " ".join(str(error).split())
+            raise ConfigError(f"cannot read an override or a YAML file: {problem}") from None
         if isinstance(error, (HydraException, OmegaConfBaseException)):
             raise ConfigError(one_line(error, overrides)) from None
         if isinstance(error, ValueError) and "Config group override must be" in str(error):

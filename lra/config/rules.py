@@ -47,7 +47,7 @@ INT32_MAX = 2**31 - 1  # steps and indices are int32 on the devices
 class Rule:
     """Valid values of a key, and their description, which `verb` joins in an error message.
 
-    `accepts` may raise ValueError, TypeError or re.error instead of returning False.
+    `accepts` may raise one of the errors below instead of returning False.
     """
 
     description: str
@@ -60,7 +60,7 @@ class Rule:
         try:
             if self.accepts(value):
                 return
-        except (ValueError, TypeError, re.error) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
             reason = f": {error}"
         expected = self.description
         if value == math.inf:

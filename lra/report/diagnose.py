@@ -14,16 +14,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import numpy as np
+from typing_extensions import TypedDict
 
 from lra.config.build import data_arguments
 from lra.config.messages import nearest
 from lra.data.store import Split, prepare
 from lra.errors import ConfigError, RunFolderError
-from lra.files import disk_errors, write_atomically
+from lra.files import disk_errors, read_regular_file, write_atomically
 from lra.report.intervals import AccuracyRow, accuracy_by_factors, accuracy_row
 from lra.report.perturbations import cut_windows, geometric_sizes, mean_by_example, shuffle_blocks
 from lra.report.resize import resized_setup, setup_for_windows, split_settings
@@ -35,8 +36,16 @@ SCHEMA = 1
 FILE, LOCK = "diagnostics.json", ".diagnostics.lock"
 SMALLEST_WINDOW = 16
 
+LARGEST = 2**26  # bytes of FILE
+
 Sizes = Sequence[int] | None
 Tables = dict[str, list[AccuracyRow]]
+
+
+class Diagnostics(TypedDict):
+    """diagnostics.json; the diagnostics are further keys."""
+
+    schema: Literal[1]
 
 
 def diagnose(
@@ -247,15 +256,12 @@ def save_result(folder: Path, name: str, split: str, result: Mapping[str, Any]) 
     path = folder / FILE
     with disk_errors(path), filelock.FileLock(folder / LOCK):
         try:
-            found = json.loads(path.read_bytes()) if path.exists() else {"schema": SCHEMA}
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path} is not JSON ({error}); move it away and diagnose again"
-            ) from error
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise RunFolderError(
-                f"{path} is not of schema {SCHEMA}, which this version reads; move it away"
-            )
+            found = records.parse_json(Diagnostics, read_regular_file(path, LARGEST))
+        except FileNotFoundError:
+            found = {"schema": SCHEMA}
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise RunFolderError(f"{path} {problem}; move it away and diagnose again") from None
         if not isinstance(earlier := found.get(name, {}), dict):
             raise RunFolderError(f"{path} holds no results under {name}; move it away")
         found[name] = earlier | {split: records.to_json(result)}

@@ -67,7 +67,9 @@ class SavedRun:
             self.cfg = cfg = resolved_config(record, overrides)
             self.rule = weights or cfg.protocol.select
             self.task = build_task(cfg)
-        self.limit: int | None = examples or self.scored_examples(split)
+            # groups have no arrays in a checkpoint, and patterns of others may match very slowly
+            cfg.optim.groups = cfg.optim.no_decay = None
+            self.limit: int | None = examples or self.scored_examples(split)
         # the training functions are never called, so the batch size is irrelevant
         self._forward = cache(lambda setup: make_step_functions(setup, 1).predict)
         if cfg.trainer.deterministic:
@@ -143,8 +145,8 @@ class SavedRun:
                 "before its first checkpoint"
             )
         check_metadata(self.folder, saved.progress, self.task.vocab)
-        state, best_weights = saved.state
-        return state, Best(*best_weights, **saved.progress["best"]), saved.step
+        (state, weights), best = saved.state, saved.progress["best"]
+        return state, Best(*weights, best["step"], best["accuracy"]), saved.step
 
     @cached_property
     def weights(self) -> tuple[Any, Any]:

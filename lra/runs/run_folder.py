@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 
 from lra.errors import RunFolderError
-from lra.files import disk_errors, write_atomically
+from lra.files import disk_errors, read_regular_file, regular_file, write_atomically
 from lra.runs.records import (
     LOCK,
     METRICS,
@@ -51,7 +51,7 @@ class RunFolder(AbstractContextManager):
             for leftover in self.path.glob(".*.tmp"):  # of a writer killed before its rename
                 leftover.unlink()
             metrics = self.path / METRICS
-            if metrics.exists() and not (content := metrics.read_bytes()).endswith(b"\n"):
+            if metrics.exists() and not (content := read_regular_file(metrics)).endswith(b"\n"):
                 os.truncate(metrics, content.rfind(b"\n") + 1)  # after a crash during an append
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class RunFolder(AbstractContextManager):
 def is_locked(folder: str | Path) -> bool:
     """Whether a process has locked the run. Without `flock`, True if the lock file exists."""
     try:
-        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY)
+        descriptor = regular_file(str(Path(folder) / LOCK), os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -161,7 +161,10 @@ def _locked(folder: Path) -> filelock.FileLock:
 
 
 def _holder(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.exists() else ""
+    try:
+        return read_regular_file(path).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def load_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: the latest two, written by Orbax and verified with SHA-256 checksums.
 
-<step>/             Orbax checkpoint: the arrays of the state, and `progress` as JSON
+<step>/             Orbax checkpoint: the arrays of the state, and `Progress` as JSON
 <step>/SHA256SUMS   checksums of all other files, in the format of sha256sum
 <step>.damaged/     checkpoint with a wrong checksum; deleted after the next save
 """
@@ -16,14 +16,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from typing_extensions import TypedDict
 
 from lra.errors import LraError, RunFolderError
 from lra.files import disk_errors, write_atomically
+from lra.runs.records import SCHEMA, Count, Record, Section, Selection, parse_json
 from lra.training.distributed import is_first, is_peer_lost
 from lra.training.memory import is_out_of_memory
 
@@ -31,6 +33,33 @@ log = logging.getLogger(__name__)
 
 SPARE_BYTES = 2**20  # disk space for metadata, the record and the metrics
 CHECKSUMS = "SHA256SUMS"
+
+
+class BestStep(TypedDict):
+    """The evaluation with the best accuracy on validation; -1 before the first one."""
+
+    step: Count
+    accuracy: float
+
+
+class Generator(TypedDict):
+    """`generator_settings`."""
+
+    seed: Count
+    kind: str
+    partitionable: bool
+
+
+class Progress(TypedDict, total=False):
+    """What a checkpoint holds beside the arrays. Older versions lack some keys."""
+
+    best: Required[BestStep]
+    selection: Required[Selection | None]
+    vocab: Required[list[str] | None]
+    record: Section  # a `Record` without `schema`
+    metrics_lines: Count  # lines that metrics.jsonl should have
+    first_loss: float | None
+    random: Generator
 
 
 class Restored(NamedTuple):
@@ -159,11 +188,10 @@ class Checkpoints:
             jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=leaf.sharding)
             for leaf in leaves
         ]
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-        )
+        progress = read_progress(self.folder / str(step))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         restored = self.manager.restore(step, args=args)
-        return jax.tree.unflatten(treedef, restored["state"]), restored["progress"]
+        return jax.tree.unflatten(treedef, restored["state"]), progress
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
         """Warns of damaged checkpoints and renames them, so that their steps can be saved again."""
@@ -266,6 +294,9 @@ def checksums(folder: Path) -> bytes:
 
 def find_corruption(folder: Path) -> str | None:
     """Returns the first problem of a checkpoint's files; None if intact or without checksums."""
+    for path in folder.rglob("*"):  # a read of a pipe, by us or by Orbax, may never end
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            return f"{path.relative_to(folder)} is not a regular file"
     try:
         lines = (folder / CHECKSUMS).read_text().splitlines()
         for line in lines:
@@ -294,15 +325,23 @@ def has_checkpoint(folder: Path) -> bool:
     return any(path.name.isdigit() for path in folder.glob("*"))
 
 
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Returns the `Progress` of a checkpoint; raises OSError or ValueError if it is not valid."""
+    progress = parse_json(Progress, (folder / "progress/metadata").read_bytes())
+    if "record" in progress:
+        parse_json(Record, json.dumps({"schema": SCHEMA, **progress["record"]}).encode())
+    return progress
+
+
 def newest_progress(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Returns step and `progress` of the newest intact checkpoint, without importing Orbax.
+    """Returns step and `Progress` of the newest intact checkpoint, without importing Orbax.
 
     The dictionary is empty if there is none.
     """
     for step in sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True):
         if find_corruption(folder / str(step)) is None:
             try:
-                return step, json.loads((folder / str(step) / "progress/metadata").read_bytes())
+                return step, read_progress(folder / str(step))
             except (OSError, ValueError):
                 continue
     return 0, {}

@@ -73,7 +73,7 @@ class Recorder:
         self.num_classes, self.groups = num_classes, groups
         self.previous = previous
         self.record = initial_record(cfg, previous, groups, num_devices)
-        self.metrics_lines = 0  # of metrics.jsonl; before `start`, those it should have
+        self.metrics_lines = 0  # that metrics.jsonl should have
         self.tracker = Tracker()
         self.reporter = Reporter(
             cfg.trainer.steps,
@@ -124,13 +124,15 @@ class Recorder:
 
     def progress(self, vocab: Sequence[str] | None) -> dict[str, Any]:
         """What a checkpoint keeps for `resume` and, without record.json, for `previous_record`."""
-        return {
-            "record": records.to_json(self.record),
-            "metrics_lines": self.metrics_lines,
-            "selection": self.record["selection"],
-            "first_loss": self.record["first_loss"],
-            **checkpoint_metadata(self.record["config"], vocab),
-        }
+        return records.to_json(
+            {
+                "record": self.record,
+                "metrics_lines": self.metrics_lines,
+                "selection": self.record["selection"],
+                "first_loss": self.record["first_loss"],
+                **checkpoint_metadata(self.record["config"], vocab),
+            }
+        )
 
     def start(self, step: int) -> None:
         """Opens the trackers and prints the header of a run that begins or resumes at `step`."""
@@ -154,10 +156,12 @@ class Recorder:
 
     def _truncate_metrics(self, step: int) -> None:
         """Removes the lines after `step`; warns of lost lines and records their number."""
-        expected, self.metrics_lines = self.metrics_lines, self.folder.truncate_metrics(step)
-        if (lost := expected - self.metrics_lines) > 0 and distributed.is_first():
-            self.record["lost_metrics"] += lost
-            log.warning(
+        found, expected = self.folder.truncate_metrics(step), self.metrics_lines
+        self.metrics_lines = max(found, expected)  # old checkpoints do not state it
+        lost, known = self.metrics_lines - found, self.record["lost_metrics"]
+        self.record["lost_metrics"] = lost
+        if lost > known:
+            self.warn(
                 f"{self.folder.path / records.METRICS} lacks {lost} of the {expected} lines up to "
                 f"step {step}; the run continues without them, and curves have a gap"
             )
@@ -329,7 +333,7 @@ def initial_record(
         "segments": list(previous.get("segments") or []),
         "resumed_from": list(previous.get("resumed_from") or []),
         "damaged_checkpoints": list(previous.get("damaged_checkpoints") or []),
-        "lost_metrics": previous.get("lost_metrics", 0),
+        "lost_metrics": previous.get("lost_metrics") or 0,
         "tuning_runs": cfg.tuning_runs,
         "commit": git_commit(),
         "versions": versions(),

@@ -134,7 +134,8 @@ class Trainer:
         if saved is not None:
             check_metadata(self.recorder.folder.path, saved.progress, self.setup.task.vocab)
             state, weights = saved.state
-            best = Best(*weights, **saved.progress["best"])
+            found = saved.progress["best"]
+            best = Best(*weights, found["step"], found["accuracy"])
         self.recorder.resume(saved)
         return state, best
 

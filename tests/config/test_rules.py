@@ -59,6 +59,9 @@ def test_pattern_error_says_where():
     OPTIONAL_PATTERN.check("key", "m_y$")
     with pytest.raises(ConfigError, match=r"key=\( must be a regular expression or null: missing"):
         OPTIONAL_PATTERN.check("key", "(")
+    for text in ("a{99999999999}", "(" * 5000 + ")" * 5000):  # too large for Python
+        with pytest.raises(ConfigError, match="must be a regular expression or null: "):
+            OPTIONAL_PATTERN.check("key", text)
     with pytest.raises(ConfigError, match="key=3 must be a regular expression"):
         OPTIONAL_PATTERN.check("key", 3)
 

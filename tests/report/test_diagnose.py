@@ -1,12 +1,14 @@
 """`lra diagnose`: tables against the stored predictions, and the words it accepts."""
 
 import json
+import os
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from deadline import deadline
 from doc_commands import blocks
 from saved_runs import write_record
 
@@ -141,11 +143,20 @@ def test_results_of_concurrent_processes_are_all_kept(tmp_path):
     save_result(tmp_path, "d0", "s1", {"step": -1})
     found = json.loads((tmp_path / FILE).read_text())["d0"]
     assert found == {"s0": {"step": 0}, "s1": {"step": -1}, "s2": {"step": 16}}
-    for damaged, message in (("{", "is not JSON"), ("[]", "is not of schema 1")):
+    for damaged, message in {
+        "{": "is not JSON",
+        "[" * 100_000: "is not JSON",
+        "[]": "input should be a valid dictionary",
+        '{"schema": 2}': "schema=2: input should be 1",
+    }.items():
         (tmp_path / FILE).write_text(damaged)
         with pytest.raises(RunFolderError, match=message):
             save_result(tmp_path, "d0", "s0", {})
         assert (tmp_path / FILE).read_text() == damaged
+    (tmp_path / FILE).unlink()
+    os.mkfifo(tmp_path / FILE)  # a plain read would wait for a writer
+    with deadline(10), pytest.raises(RunFolderError, match="is not a regular file; move it away"):
+        save_result(tmp_path, "d0", "s0", {})
 
 
 def test_command_accepts_words_after_options_and_draws(copied_run, tmp_path, capsys):

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from deadline import deadline
 
 from lra.cli import main
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
@@ -211,6 +212,15 @@ def test_an_allowed_target_of_the_current_folder_is_used(copied_run, tmp_path, m
     sys.modules.pop("allowed_module")
 
 
+def test_a_slow_pattern_in_a_record_is_not_searched_for(copied_run):
+    slow = "(([a-z/0-9_]+)+)+!"
+    groups = {"ours": {"match": slow, "lr_factor": 0.5, "weight_decay": 0.1}}
+    optim = {"no_decay": slow, "groups": groups}
+    change_record(copied_run, lambda record: record["config"]["optim"].update(optim))
+    with deadline(60):
+        assert "identical, bit for bit" in evaluate_run(copied_run)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_determinism_of_the_run_is_kept_and_out_of_memory_is_advice(
     copied_run, monkeypatch, deterministic
@@ -250,6 +260,7 @@ def test_evaluation_batches_hold_no_more_than_the_largest_split(copied_run, monk
         ("optim.lr=1", "the config of a saved run is fixed"),
         ("nonsense", "the config of a saved run is fixed"),
         ("trainer.eval_batch_size=0", "must be a whole number"),
+        ("data.root=[1", "cannot read an override or a YAML file: while parsing a flow sequence"),
     ],
 )
 def test_overrides_that_would_make_another_run_are_refused(trained_run, override, message):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deadline import deadline
 
 from lra.errors import LraError, RunFolderError
 from lra.runs import records, run_folder
@@ -279,6 +280,21 @@ def test_concurrent_writers_lose_nothing(tmp_path, caplog):
         [row["step"] for row in records.read_metrics(r["path"])] == list(range(10)) for r in found
     )
     assert not caplog.messages
+
+
+def test_pipes_in_a_run_folder_are_refused(tmp_path):
+    """A plain read of a pipe would wait for a writer."""
+    with RunFolder(tmp_path / "lock") as folder:
+        folder.write_record(a_record(status="running"))
+    for name, file in (("lock", "run.lock"), ("metrics", "metrics.jsonl")):
+        path = tmp_path / name / file
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        with deadline(10), pytest.raises(LraError, match=f"{file}: is not a regular file"):
+            RunFolder(path.parent)
+    with deadline(10):
+        assert [record["status"] for record in load_records([tmp_path])] == ["dead"]
 
 
 def test_loading_skips_each_broken_record_with_a_warning(tmp_path, caplog):

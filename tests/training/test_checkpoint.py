@@ -1,15 +1,19 @@
 """Checkpoints: bit-identical resume after kills, detection of damage, full disks."""
 
+import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deadline import deadline
 from run_checks import (
     ONE_STEP_CALLS,
     assert_same_run,
@@ -25,7 +29,7 @@ from lra.cli import main
 from lra.errors import RunFolderError
 from lra.runs.records import read_record
 from lra.runs.run_folder import load_records
-from lra.training.checkpoint import CHECKSUMS, Checkpoints
+from lra.training.checkpoint import CHECKSUMS, Checkpoints, checksums, newest_progress
 
 # ---- killed runs
 
@@ -64,6 +68,7 @@ def test_killed_six_times_ends_as_if_never_killed(finished_run, tmp_path, capsys
 
 # ---- damaged files
 
+PROGRESS = {"best": {"step": 0, "accuracy": -1.0}, "selection": None, "vocab": None}
 DAMAGE = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -91,7 +96,7 @@ def two_checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     checkpoints = Checkpoints(folder)
     for step in (10, 20):
-        checkpoints.save(step, [leaf + step for leaf in state], {"step": step})
+        checkpoints.save(step, [leaf + step for leaf in state], PROGRESS | {"step": step})
     checkpoints.close()
     return folder, state
 
@@ -122,11 +127,52 @@ def test_damage_to_any_file_is_detected(two_checkpoints, tmp_path, caplog, capfd
                 caplog.messages[0],
             )
             assert sorted(path.name for path in folder.iterdir()) == ["10", "20.damaged"]
-            checkpoints.save(20, state, {"step": 20})
+            checkpoints.save(20, state, PROGRESS | {"step": 20})
         assert checkpoints.restore(state).step == 20
         checkpoints.close()
         assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [CHECKSUMS, "progress/metadata", "state/new"])
+def test_a_checkpoint_with_a_pipe_is_damaged(two_checkpoints, tmp_path, caplog, name):
+    """A read of a pipe would wait for a writer."""
+    original, state = two_checkpoints
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(original, folder)
+    (folder / "20" / CHECKSUMS).unlink()  # as if the process was killed before it was written
+    (folder / "20" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "20" / name)
+    with deadline(20), closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.restore(state).step == 10
+    assert f"step 20 in {folder} is damaged ({name} is not a regular file)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("progress", "problem"),
+    [
+        ({"x": 1}, "lacks best"),
+        ([1], "has =[1]: input should be a valid dictionary"),
+        (PROGRESS | {"best": 5}, "has best=5: input should be a valid dictionary"),
+        (PROGRESS | {"vocab": 7}, "has vocab=7: input should be a valid list"),
+        (PROGRESS | {"selection": {"step": -1}}, "has selection.step=-1: input should be"),
+        (PROGRESS | {"random": {"seed": 0}}, "lacks random.kind"),
+        (PROGRESS | {"record": {"status": "finished"}}, "lacks task"),
+    ],
+)
+def test_a_checkpoint_with_wrong_progress_is_damaged(
+    two_checkpoints, tmp_path, caplog, progress, problem
+):
+    """Also if the checksums were computed again."""
+    original, state = two_checkpoints
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(original, folder)
+    (folder / "20/progress/metadata").write_text(json.dumps(progress))
+    (folder / "20" / CHECKSUMS).write_bytes(checksums(folder / "20"))
+    assert newest_progress(folder) == (10, PROGRESS | {"step": 10})
+    with closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.restore(state).step == 10
+    assert problem in caplog.text
 
 
 def test_checksums_are_those_of_sha256sum(two_checkpoints):

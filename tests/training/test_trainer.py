@@ -322,6 +322,9 @@ def test_lost_metrics_are_one_warning_and_recorded(copied_run, whole, caplog, ke
     (line,) = caplog.messages
     assert f"lacks {len(lines) - kept} of the {len(lines)} lines up to step 40" in line
     assert record["lost_metrics"] == len(lines) - kept
+    make_unfinished(folder)  # a second start from the same checkpoint
+    assert lra.train([*here, "resume=auto"])["lost_metrics"] == len(lines) - kept
+    assert len(caplog.messages) == 1
     assert whole[2]["lost_metrics"] == 0
     assert record["metrics"] == whole[2]["metrics"]
 
