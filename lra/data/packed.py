@@ -28,6 +28,7 @@ MAX_MANIFEST_BYTES = 2**26
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -82,7 +83,7 @@ class Manifest(TypedDict):
     vocab: list[str] | None
     partial: bool
     splits: SplitEntries
-    reference: dict[str, Number]
+    reference: dict[str, Fraction]
     notes: list[str]
     source_files: list[SourceFile]
     fingerprint: dict[str, Any]

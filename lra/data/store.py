@@ -159,12 +159,24 @@ def _with_reference_lines(task: Task, store: Store, on_progress: Progress) -> St
     on_progress("reference lines", 0, None)
     manifest = {
         **store.manifest,
-        "reference": task.reference_lines(store.splits),
+        "reference": _reference_lines(task, store.splits),
         "versions": {**versions, "reference": task.reference_version},
     }
     with contextlib.suppress(LraError):  # a folder of another user: computed again each time
         write_atomically(store.path / "manifest.json", _manifest_text(manifest))
     return Store(store.path, manifest, store.splits)
+
+
+def _reference_lines(task: Task, splits: Mapping[str, Split]) -> dict[str, float]:
+    """The reference lines of a task; raises DataError unless they are fractions."""
+    lines = task.reference_lines(splits)
+    for name, accuracy in lines.items():
+        if not 0 <= accuracy <= 1:
+            raise DataError(
+                f"{task.name}: reference_lines gives {name}={accuracy}, expected a fraction in "
+                "[0, 1]"
+            )
+    return lines
 
 
 def _check_task(store: Store, task: Task) -> None:
@@ -275,7 +287,7 @@ def _build(task: Task, folder: Path, allow_partial: bool, on_progress: Progress)
         "vocab": task.vocab,
         "partial": is_partial,
         "splits": {name: entries[name] for name in SPLITS},
-        "reference": task.reference_lines(splits) if has_rows else {},
+        "reference": _reference_lines(task, splits) if has_rows else {},
         "notes": task.notes(),
         "source_files": task.source_hashes(),
         "fingerprint": task.fingerprint(),

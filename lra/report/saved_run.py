@@ -145,8 +145,8 @@ class SavedRun:
                 "before its first checkpoint"
             )
         check_metadata(self.folder, saved.progress, self.task.vocab)
-        (state, weights), best = saved.state, saved.progress["best"]
-        return state, Best(*weights, best["step"], best["accuracy"]), saved.step
+        (state, (params, batch_stats)), found = saved.state, saved.progress["best"]
+        return state, Best(params, batch_stats, found["step"], found["accuracy"]), saved.step
 
     @cached_property
     def weights(self) -> tuple[Any, Any]:

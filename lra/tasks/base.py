@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lra.config.schema import MAX_EXAMPLES
 from lra.errors import ConfigError, DataError, LraError
 from lra.sources.download import obtain
 from lra.sources.locate import Progress, Source, file_hash, locate, signature
@@ -26,7 +27,6 @@ from lra.tasks.random_words import random_stream
 SPLITS = ("train", "val", "test")
 ENCODINGS = ("lra2020", "s4")  # valid values of protocol.inputs
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"  # of a task: part of the names of files and folders
-MAX_EXAMPLES = 10**8  # of a generated split
 
 
 class Example(NamedTuple):

@@ -133,9 +133,9 @@ class Trainer:
         saved = self.checkpoints.restore((state, best[:2]))
         if saved is not None:
             check_metadata(self.recorder.folder.path, saved.progress, self.setup.task.vocab)
-            state, weights = saved.state
+            state, (params, batch_stats) = saved.state
             found = saved.progress["best"]
-            best = Best(*weights, found["step"], found["accuracy"])
+            best = Best(params, batch_stats, found["step"], found["accuracy"])
         self.recorder.resume(saved)
         return state, best
 

@@ -104,6 +104,17 @@ def test_missing_field_is_named(root, field):
         prepare(listops(), root)
 
 
+@pytest.mark.parametrize("accuracy", [36.3, -0.1])
+def test_reference_line_that_is_no_fraction_is_refused(root, accuracy):
+    """A record would not hold it."""
+    (path,) = (root / "packed").iterdir()
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["reference"]["majority"] = accuracy
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="cannot be read: reference.majority: Input should be"):
+        prepare(listops(), root)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("task", "copy"), ("seq_len", 64), ("num_classes", 11), ("vocab", ["<pad>"]), ("dual", True)],

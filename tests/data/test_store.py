@@ -177,6 +177,15 @@ def test_positions_of_several_values_have_an_axis_more(tmp_path):
     assert split.lengths.tolist() == [2]
 
 
+@pytest.mark.parametrize("accuracy", [36.3, float("nan")])
+def test_a_task_whose_reference_line_is_no_fraction_makes_no_store(tmp_path, accuracy):
+    given = {"train": [(ids(1), 0)], "test": [(ids(1), 0)]}
+    toy = Toy(given, reference_lines=lambda splits: {"majority": accuracy})
+    with pytest.raises(DataError, match=rf"^toy: reference_lines gives majority={accuracy}, expec"):
+        prepare(toy, tmp_path)
+    assert not list((tmp_path / "packed").glob("[!.]*"))
+
+
 def test_several_labels_an_example(tmp_path):
     given = {
         "train": [(ids(1, 2), ids(0, 2)), (ids(3, 4), ids(2, 2))],

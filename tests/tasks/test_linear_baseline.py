@@ -27,6 +27,13 @@ def test_constant_feature_is_no_trouble():
     assert linear_accuracy((x, labels), (x, labels), 2) == 1.0
 
 
+def test_few_rows_are_fitted_without_iterations(monkeypatch):
+    monkeypatch.setattr("scipy.optimize.minimize", None)
+    assert linear_accuracy(split(100, 0, 10.0), split(3000, 1, 10.0), 3) > 0.95
+    with pytest.raises(TypeError):
+        linear_accuracy(split(500, 0, 10.0), split(3000, 1, 10.0), 3)
+
+
 def test_each_group_has_its_own_classifier():
     """The sign of the feature means the opposite in the second group; the third is not in train."""
     x = np.random.default_rng(0).normal(size=(300, 1))
