@@ -2,7 +2,7 @@
 
     record.json       the run as one JSON object, replaced atomically: `Record`
     metrics.jsonl     one JSON object with a `step` per line; a truncated last line is ignored
-    predictions.npz   test logits (n, C) float32, labels (n,), rows (n,): row in the split
+    predictions.npz   test logits (n, C) float32, labels (n,), rows (n,) of the split, ascending
     run.lock          locked while the process lives; the kernel releases the lock when it dies
 
 JSON is strict: NaN and infinities become null. Accuracies are fractions in 0..1, also in
@@ -253,7 +253,7 @@ def _validator(schema: Any) -> Any:
 
 
 def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
-    """{logits, labels, rows} of a run, or None without predictions.
+    """{logits, labels, rows} of a run, at least one example, or None without predictions.
 
     Raises RunFolderError if the file is damaged, or if its arrays do not fit together.
     """
@@ -271,12 +271,13 @@ def read_predictions(folder: str | Path) -> dict[str, np.ndarray] | None:
             or labels.shape != logits.shape[:-1]
             or rows.shape != logits.shape[:1]
             or not (labels.dtype.kind in "iu" and rows.dtype.kind in "iu")
+            or not (logits.size and rows[0] >= 0 and (rows[1:] > rows[:-1]).all())
             or not ((labels >= 0) & (labels < logits.shape[-1])).all()
         ):
-            raise ValueError("shapes, types or labels do not fit together")
+            raise ValueError("shapes, types, labels or rows do not fit together")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise almost anything for a damaged header
         raise RunFolderError(
             f"{path} is damaged ({' '.join(str(error).split())}); restore it, or move it away"
         ) from None

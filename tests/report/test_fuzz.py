@@ -1,13 +1,17 @@
-"""Wrong values in every field of a record or a metrics line, and missing fields, in all commands.
+"""Wrong values in every field of a record, a metrics line or predictions.npz, in all commands.
 
 A record is skipped with one line, or its run is shown; `lra eval` refuses it with one line. An
 unexpected exception fails the test, because `main` turns only `LraError` into an exit code.
 """
 
 import copy
+import io
 import json
 import shutil
+import zipfile
+from contextlib import suppress
 
+import numpy as np
 import pytest
 
 from lra.cli import main
@@ -18,7 +22,7 @@ from lra.report.plots import plot_learning_curves, validation_curve
 from lra.report.saved_run import SavedRun
 from lra.report.selection import select_runs
 from lra.report.tables import make_table
-from lra.runs.records import read_metrics
+from lra.runs.records import read_metrics, read_predictions
 from lra.runs.run_folder import load_records
 
 GONE = object()  # the field is missing
@@ -137,6 +141,71 @@ def test_a_wrong_value_in_a_metrics_line_leaves_out_the_curve(trained_run, tmp_p
     assert all(f"{path}, line {sound.count(chr(10)) + 1} " in line for line in refused)
     path.write_text(sound + "\x00\n[]\n")
     assert validation_curve({"path": str(tmp_path)}) is None
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npy_header(text):
+    header = f"{text}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def archive(stored, **changes):
+    """The bytes of predictions.npz; a change is the bytes or the array of one of its files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as parts:
+        for name, content in (stored | changes).items():
+            is_array = isinstance(content, np.ndarray)
+            parts.writestr(f"{name}.npy", npy(content) if is_array else content)
+    return file.getvalue()
+
+
+def damaged_archives(stored):
+    """Predictions that are refused, and bytes at random places, which may be anywhere."""
+    start = "{'descr': '<f4', 'fortran_order': False, 'shape': "
+    for text in ("(-4, 2)}", f"({10**30}, 2)}}", f"({10**12}, 10)}}", "(4, 2)"):
+        yield archive(stored, logits=npy_header(start + text))
+    for text in ("((((", "(" * 3000, "{}", "\x00"):
+        yield archive(stored, logits=npy_header(text))
+    yield from (archive(stored, logits=content) for content in (b"", b"abc"))
+    for rows in (stored["rows"][::-1], np.roll(stored["rows"], 1), 0 * stored["rows"]):
+        yield archive(stored, rows=rows.copy())
+    yield archive(stored, rows=stored["rows"] - 1)
+    yield archive({name: array[:0] for name, array in stored.items()})
+    yield archive(stored, logits=stored["logits"][:, :0])
+    yield archive(stored).replace(b".npy", b".xyz")
+    yield archive(stored)[:-50]
+    encrypted = bytearray(archive(stored))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := encrypted.find(signature, place + 1)) >= 0:
+            encrypted[place + offset] |= 1
+    yield bytes(encrypted)
+
+
+def test_damaged_predictions_are_refused_in_one_line(trained_run, tmp_path, capsys):
+    stored = read_predictions(trained_run)
+    shutil.copy(trained_run / "record.json", tmp_path)
+    path = tmp_path / "predictions.npz"
+    for content in damaged_archives(stored):
+        path.write_bytes(content)
+        assert main(["eval", str(tmp_path)]) == 4
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "predictions.npz is damaged (" in line
+        assert line.isprintable()
+    sound, rng = archive(stored), np.random.default_rng(0)
+    for place, value in zip(
+        rng.integers(len(sound), size=200), rng.integers(256, size=200), strict=True
+    ):
+        content = bytearray(sound)
+        content[place] = value
+        path.write_bytes(content)
+        with suppress(RunFolderError):
+            read_predictions(tmp_path)
 
 
 def test_names_and_reference_lines_of_others_are_drawn(record, trained_run, tmp_path):

@@ -178,7 +178,7 @@ def test_a_truncated_last_line_is_dropped_before_the_next_append(tmp_path):
 
 
 def test_predictions_come_back_with_their_rows(tmp_path):
-    logits, labels, rows = np.eye(3, 4), np.array([0, 1, 3]), np.array([7, 5, 6])
+    logits, labels, rows = np.eye(3, 4), np.array([0, 1, 3]), np.array([5, 6, 8])
     with RunFolder(tmp_path) as folder:
         assert read_predictions(tmp_path) is None
         folder.write_predictions(logits, labels, rows)
