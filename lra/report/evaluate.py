@@ -64,6 +64,8 @@ def evaluate_run(
             ties = float((margins(logits) < TIE_MARGIN).mean())
             check_scores(recorded, result, "the saved weights", ties=ties, loss_tolerance=0.01)
             lines.append(f"record.json: accuracy {100 * recorded['accuracy']:.2f} %")
+    elif not np.array_equal(stored["rows"], run.rows):
+        raise MismatchError("the rows in predictions.npz are not those that the run scored")
     elif not np.array_equal(stored["labels"], labels):
         raise MismatchError("the labels in predictions.npz are not those of the data")
     elif logits.tobytes() == stored["logits"].tobytes():
@@ -79,18 +81,21 @@ def evaluate_run(
 
 
 def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
-    """How logits (n, C) or (n, T, C) differ, and whether only ties changed their class."""
+    """How logits (n, C) or (n, T, C) differ, and whether only ties changed their class.
+
+    A tie is one in both: the stored logits alone may have been made to look like ties.
+    """
     if logits.shape != stored.shape:
         raise MismatchError(
             f"the stored logits have shape {stored.shape}, those of the saved weights "
             f"{logits.shape}"
         )
     changed = logits.argmax(axis=-1) != stored.argmax(axis=-1)
-    ties = changed & (margins(stored) < TIE_MARGIN)
+    ties = changed & (margins(stored) < TIE_MARGIN) & (margins(logits) < TIE_MARGIN)
     text = (
         f"predictions.npz: logits differ by up to {np.abs(logits - stored).max(initial=0.0):.1e}; "
-        f"{changed.sum():,} of {changed.size:,} classes differ, {ties.sum():,} of them where the "
-        f"two largest logits were closer than {TIE_MARGIN:g}"
+        f"{changed.sum():,} of {changed.size:,} classes differ, {ties.sum():,} of them where both "
+        f"have two largest logits closer than {TIE_MARGIN:g}"
     )
     return text, bool(np.array_equal(ties, changed))
 

@@ -14,7 +14,7 @@ import pytest
 
 from lra.cli import main
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
-from lra.report import saved_run
+from lra.report import evaluate, saved_run
 from lra.report.evaluate import environment_differences, evaluate_run
 from lra.runs.records import read_predictions, read_record
 from lra.training.evaluation import score
@@ -57,20 +57,40 @@ def write_predictions(folder, stored):
     change_record(folder, lambda record: record["metrics"].update(test=scores))
 
 
-def test_changed_predictions_are_counted_and_only_ties_pass(copied_run):
+def test_changed_predictions_are_counted_and_only_ties_pass(copied_run, monkeypatch):
     stored = read_predictions(copied_run)
     logits = stored["logits"]
     second, first = np.argsort(logits[0])[-2:]
-    logits[0, second] = logits[0, first] + 5e-4  # the stored class is another, by less than 1e-3
+    margin = logits[0, first] - logits[0, second]
+    monkeypatch.setattr(evaluate, "TIE_MARGIN", 2 * margin)
+    logits[0, second] = logits[0, first] + margin / 2  # the stored class is another
     write_predictions(copied_run, stored)
     text = evaluate_run(copied_run)
-    assert "1 of 21 classes differ, 1 of them where the two largest logits were closer" in text
-    logits[0, second] = logits[0, first] + 5e-3
+    assert "1 of 21 classes differ, 1 of them where both have two largest logits closer" in text
+    logits[0, second] = logits[0, first] + 5 * margin
     write_predictions(copied_run, stored)
     with pytest.raises(MismatchError, match="1 of 21 classes differ, 0 of them") as caught:
         evaluate_run(copied_run)
     assert caught.value.exit_code == 6
     assert "\n" not in str(caught.value)
+
+
+def test_stored_ties_at_the_labels_are_a_mismatch(copied_run):
+    """A forged score: the stored logits alone are nearly equal."""
+    stored = read_predictions(copied_run)
+    logits = np.zeros_like(stored["logits"])
+    logits[np.arange(21), stored["labels"]] = 5e-4
+    write_predictions(copied_run, stored | {"logits": logits})
+    assert read_record(copied_run)["metrics"]["test"]["accuracy"] == 1
+    with pytest.raises(MismatchError, match=r"\d+ of 21 classes differ, 0 of them"):
+        evaluate_run(copied_run)
+
+
+def test_rows_that_the_run_did_not_score_are_a_mismatch(copied_run):
+    stored = read_predictions(copied_run)
+    write_predictions(copied_run, stored | {"rows": stored["rows"] + 1})
+    with pytest.raises(MismatchError, match="the rows in predictions.npz are not those that"):
+        evaluate_run(copied_run)
 
 
 def test_rounding_differences_are_reported_with_the_environment(copied_run):
