@@ -13,7 +13,7 @@ from lra.config.build import build_task, check_recorded_targets, data_arguments
 from lra.config.compose import check_resolved, resolve, upgrade_config
 from lra.config.messages import translated_errors
 from lra.config.schema import COMPLETE_SECTIONS, keys_in_eval
-from lra.data.store import Split, prepare
+from lra.data.store import Split, Store, prepare
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.runs import records
 from lra.runs.progress import preparing
@@ -67,8 +67,7 @@ class SavedRun:
             self.cfg = cfg = resolved_config(record, overrides)
             self.rule = weights or cfg.protocol.select
             self.task = build_task(cfg)
-        scored = cfg.trainer.train_eval_examples if split == "train" else cfg.trainer.eval_examples
-        self.limit: int | None = examples or scored
+        self.limit: int | None = examples or self.scored_examples(split)
         # the training functions are never called, so the batch size is irrelevant
         self._forward = cache(lambda setup: make_step_functions(setup, 1).predict)
         if cfg.trainer.deterministic:
@@ -77,16 +76,19 @@ class SavedRun:
             use_compilation_cache()
 
     @cached_property
+    def store(self) -> Store:
+        return preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
+
+    @cached_property
     def whole_split(self) -> Split:
         """All examples of the split, memory-mapped."""
-        store = preparing(self.task, partial(prepare, self.task, **data_arguments(self.cfg)))
         recorded = (self.record.get("data") or {}).get("splits") or {}
-        if describe_data(store)["splits"][self.split] != recorded.get(self.split):
+        if describe_data(self.store)["splits"][self.split] != recorded.get(self.split):
             raise DataError(
                 f"{self.split} under data.root={self.cfg.data.root} differs from the data of the "
                 "run; set data.root to the data of the run"
             )
-        return store.splits[self.split]
+        return self.store.splits[self.split]
 
     @cached_property
     def data(self) -> Split:
@@ -108,6 +110,20 @@ class SavedRun:
         if len(rows) < len(split):
             return split.batch(rows)
         return Split(split.inputs.view(np.ndarray), np.asarray(split.lengths), split.labels)
+
+    def scored_examples(self, split: str) -> int | None:
+        """The number of examples of a split that the run scored; None for all."""
+        trainer = self.cfg.trainer
+        return trainer.train_eval_examples if split == "train" else trainer.eval_examples
+
+    @cached_property
+    def eval_batch(self) -> int:
+        """Examples of an evaluation batch: as in training, those of the largest scored split."""
+        counts = [
+            min(len(split), self.scored_examples(name) or len(split))
+            for name, split in self.store.splits.items()
+        ]
+        return min(self.cfg.trainer.eval_batch_size, max(counts))
 
     @cached_property
     def setup(self) -> Setup:
@@ -183,7 +199,7 @@ class SavedRun:
         A batch holds as many positions as an evaluation batch of the run. `setup` is a model for
         another length; None for the model of the run.
         """
-        setup, size = setup or self.setup, self.cfg.trainer.eval_batch_size
+        setup, size = setup or self.setup, self.eval_batch
         positions = inputs.shape[lengths.ndim]
         batch = max(1, min(size * self.task.seq_len // positions, max(size, len(lengths))))
         forward = partial(self._forward(setup), *self.weights, setup.constants)

@@ -37,6 +37,7 @@ MAX_SETTINGS = 200  # characters of a footnote; `lra table --configs` shows all
 # sections whose defaults a table compares with those of a run
 COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")
 WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
 WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
 
@@ -234,7 +235,7 @@ def changed_defaults(record: Record) -> list[str]:
     """
     recorded = upgrade_config(record["config"])
     try:
-        config = todays_config(record.get("command") or "", recorded)
+        config = todays_config(command_words(record), recorded)
     except ConfigError as error:
         return [f"its command is refused today ({error})"]
     flat = _flat(recorded)
@@ -253,7 +254,15 @@ def changed_defaults(record: Record) -> list[str]:
     return changed
 
 
-def todays_config(command: str, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+def command_words(record: Record) -> list[str]:
+    """The words of a run's command without `lra train`; none if it is no shell command."""
+    try:
+        return shlex.split(record.get("command") or "")[2:]
+    except ValueError:
+        return []
+
+
+def todays_config(typed_words: Sequence[str], recorded: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config that a recorded command gives today; empty if it has more than KEY=VALUE words.
 
     The command may come from others, so Hydra does not compose it: its options are files of conf/,
@@ -262,14 +271,11 @@ def todays_config(command: str, recorded: Mapping[str, Any]) -> Mapping[str, Any
     Raises:
         ConfigError: an option, key or value that does not exist today.
     """
-    try:
-        words = [WORD.fullmatch(word) for word in shlex.split(command)[2:]]  # without `lra train`
-    except ValueError:
-        return {}
+    words = [WORD.fullmatch(word) for word in typed_words]
     if not words or None in words:
         return {}
     typed = {match[1]: match[2] for match in words if match}
-    choices = {key: typed.pop(key) for key in [*typed] if (CONF / key).is_dir()}
+    choices = {key: typed.pop(key) for key in [*typed] if key in GROUPS}
     choices = {group: name for group, name in choices.items() if name != "null"}
     for group, name in choices.items():
         if name not in options(group):

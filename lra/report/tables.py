@@ -20,6 +20,7 @@ from lra.report.selection import (
     Record,
     Selected,
     accuracy_of,
+    command_words,
     configurations,
     contradicts_predictions,
     data_source_and_key,
@@ -147,8 +148,8 @@ def configuration_table(
 def typed_settings(record: Record) -> str:
     """The words of a run's command without those that name, place or resume it."""
     others = ("task=", "model=", "protocol=", "seed=", "resume=", "output.", "data.", "tracker")
-    words = shlex.split(record.get("command") or "")[2:]
-    return " ".join(word for word in words if not word.startswith(others)) or "defaults"
+    words = (word for word in command_words(record) if not word.startswith(others))
+    return " ".join(words) or "defaults"
 
 
 def summary_after_run(record: Record, root: str | Path, *, color: bool = False) -> str:

@@ -17,6 +17,7 @@ from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolde
 from lra.report import evaluate, saved_run
 from lra.report.evaluate import environment_differences, evaluate_run
 from lra.runs.records import read_predictions, read_record
+from lra.training import evaluation
 from lra.training.evaluation import score
 
 
@@ -226,6 +227,21 @@ def test_determinism_of_the_run_is_kept_and_out_of_memory_is_advice(
     with pytest.raises(LraError, match="out of memory at trainer.eval_batch_size=8; set it lower"):
         evaluate_run(copied_run)
     assert calls == [True] * deterministic
+
+
+def test_evaluation_batches_hold_no_more_than_the_largest_split(copied_run, monkeypatch):
+    """Padding to a larger batch would end in a lack of memory."""
+    sizes = []
+
+    def predict(*arguments):
+        sizes.append(arguments[-1])
+        return evaluation.predict(*arguments)
+
+    monkeypatch.setattr(saved_run, "predict", predict)
+    evaluate_run(copied_run, overrides=["trainer.eval_batch_size=5000"])
+    change_record(copied_run, lambda record: record.update(eval_batch=5000))
+    evaluate_run(copied_run, split="val")
+    assert sizes == [24, 24]  # examples of val and, at most, of train; test has 21
 
 
 @pytest.mark.parametrize(

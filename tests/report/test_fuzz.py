@@ -33,6 +33,9 @@ WRONG = [
     *(GONE, None, True, -1, 2.5, 10**25, float("inf"), "", DEEP),
     {"_target_": "os.system", "command": "false"},
     "\x1b]0;x\x07${oc.env:HOME}=|<b>$x_{$\n",
+    "lra train optim.lr='",
+    f"lra train {'a' * 300}=1",
+    "a{99999999999}",  # no regular expression: `re` raises OverflowError
 ]
 
 

@@ -10,7 +10,7 @@ from table_records import a_record, cells, long_form, ours
 from lra.config.compose import upgrade_config
 from lra.report import selection
 from lra.report.formats import render
-from lra.report.tables import make_table
+from lra.report.tables import configuration_table, make_table
 from lra.runs.run_folder import RunFolder, load_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +181,13 @@ def test_commands_that_cannot_be_composed_break_no_table():
         assert selection.changed_defaults(record | {"command": command}) == []
     (found,) = selection.changed_defaults(record | {"command": "lra train optim.gone=1"})
     assert found.startswith("its command is refused today (unknown key optim.gone")
+
+
+def test_a_command_that_is_no_shell_command_has_no_words():
+    record = a_record(0.6, command="lra train optim.lr='")
+    assert selection.command_words(record) == []
+    (row,) = configuration_table([record]).sections[0][1]
+    assert row.name == "defaults"
 
 
 def test_a_command_of_others_is_not_evaluated(monkeypatch):

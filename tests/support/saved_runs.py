@@ -27,5 +27,6 @@ def untrained_run(overrides, folder):
     leaves, structure = jax.tree.flatten(run.setup.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    run.eval_batch = run.cfg.trainer.eval_batch_size  # without data
     run.weights = jax.tree.unflatten(structure, moved), run.setup.batch_stats
     return run
