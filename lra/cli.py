@@ -350,7 +350,7 @@ def compare_command(args: argparse.Namespace) -> int:
         raise ConfigError(f"{len(args.paths)} folders; lra compare takes one or two")
     check_folders(args.paths)
     options = {"tasks": args.task, "models": args.model, "protocol": args.protocol}
-    print(compare(args.paths, plot=args.plot, **options), end="")
+    print_lines(compare(args.paths, plot=args.plot, **options).rstrip("\n"))
     return 0
 
 

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 HELP = """usage: lra train [KEY=VALUE ...] [-m KEY=A,B,C ...] [--cfg job]
 
-Train one model on one task and compare it with what is known. `lra keys` describes all keys,
---help KEY one of them, --cfg job prints their values.
+Train one model on one task, then print other runs, reference lines and published results of the
+task. `lra keys` describes all keys, --help KEY one of them, --cfg job prints their values.
 
   lra train experiment=listops/quick                       minutes on a CPU
   lra train task=listops model=stu model.num_filters=16 optim.lr=3e-3 trainer.steps=500 seed=3
@@ -155,7 +155,7 @@ def run_job(cfg) -> dict:
 
 
 def print_table(root: str, record: dict | None = None) -> None:
-    """Prints what is known of a run's task, or the table of a sweep (`record` is None).
+    """Prints runs, reference lines and published results of a task, or a sweep's table (`None`).
 
     Neither a closed stdout nor an error changes the exit code.
     """

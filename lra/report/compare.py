@@ -174,7 +174,7 @@ def read_correct(
                 raise LraError(f"{record['path']} has no predictions.npz; run it again")
             first = first or (record, found)
             same = all(np.array_equal(found[key], first[1][key]) for key in ("labels", "rows"))
-            if not same or test_hash(record) != test_hash(first[0]):
+            if not same or hash_of_test(record) != hash_of_test(first[0]):
                 raise LraError(
                     f"{first[0]['path']} and {record['path']} have different test data of {task}; "
                     "a paired test needs the same examples (--model and --protocol select runs)"
@@ -184,7 +184,7 @@ def read_correct(
     return correct
 
 
-def test_hash(record: Record) -> str | None:
+def hash_of_test(record: Record) -> str | None:
     splits = (record.get("data") or {}).get("splits") or {}
     return (splits.get("test") or {}).get("sha256")
 

@@ -1,5 +1,7 @@
 """Accuracies with 95 % intervals: over examples (Wilson) and over seeds (sign test)."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,12 +92,11 @@ def median_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     Two of the values, by the exact sign test (Conover 1999, section 3.2): for every distribution
     the coverage is at least 95 %. Five values give at most 93.75 %, their range.
     """
-    from scipy.stats import quantile_test
-
-    reachable = 1 - 0.5 ** (len(values) - 1)  # by the range of the values
-    level = min(0.95, reachable - 1e-9)  # SciPy rejects the exact number by rounding
-    found = quantile_test(values, q=0.0, p=0.5).confidence_interval(level)
-    return float(found.low), float(found.high)
+    ordered, n = np.sort(values), len(values)
+    # tail k: probability that at most k of n draws are below the median, or above it
+    tails = itertools.accumulate(math.comb(n, k) / 2**n for k in range(n))
+    k = max(1, sum(1 for tail in itertools.takewhile(lambda tail: tail <= 0.025, tails)))
+    return float(ordered[k - 1]), float(ordered[n - k])
 
 
 def binomial_error(accuracy: float, count: int) -> float:

@@ -87,7 +87,7 @@ def plot_ranks(ranks: Ranks, output: str | Path) -> Path:
         height = below - (place if left else count - 1 - place)
         side = -0.03 if left else 1.03
         axis.plot((mean, mean), (1, height), color="grey", linewidth=0.8)
-        label = f"{name} ({mean:.2f})"
+        label = _plain(f"{name} ({mean:.2f})")
         align = "right" if left else "left"
         axis.annotate(
             label,

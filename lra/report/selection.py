@@ -76,8 +76,8 @@ def restricted(
 def select_runs(records: Sequence[Record]) -> dict[tuple[str, str], Selected]:
     """`best_configuration` of each (row name, task) among finished runs.
 
-    A run whose predictions do not give its recorded accuracy is left out with a warning. Only runs
-    that would be shown are compared, because reading all predictions takes long.
+    A run whose predictions are damaged, or do not give its recorded accuracy, is left out with a
+    warning. Only runs that would be shown are compared, because reading all predictions takes long.
     """
     selected = {}
     for key, group in grouped(records).items():
@@ -99,12 +99,13 @@ def grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def contradicts_predictions(record: Record) -> bool:
-    """Whether predictions.npz of a run gives another test accuracy than its record; warns if so."""
+    """Whether predictions.npz of a run is damaged or gives another accuracy; warns if so."""
     accuracy = accuracy_of(record, "test")
     try:
         stored = read_predictions(record["path"]) if "path" in record else None
-    except RunFolderError:  # `lra eval` reports it
-        return False
+    except RunFolderError as error:
+        log.warning("skipped: %s", error)
+        return True
     if stored is None or accuracy is None:
         return False
     found = float((stored["logits"].argmax(axis=-1) == stored["labels"]).mean())
@@ -122,11 +123,12 @@ def contradicts_predictions(record: Record) -> bool:
 def row_names(records: Sequence[Record]) -> list[str]:
     """The model of each record and, in brackets, what distinguishes its row."""
     protocols = {record["protocol"] for record in records}
-    sources, keys = defaultdict(set), defaultdict(set)
+    sources, keys, samples = defaultdict(set), defaultdict(set), defaultdict(set)
     for record in records:
         source, key = data_source_and_key(record)
         sources[record["task"], record["protocol"]].add(source)
         keys[record["task"], record["protocol"], source].add(key)
+        samples[record["task"], record["protocol"], source, key].add(sample_of(record))
     names = []
     for record in records:
         source, key = data_source_and_key(record)
@@ -135,6 +137,8 @@ def row_names(records: Sequence[Record]) -> list[str]:
         parts += [source] if len(sources[task, protocol]) > 1 else []
         parts += ["partial data"] if (record.get("data") or {}).get("partial") else []
         parts += [f"data {key[:8]}"] if len(keys[task, protocol, source]) > 1 else []
+        sample, found = sample_of(record), samples[task, protocol, source, key]
+        parts += [f"{sample} examples"] if sample and len(found - {None}) > 1 else []
         names.append(record["model"] + (f" [{', '.join(parts)}]" if parts else ""))
     return names
 
@@ -363,6 +367,12 @@ def accuracy_of(record: Record, split: str) -> float | None:
 def data_source_and_key(record: Record) -> tuple[str, str]:
     data = record.get("data") or {}
     return str(data.get("source", "")), str(data.get("key", ""))
+
+
+def sample_of(record: Record) -> str | None:
+    """How a run chose the examples that it scored; None for all of them."""
+    data = record.get("data") or {}
+    return data.get("sample", "first") if data.get("partial") else None
 
 
 def selected_on_test(record: Record) -> bool:

@@ -133,13 +133,15 @@ class Reporter:
 
 
 def settings_hint(record: dict) -> str | None:
-    """Says that a run of a published task has other settings than a paper's; None for others."""
+    """Names the experiment with published settings for a run without one; None for other tasks."""
     task, experiments = record["task"], options("experiment")
     if record["experiment"] or not any(name.startswith(f"{task}/") for name in experiments):
         return None
     name = f"{task}/{record['model']}"
-    paper = f"experiment={name} has those of the paper" if name in experiments else "not a paper's"
-    return f"settings: this project's defaults and what was typed; {paper}"
+    paper = "no published experiment for this model"
+    if name in experiments:
+        paper = f"experiment={name} has those of the paper"
+    return f"settings: defaults and overrides; {paper}"
 
 
 def _reference(record: dict) -> str:

@@ -101,6 +101,18 @@ def test_other_seeds_are_paired_in_their_order():
     assert module.seed_pairs({3: 0, 1: 0}, {9: 0, 7: 0, 8: 0}) == [(1, 7), (3, 8)]
 
 
+def test_names_of_others_are_neither_escapes_nor_formulas(tmp_path, capsys):
+    names = ["\x1b]0;x\x07", "a $x_{$ b", "_c"]
+    for number, name in enumerate(names):
+        for task in ("image", "listops"):
+            write_run(tmp_path / f"{task}{number}", 0.5 + number / 10, model=name, task=task)
+    assert main(["compare", str(tmp_path), "--plot", str(tmp_path / "ranks.svg")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert any(r"\x1b]0;x\x07" in line for line in lines)
+    assert (tmp_path / "ranks.svg").exists()
+
+
 def test_several_models_on_several_tasks_are_ranked(tmp_path, capsys):
     accuracies = {"stu": 0.6, "lru": 0.8, "gru": 0.4}
     for (name, accuracy), task in itertools.product(accuracies.items(), ("image", "text", "copy")):

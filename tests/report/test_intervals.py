@@ -1,10 +1,11 @@
 """Intervals: coverage over seeds, Wilson's against SciPy, rows of factors against loops."""
 
+import sys
 from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, quantile_test
 
 from lra.report import intervals
 from lra.report.intervals import summary_statistics, wilson_interval
@@ -30,6 +31,17 @@ def test_interval_of_the_median_covers_it(n, kind):
     ordered = np.sort(samples, axis=1)
     covered = (ordered[:, places[0]] <= median) & (median <= ordered[:, places[1]])
     assert covered.mean() >= 0.93
+
+
+def test_interval_of_the_median_is_scipys_without_its_import(monkeypatch):
+    expected = {}
+    for n in (*range(5, 40), 500):
+        level = min(0.95, 1 - 0.5 ** (n - 1) - 1e-9)  # SciPy rejects the exact number by rounding
+        found = quantile_test(np.arange(n), q=0.0, p=0.5).confidence_interval(level)
+        expected[n] = found.low, found.high
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)  # takes seconds to import
+    for n, ends in expected.items():
+        assert intervals.median_interval(np.arange(float(n))[::-1]) == ends
 
 
 def test_statistics_over_seeds():

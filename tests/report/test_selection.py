@@ -11,6 +11,7 @@ from lra.config.compose import upgrade_config
 from lra.report import selection
 from lra.report.formats import render
 from lra.report.tables import configuration_table, make_table
+from lra.runs.records import config_hash
 from lra.runs.run_folder import RunFolder, load_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,16 @@ def test_partial_data_is_a_row_of_its_own():
         "stu [generated]": "60.0 n=1",
         "stu [release, partial data]": "90.0 n=1",
     }
+
+
+def test_first_and_stratified_examples_are_rows_of_their_own():
+    partial = {"source": "release", "key": "aabbccddeeff", "partial": True}
+    stratified = a_record(0.9, 1, data=partial | {"sample": "stratified"})
+    assert ours([a_record(0.6, data=partial), stratified]) == {
+        "stu [partial data, first examples]": {"listops_short": "60.0 n=1"},
+        "stu [partial data, stratified examples]": {"listops_short": "90.0 n=1"},
+    }
+    assert set(ours([stratified])) == {"stu [partial data]"}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,24 @@ def test_a_key_newer_than_the_record_makes_no_other_configuration():
         [*old, old[0] | {"seed": 99, "config": config | {"seed": 99}}], published="none"
     )
     assert f"n={len(old) + 1}" in cells(table, "Ours")["lru"]["listops_short"]
+
+
+def test_sections_that_runs_share_are_hashed_once(monkeypatch):
+    hashed = []
+
+    def count(config, **options):
+        hashed.append(config)
+        return config_hash(config, **options)
+
+    selection._section_hash.cache_clear()
+    monkeypatch.setattr(selection, "config_hash", count)
+    group = [
+        a_record(0.6, seed, config={"task": {"name": "hashed once"}, "optim": {"lr": lr}})
+        for seed in range(5)
+        for lr in (1, 2)
+    ]
+    assert len(selection.configurations(group)) == 2
+    assert len(hashed) == 3  # one task and two optimizers
 
 
 def test_tuning_runs_and_repeated_seeds_have_footnotes():
@@ -236,6 +265,16 @@ def test_a_run_whose_predictions_contradict_its_record_is_left_out(tmp_path, cap
     assert ours(load_records([tmp_path])) == {"stu": {"listops_short": "75.0 n=1"}}
     (line,) = caplog.messages
     assert "1/record.json states a test accuracy of 0.9900, but its predictions.npz gives" in line
+
+
+def test_a_run_whose_predictions_are_damaged_is_left_out(tmp_path, caplog):
+    with RunFolder(tmp_path) as folder:
+        folder.write_record(a_record(0.99))
+    assert "stu" in ours(load_records([tmp_path]))  # without predictions
+    (tmp_path / "predictions.npz").write_bytes(b"PK")
+    assert ours(load_records([tmp_path])) == {}
+    (line,) = caplog.messages
+    assert line.startswith(f"skipped: {tmp_path}/predictions.npz is damaged (")
 
 
 def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):

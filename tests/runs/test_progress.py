@@ -30,7 +30,9 @@ def test_a_long_preparation_logs_a_message_every_ten_seconds(monkeypatch, caplog
 def test_settings_that_are_no_papers_are_named():
     listops = {"task": "listops", "model": "stu", "experiment": None}
     assert settings_hint(listops).endswith("; experiment=listops/stu has those of the paper")
-    assert settings_hint(listops | {"model": "gru"}).endswith("; not a paper's")
+    assert settings_hint(listops | {"model": "gru"}).endswith(
+        "settings: defaults and overrides; no published experiment for this model"
+    )
     assert settings_hint(listops | {"experiment": "listops/stu"}) is None
     assert settings_hint(listops | {"task": "adding"}) is None  # nothing is published
     assert "listops/stu" in options("experiment")

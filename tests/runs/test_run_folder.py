@@ -179,7 +179,7 @@ def test_a_truncated_last_line_is_dropped_before_the_next_append(tmp_path):
 
 
 def test_predictions_come_back_with_their_rows(tmp_path):
-    logits, labels, rows = np.eye(3, 4), np.array([0, 1, 3]), np.array([7, 5, 6])
+    logits, labels, rows = np.eye(3, 4), np.array([0, 1, 3]), np.array([5, 6, 8])
     with RunFolder(tmp_path) as folder:
         assert read_predictions(tmp_path) is None
         folder.write_predictions(logits, labels, rows)
@@ -352,17 +352,3 @@ def test_a_run_that_finishes_during_the_lock_check_is_not_dead(tmp_path, monkeyp
         folder.write_record(a_record(status="running"))
     monkeypatch.setattr(run_folder, "is_locked", finishes_now)
     assert load_records([tmp_path])[0]["status"] == "finished"
-
-
-def test_a_thousand_records_load_in_seconds(tmp_path):
-    text = json.dumps(
-        {"schema": 1, **a_record(status="running", config={f"key{i}": i for i in range(100)})}
-    )
-    for index in range(1000):
-        folder = tmp_path / f"run{index}"
-        folder.mkdir()
-        (folder / "record.json").write_text(text)
-        (folder / "run.lock").touch()
-    start = time.perf_counter()
-    assert len(load_records([tmp_path])) == 1000
-    assert time.perf_counter() - start < 3
