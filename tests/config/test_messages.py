@@ -41,6 +41,8 @@ from lra.errors import ConfigError
             "cannot read an override",
         ),
         (["trainer.steps=${nowhere}"], "nowhere"),
+        (["optim.no_decay=" + "[" * 3000], "cannot read an override"),
+        (['optim.no_decay="' + "(" * 3000 + '"'], "optim.no_decay=((((("),
     ],
 )
 def test_unknown_name_is_one_line(overrides, message):

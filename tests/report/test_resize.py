@@ -73,6 +73,12 @@ def test_another_vocabulary_is_refused(tmp_path):
         resized_setup(SavedRun(tmp_path), ["task.num_keys=20"])
 
 
+def test_a_value_that_is_no_yaml_is_one_line(tmp_path):
+    write_record(tmp_path, ["task=associative_recall", "debug=tiny"])
+    with pytest.raises(ConfigError, match="cannot read an override or a YAML file: while parsing"):
+        resized_setup(SavedRun(tmp_path), ["task.num_keys={"])
+
+
 def test_values_of_keys_are_combined_by_position():
     assert split_settings(["task.a=1,2", "task.b=3,4", "task.sizes={train: 1, val: 2}"]) == [
         ["task.a=1", "task.b=3", "task.sizes={train: 1, val: 2}"],
