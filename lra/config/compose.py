@@ -136,12 +136,23 @@ def stored_config(choices: Mapping[str, str]) -> DictConfig:
     for group in OPTIONAL_GROUPS:
         del chosen[group]
         if group in choices:
-            whole.append(_stored(f"{group}/{choices[group]}").copy())
-            for entry in whole[-1].pop("defaults", ()):
+            files = _with_bases(group, choices[group])
+            whole += files
+            for entry in (entry for file in files for entry in file.pop("defaults", ())):
                 chosen |= {key.removeprefix("override /"): name for key, name in _pair(entry)}
     chosen |= {group: name for group, name in choices.items() if group in chosen}
     groups = {group: _stored(f"{group}/{name}") for group, name in chosen.items()}
     return cast(DictConfig, OmegaConf.merge(groups, base, *whole))
+
+
+def _with_bases(group: str, name: str) -> list[DictConfig]:
+    """Copies of an option's file and, before it, of the files that it is based on."""
+    file = _stored(f"{group}/{name}").copy()
+    bases = [entry for entry in file.get("defaults", ()) if isinstance(entry, str)]
+    return [
+        *(part for base in bases if base != "_self_" for part in _with_bases(group, base)),
+        file,
+    ]
 
 
 @cache

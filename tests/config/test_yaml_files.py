@@ -46,9 +46,15 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path, text, message):
         ("a: [", "mine.yaml, line 1, column 5: expected the node content"),
         ("defaults: 3", "defaults must be a list (got int)"),
         ("defaults: [nope]", "unknown model=nope"),
-        ("state_size: 4", "model._target_=null cannot be imported"),
-        ("_target_: nowhere.Mixer", "cannot be imported: No module named 'nowhere'"),
-        ("_target_: models.lru.LRU\nnope: 1", "its YAML must have every argument"),
+        ("state_size: 4", "model._partial_ must be true"),
+        (
+            "_target_: nowhere.Mixer\n_partial_: true",
+            "cannot be imported: No module named 'nowhere'",
+        ),
+        (
+            "_target_: models.lru.LRU\n_partial_: true\nnope: 1",
+            "model.state_size is missing; models.lru.LRU has no default",
+        ),
     ],
 )
 def test_model_in_a_folder_of_ones_own_is_refused_in_one_line(

@@ -48,7 +48,7 @@ def test_model_without_a_count_of_flops_keeps_its_parameters(monkeypatch):
         (["model=lrv"], "unknown model=lrv (did you mean lru"),
         (
             ["backbone.depth=0", "model=lru,gru"],
-            "backbone.depth=0 must be a whole number of at least 1",
+            "backbone.depth=0 must be a whole number in [1, 1000]",
         ),
     ],
 )
