@@ -113,9 +113,8 @@ def test_train_prints_progress_result_and_table(lra, tiny):
     assert re.search(r"^ This run\n stu, seed 0 +\d+\.\d\d$", out, flags=re.M)
     assert "63.85 ±0.45" in out  # the best published accuracy on ListOps
     assert "61.04" not in out  # other published numbers
-    assert re.search(
-        r"^All models and sources: lra table \S+ --task listops_short", out, flags=re.M
-    )
+    words = " ".join(out.split())
+    assert re.search(r"All models and sources: lra table \S+ --task listops_short", words)
     assert err == ""
 
 
@@ -393,7 +392,7 @@ def test_escapes_in_a_review_do_not_reach_the_terminal(lra, publishers, tmp_path
         ("task.name=../../x", "task.name='../../x': expected letters, digits, _, - and ."),
         ("task.name=/etc/x", "task.name='/etc/x': expected"),
         ("task.name=.x", "task.name='.x': expected"),
-        ("task.sizes.train=1000000000000", "expected at most 100,000,000"),
+        ("task.sizes.train=1000000000000", "the largest is 100000000"),
         ("task.sizes.train=1e12", "must be a whole number"),
     ],
 )
