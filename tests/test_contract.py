@@ -26,7 +26,12 @@ from lra.training.state import Examples, initial_state
 from lra.training.step import make_step_functions
 from models.mixer import MixerFactory, StreamingMixer
 
-MODELS, TASKS, PROTOCOLS = (options(g) for g in ("model", "task", "protocol"))
+# one of each kind; the others are slow, and `pytest tests/test_contract.py -k NAME` runs any
+KINDS = ("ar_stu", "lru", "transformer", "mega", "gru")
+MODELS = [
+    pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in options("model")
+]
+TASKS, PROTOCOLS = options("task"), options("protocol")
 WIDTH, DEPTH, BATCH = 16, 2, 3
 TINY_TASK = ["task=listops_short", "task.max_length=30"]
 

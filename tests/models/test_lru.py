@@ -150,6 +150,7 @@ def test_a_rung_of_the_page_is_the_variant_held_to_a_loop(rung, variant):
     assert (model.r_min, model.r_max) == (0, 1) or model.parametrization == "dense"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_rung_composes_and_trains_every_parameter(rung):
     small = [
