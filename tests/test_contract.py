@@ -383,6 +383,7 @@ def skip_without_files(task):
         pytest.skip(f"needs the publisher's files: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("name", TASKS)
 def test_packed_examples_fit_the_task(name, protocol, publishers):

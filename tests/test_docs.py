@@ -227,6 +227,7 @@ def test_task_of_the_walk_through_gives_its_examples(walk_through, tmp_path):
     assert len({split.inputs.tobytes() for split in splits.values()}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk_through", list(WALKS), indirect=True)
 def test_walk_through_trains_outside_a_checkout(
     walk_through, request, data_root, tmp_path, lra_main

@@ -64,6 +64,7 @@ class Short(Colours):
         return {"train": 4, "test": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [listops("s4"), listops("lra2020"), Pairs(), Colours()],

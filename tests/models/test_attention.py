@@ -117,6 +117,7 @@ def transformer_by_loop(model, ids, lra_paper):
     return affine(x.mean(axis=0), model.head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", "transformer_lra"])
 def test_the_whole_model_equals_a_loop(name):
     cfg = lra.compose(

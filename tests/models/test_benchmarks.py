@@ -16,6 +16,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.what)
 def test_published_order_gives_the_same_values_and_gradients(case):
     def with_gradients(function):

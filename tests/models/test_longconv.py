@@ -163,5 +163,6 @@ def test_bad_values_name_their_key(options, key):
         longconv(**options)
 
 
+@pytest.mark.slow
 def test_bfloat16_input_is_convolved_in_float32():
     check_bfloat16(longconv(length=400), inputs(length=400))

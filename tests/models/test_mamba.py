@@ -164,6 +164,7 @@ def test_chunks_fit_the_room(length, states, size):
     assert op.chunk_length(length, states) == size
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_give_bfloat16_outputs_near_float32():
     graph, params = split(mamba(), "float32")
     mixer = nnx.merge(graph, params)

@@ -131,6 +131,7 @@ def test_block_equals_a_loop_in_values_and_gradients(attention, bidirectional, c
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["softmax", "laplace"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_blocks_of_queries_change_nothing(bidirectional, attention, monkeypatch):
@@ -168,6 +169,7 @@ def test_streaming_is_refused_without_chunks():
         mega(bidirectional=False, chunk_size=None).init_state(1)
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_give_bfloat16_outputs_near_float32():
     graph, params = moved(mega(bidirectional=False), scale=0.2)
     mixer = nnx.merge(graph, params)

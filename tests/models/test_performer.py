@@ -59,6 +59,7 @@ def test_performer_equals_a_loop(kind, causal, positions, monkeypatch):
     check_attention_against_loop(mixer, weigh, tolerance=1e-8 if kind else 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_many_features_are_softmax_attention(causal, positions):

@@ -147,6 +147,7 @@ def test_auto_halves_where_the_device_runs_out_of_memory(monkeypatch):
     assert not tried
 
 
+@pytest.mark.slow
 def test_a_trial_takes_a_step_of_its_own_state(made):
     setup, data = made()
     before = jax.device_get(setup.params)

@@ -104,6 +104,7 @@ def test_error_of_the_prefetch_thread_reaches_the_run(host):
         host.available_until(0)
 
 
+@pytest.mark.slow
 def test_jitted_call_trains_before_the_prefetch_starts(made, host):
     """The choice of the micro-batch calls it with a state of its own."""
     setup, split = made

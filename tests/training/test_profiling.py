@@ -41,6 +41,7 @@ def test_calls_end_at_both_boundaries(tmp_path):
     assert Profile(None, tmp_path, print).next_boundary(0) == sys.maxsize
 
 
+@pytest.mark.slow
 def test_trace_holds_the_steps_and_changes_nothing(tiny, tmp_path, capsys):
     plain = [
         *tiny,
