@@ -1,5 +1,7 @@
 """The data suite measures what is there and gives a reason for the rest."""
 
+import pytest
+
 from lra.bench import data
 
 LISTOPS = ("task=listops", "task.sizes={train: 80, val: 8, test: 8}")

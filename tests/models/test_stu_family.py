@@ -339,6 +339,7 @@ def marginally_stable_system(num_sequences, length):
     return u, y
 
 
+@pytest.mark.slow
 def test_theorem_3_1_on_the_papers_system():
     """Equation (4) fits any symmetric system, with an error that falls exponentially in K.
 

@@ -101,6 +101,7 @@ def test_a_wrong_value_in_a_record_skips_it_with_a_line_or_shows_it(mutants, cap
         assert all(render(table, format) for format in formats)
 
 
+@pytest.mark.slow
 def test_commands_over_wrong_records_end_as_documented(mutants, tmp_path, capsys):
     root, _ = mutants
     assert main(["table", str(root), "--output", str(tmp_path / "table.txt")]) == 0
