@@ -364,14 +364,7 @@ def plot_command(args: argparse.Namespace) -> int:
 def eval_command(args: argparse.Namespace) -> int:
     from lra.report.evaluate import evaluate_run
 
-    text = evaluate_run(
-        args.folder,
-        split=args.split,
-        weights=args.weights,
-        overrides=args.overrides,
-        allow_targets=args.allow_target,
-    )
-    print_lines(text)
+    print_lines(evaluate_run(args.folder, overrides=args.overrides, **saved_run_options(args)))
     return 0
 
 
@@ -384,12 +377,7 @@ def diagnose_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--sizes {args.sizes}: expected whole numbers such as 1,16,256"
         ) from None
-    options = {
-        "split": args.split,
-        "weights": args.weights,
-        "examples": args.examples,
-        "allow_targets": args.allow_target,
-    }
+    options = {**saved_run_options(args), "examples": args.examples}
     tables: dict = {}
     for name, found, text in diagnose(args.folder, args.overrides, sizes=sizes, **options):
         print_lines(text + "\n")
@@ -399,6 +387,11 @@ def diagnose_command(args: argparse.Namespace) -> int:
 
         print(plot_diagnostics(tables, args.plot))
     return 0
+
+
+def saved_run_options(args: argparse.Namespace) -> dict:
+    """The options of `add_saved_run`, as arguments of `lra.report.saved_run.SavedRun`."""
+    return {"split": args.split, "weights": args.weights, "allow_targets": args.allow_target}
 
 
 def print_lines(text: str) -> None:

@@ -24,7 +24,14 @@ from jaxtyping import Bool
 from tabulate import tabulate
 
 from lra.errors import ConfigError, LraError
-from lra.report.selection import Record, accuracy_of, is_scored, restricted, select_runs
+from lra.report.selection import (
+    Record,
+    accuracy_of,
+    is_scored,
+    restricted,
+    select_runs,
+    split_hash,
+)
 from lra.runs.records import read_predictions
 from lra.runs.run_folder import load_records
 
@@ -174,7 +181,7 @@ def read_correct(
                 raise LraError(f"{record['path']} has no predictions.npz; run it again")
             first = first or (record, found)
             same = all(np.array_equal(found[key], first[1][key]) for key in ("labels", "rows"))
-            if not same or hash_of_test(record) != hash_of_test(first[0]):
+            if not same or split_hash(record, "test") != split_hash(first[0], "test"):
                 raise LraError(
                     f"{first[0]['path']} and {record['path']} have different test data of {task}; "
                     "a paired test needs the same examples (--model and --protocol select runs)"
@@ -182,11 +189,6 @@ def read_correct(
             right = found["logits"].argmax(axis=-1) == found["labels"]
             correct[name][record["seed"]] = right.reshape(len(right), -1)
     return correct
-
-
-def hash_of_test(record: Record) -> str | None:
-    splits = (record.get("data") or {}).get("splits") or {}
-    return (splits.get("test") or {}).get("sha256")
 
 
 def seed_pairs(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[tuple[Any, Any]]:

@@ -369,6 +369,12 @@ def data_source_and_key(record: Record) -> tuple[str, str]:
     return str(data.get("source", "")), str(data.get("key", ""))
 
 
+def split_hash(record: Record, name: str) -> str | None:
+    """The recorded SHA-256 of a split's contents."""
+    splits = (record.get("data") or {}).get("splits") or {}
+    return (splits.get(name) or {}).get("sha256")
+
+
 def sample_of(record: Record) -> str | None:
     """How a run chose the examples that it scored; None for all of them."""
     data = record.get("data") or {}
@@ -377,8 +383,7 @@ def sample_of(record: Record) -> str | None:
 
 def selected_on_test(record: Record) -> bool:
     """Whether the weights were selected on a validation split that equals the test split."""
-    splits = (record.get("data") or {}).get("splits") or {}
-    val, test = (splits.get(name, {}).get("sha256") for name in ("val", "test"))
+    val, test = split_hash(record, "val"), split_hash(record, "test")
     rule = (record.get("selection") or {}).get("rule")
     return rule == "best" and val is not None and val == test
 
