@@ -124,49 +124,6 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg))
 
 
-def stored_config(choices: Mapping[str, str]) -> DictConfig:
-    """The unresolved config of `lra train GROUP=OPTION ...` for options of conf/.
-
-    Equals that of `composed` and takes a tenth of its time, because Hydra is not started.
-    """
-    base = _stored("train").copy()
-    chosen = {group: name for entry in base.pop("defaults") for group, name in _pair(entry)}
-    del base["hydra"]
-    whole = []  # files of OPTIONAL_GROUPS, whose keys are those of the whole config
-    for group in OPTIONAL_GROUPS:
-        del chosen[group]
-        if group in choices:
-            files = _with_bases(group, choices[group])
-            whole += files
-            for entry in (entry for file in files for entry in file.pop("defaults", ())):
-                chosen |= {key.removeprefix("override /"): name for key, name in _pair(entry)}
-    chosen |= {group: name for group, name in choices.items() if group in chosen}
-    groups = {group: _stored(f"{group}/{name}") for group, name in chosen.items()}
-    return cast(DictConfig, OmegaConf.merge(groups, base, *whole))
-
-
-def _with_bases(group: str, name: str) -> list[DictConfig]:
-    """Copies of an option's file and, before it, of the files that it is based on."""
-    file = _stored(f"{group}/{name}").copy()
-    bases = [entry for entry in file.get("defaults", ()) if isinstance(entry, str)]
-    return [
-        *(part for base in bases if base != "_self_" for part in _with_bases(group, base)),
-        file,
-    ]
-
-
-@cache
-def _stored(name: str) -> DictConfig:
-    return cast(DictConfig, OmegaConf.load(CONF / f"{name}.yaml"))
-
-
-def _pair(entry: Any) -> list[tuple[str, Any]]:
-    """The group and option of an entry of a defaults list; nothing for _self_ and Hydra's own."""
-    if not isinstance(entry, Mapping):
-        return []
-    return [(str(key), name) for key, name in entry.items() if "hydra" not in str(key)]
-
-
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Upgrades the config of a record: renames keys and adds missing ones with today's values."""
     upgraded = {
@@ -185,9 +142,19 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    cfg = stored_config({})
+    """The default config; read without Hydra, whose start takes longer than a table."""
+    train = cast(DictConfig, OmegaConf.load(CONF / "train.yaml"))
+    entries = [entry for entry in train.pop("defaults") if isinstance(entry, Mapping)]
+    chosen = {group: name for entry in entries for group, name in entry.items()}
+    groups = {
+        group: OmegaConf.load(CONF / group / f"{name}.yaml")
+        for group, name in chosen.items()
+        if name is not None and "hydra" not in group
+    }
+    del train["hydra"]
+    cfg = OmegaConf.merge(groups, train)
     OmegaConf.resolve(cfg)
-    return to_container(cfg)
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))
 
 
 def check_resolved(value: Any, key: str = "config", depth: int = 0) -> None:

@@ -8,7 +8,6 @@ written by a sweep, because a run cannot know the runs that another start or mac
 
 import json
 import logging
-import re
 import shlex
 import statistics
 from collections import defaultdict
@@ -18,15 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from lra.config.compose import check_resolved, stored_config, upgrade_config
-from lra.config.messages import translated_errors, unknown_key, unknown_option
-from lra.config.options import CONF, NOT_ARGUMENTS, options
+from lra.config.compose import upgrade_config
+from lra.config.options import NOT_ARGUMENTS
 from lra.config.rules import format_value
-from lra.config.schema import RENAMED, check_config, keys_affecting
-from lra.errors import ConfigError, RunFolderError
-from lra.runs.records import RECORD, config_hash, read_predictions, to_json
+from lra.config.schema import keys_affecting
+from lra.errors import RunFolderError
+from lra.runs.records import RECORD, config_hash, read_predictions
 from lra.runs.sanity import is_at_chance
 
 log = logging.getLogger(__name__)
@@ -34,11 +30,7 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 MAX_SETTINGS = 200  # characters of a footnote; `lra table --configs` shows all
 
-# sections whose defaults a table compares with those of a run
-COMPARED = ("task", "protocol", "model", "backbone", "optim", "trainer")
 WITHOUT_EFFECT = {*keys_affecting("speed", "start", "process")}
-GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
-WORD = re.compile(r"(?!hydra\b)(\w+(?:\.\w+)*)=(.*)", re.DOTALL)  # of a command: KEY=VALUE
 
 
 @dataclass(frozen=True)
@@ -170,8 +162,6 @@ def best_configuration(group: Sequence[Record]) -> Selected:
     if repeated := len(group) - distinct:
         noun = "run" if repeated == 1 else "runs"
         notes.append(f"{repeated} repeated {noun} of the same seed left out")
-    if changes := changed_defaults(best[0]):
-        notes.append(f"made with other defaults than today's: {', '.join(changes)}")
     competed = distinct if len(configs) > 1 else 1
     return Selected(best, notes, settings, max(recorded, competed))
 
@@ -230,108 +220,12 @@ def _section_hash(name: str, text: str) -> str:
     return config_hash(config, without=keys_affecting("speed"))
 
 
-def changed_defaults(record: Record) -> list[str]:
-    """Settings of a run for which its command gives other values today, as "key=old (today new)".
-
-    Keys that only the record or only today's config has are new, removed or renamed: they do not
-    count. Regular expressions of parameter groups do not count, because another spelling may
-    select the same parameters. A command with a config folder of its user has no known defaults.
-    """
-    recorded = upgrade_config(record["config"])
-    try:
-        config = todays_config(command_words(record), recorded)
-    except ConfigError as error:
-        return [f"its command is refused today ({error})"]
-    flat = _flat(recorded)
-    changed = []
-    for key, value in _flat({name: config.get(name, {}) for name in COMPARED}).items():
-        _, name, *rest = key.split(".")
-        if (
-            flat.get(key, value) != value
-            and name not in NOT_ARGUMENTS  # their values are in the other sections
-            and not name.startswith("_")
-            and rest[-1:] != ["match"]
-            and name != "no_decay"
-            and key not in WITHOUT_EFFECT
-        ):
-            changed.append(f"{key}={_format(flat[key])} (today {_format(value)})")
-    return changed
-
-
 def command_words(record: Record) -> list[str]:
     """The words of a run's command without `lra train`; none if it is no shell command."""
     try:
         return shlex.split(record.get("command") or "")[2:]
     except ValueError:
         return []
-
-
-def todays_config(typed_words: Sequence[str], recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config that a recorded command gives today; empty if it has more than KEY=VALUE words.
-
-    The command may come from others, so Hydra does not compose it: its options are files of conf/,
-    and the keys that it sets have their values in `recorded`.
-
-    Raises:
-        ConfigError: an option, key or value that does not exist today.
-    """
-    words = [WORD.fullmatch(word) for word in typed_words]
-    if not words or None in words:
-        return {}
-    typed = {match[1]: match[2] for match in words if match}
-    choices = {key: typed.pop(key) for key in [*typed] if key in GROUPS}
-    choices = {group: name for group, name in choices.items() if name != "null"}
-    for group, name in choices.items():
-        if name not in options(group):
-            raise ConfigError(unknown_option(group, name))
-    keys = [key for key in map(_renamed, typed) if key.partition(".")[0] in COMPARED]
-    if "model.param_count" in keys:
-        keys.append("backbone.width")  # the search for it is slow
-    return _todays_config(
-        tuple(sorted(choices.items())),
-        json.dumps({key: _value(recorded, key) for key in keys}),
-    )
-
-
-@cache
-def _todays_config(choices: tuple[tuple[str, str], ...], typed: str) -> dict[str, Any]:
-    """The resolved config of options of conf/ and of values by dotted key, as JSON."""
-    values = json.loads(typed)
-    check_resolved(values)
-    cfg = stored_config(dict(choices))
-    for key in values:
-        if not _has(cfg, key):
-            raise ConfigError(unknown_key(key, [f"{group}={name}" for group, name in choices]))
-    with translated_errors():
-        for key, value in values.items():
-            OmegaConf.update(cfg, key, value, merge=False)
-        OmegaConf.resolve(cfg)
-    config = to_json(OmegaConf.to_container(cfg))
-    check_config(config)
-    return config
-
-
-def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether an unresolved config has a dotted key."""
-    section, _, name = key.rpartition(".")
-    with translated_errors():
-        node = OmegaConf.select(cfg, section)
-    return isinstance(node, DictConfig) and name in node.keys()  # noqa: SIM118 `in` skips null
-
-
-def _renamed(key: str) -> str:
-    for old, new in RENAMED.items():
-        if f"{key}.".startswith(f"{old}."):
-            return key.replace(old, new, 1)
-    return key
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
-    node: Any = config
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,12 +11,9 @@ from tiny import TINY
 import lra
 from lra.config.compose import (
     check_resolved,
-    composed,
     normalize_overrides,
-    stored_config,
     upgrade_config,
 )
-from lra.config.options import options
 from lra.errors import ConfigError
 from lra.runs.records import config_hash
 
@@ -84,25 +81,6 @@ def test_keys_that_nothing_reads_make_no_other_configuration(word, message):
         lra.compose([word])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-CHOICES = [
-    {},
-    *(
-        {group: name}
-        for group in ("task", "model", "protocol", "tracker")
-        for name in options(group)
-    ),
-    *({"experiment": name} for name in options("experiment") if name.startswith("listops/")),
-    {"experiment": "listops/lru", "debug": "tiny"},
-    {"task": "text", "model": "mega", "protocol": "s4", "debug": "tiny"},
-]
-
-
-@pytest.mark.parametrize("choices", CHOICES, ids=str)
-def test_stored_config_is_that_of_hydra(choices):
-    with composed([f"{group}={name}" for group, name in choices.items()]) as (cfg, _):
-        assert stored_config(choices) == cfg
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${seed}", "???"])

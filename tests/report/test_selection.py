@@ -1,6 +1,5 @@
 """Selection of the runs behind a cell, and the notes about them."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -175,85 +174,11 @@ def test_data_sources_and_data_never_share_a_row():
     assert ours(two_tasks) == {"stu": {"image": "90.0 n=1", "listops_short": "60.0 n=1"}}
 
 
-def transformer_records():
-    """The three Transformer runs in results/, made before its MLP became SwiGLU."""
-    return load_records([ROOT / "results" / "runs" / "listops_short" / "transformer"])
-
-
-def test_runs_made_with_other_defaults_have_a_footnote():
-    table = make_table(load_records([ROOT / "results" / "runs"]), published="none")
-    start, clip = "made with other defaults than today's: ", "optim.clip=1 (today null)"
-    assert table.footnotes[0] == start + clip
-    assert table.footnotes[1].startswith(f"{start}backbone.mlp=gelu (today swiglu), ")
-    found = {name: row["listops_short"][-3:] for name, row in cells(table, "Ours").items()}
-    assert found == {"lru": "[1]", "stu": "[1]", "transformer": "[2]"}
-
-
-def test_changed_defaults_are_those_of_keys_that_matter():
-    record = transformer_records()[0]
-    changed = ["backbone.mlp=gelu (today swiglu)", "backbone.mlp_ratio=4 (today 2.667)"]
-    changed += ["optim.clip=1 (today null)"]
-    assert selection.changed_defaults(record) == changed
-    typed = record["command"] + " backbone.mlp=gelu backbone.mlp_ratio=4 optim.clip=1"
-    assert selection.changed_defaults(record | {"command": typed}) == []
-    config = copy.deepcopy(record["config"])
-    config["trainer"] |= {"log_every": 7, "gone": 1}  # without effect; removed since
-    config["optim"]["no_decay"] = "another spelling"
-    config["optim"]["lr"] = 0.5
-    found = selection.changed_defaults(record | {"config": config})
-    assert sorted(found) == sorted([*changed, "optim.lr=0.5 (today 0.001)"])
-
-
-def test_commands_that_cannot_be_composed_break_no_table():
-    record = transformer_records()[0]
-    for command in (None, "", "lra train --config-dir mine model=mine"):
-        assert selection.changed_defaults(record | {"command": command}) == []
-    (found,) = selection.changed_defaults(record | {"command": "lra train optim.gone=1"})
-    assert found.startswith("its command is refused today (unknown key optim.gone")
-
-
 def test_a_command_that_is_no_shell_command_has_no_words():
     record = a_record(0.6, command="lra train optim.lr='")
     assert selection.command_words(record) == []
     (row,) = configuration_table([record]).sections[0][1]
     assert row.name == "defaults"
-
-
-def test_a_command_of_others_is_not_evaluated(monkeypatch):
-    record = transformer_records()[0]
-    monkeypatch.setenv("SECRET", "12345")
-    for word in (
-        "hydra.searchpath=[pkg://trap]",
-        "optim.lr=${oc.env:SECRET}",
-        "+x=1",
-        "..=x",
-        "optim.lr='",
-    ):
-        found = selection.changed_defaults(record | {"command": record["command"] + " " + word})
-        assert "12345" not in str(found)
-    for option in ("../train", "mine"):
-        command = record["command"] + f" model={option}"
-        (found,) = selection.changed_defaults(record | {"command": command})
-        assert found.startswith(f"its command is refused today (unknown model={option}")
-    config = copy.deepcopy(record["config"])
-    config["optim"]["lr"] = "${oc.env:SECRET}"
-    typed = {"command": record["command"] + " optim.lr=1", "config": config}
-    assert "12345" not in str(selection.changed_defaults(record | typed))
-
-
-def test_typed_keys_and_those_that_follow_from_them_are_no_changed_defaults():
-    record = load_records([ROOT / "results" / "runs" / "listops_short" / "lru"])[0]
-    config = upgrade_config(record["config"])
-    config["task"]["hparams"] = {**config["task"]["hparams"], "width": 48}
-    config["backbone"]["width"] = 48
-    config["optim"]["clip"] = None  # 1.0 in these runs, the default then
-    changed = record | {"config": config}
-    (found,) = selection.changed_defaults(changed)
-    assert found == "backbone.width=48 (today 32)"
-    for typed in ("task.hparams.width=48", "task.budget.width=48"):
-        assert (
-            selection.changed_defaults(changed | {"command": f"{record['command']} {typed}"}) == []
-        )
 
 
 def test_a_run_whose_predictions_contradict_its_record_is_left_out(tmp_path, caplog):
@@ -275,15 +200,3 @@ def test_a_run_whose_predictions_are_damaged_is_left_out(tmp_path, caplog):
     assert ours(load_records([tmp_path])) == {}
     (line,) = caplog.messages
     assert line.startswith(f"skipped: {tmp_path}/predictions.npz is damaged (")
-
-
-def test_width_of_a_parameter_count_is_not_searched_again(monkeypatch):
-    def search(*_):
-        raise AssertionError
-
-    monkeypatch.setattr("lra.config.width.choose_width", search)
-    record = transformer_records()[0]
-    command = record["command"] + " model.budget=params:50k backbone.mlp=gelu optim.clip=1"
-    config = copy.deepcopy(record["config"])
-    config["backbone"] |= {"width": 30, "mlp_ratio": 8 / 3}
-    assert selection.changed_defaults(record | {"command": command, "config": config}) == []
