@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,8 +28,19 @@ import pytest
 from tiny import TINY
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects `soak` tests without `-m soak`; skips `gpu` tests without an accelerator."""
+    """Deselects `soak` tests without `-m soak`; skips `gpu` tests without an accelerator.
+
+    Marks the variants of a test after its first `fast_variants(n)` as slow.
+    """
+    variants: Counter[str] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("fast_variants"):
+            test = item.nodeid.partition("[")[0]
+            variants[test] += 1
+            if variants[test] > marker.args[0]:
+                item.add_marker("slow")
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)

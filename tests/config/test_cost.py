@@ -11,6 +11,7 @@ from lra.config.cost import abstract_model, cost, parameters, state_size
 from lra.config.options import options
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     "overrides", [["model=transformer"], ["model=linear", "backbone.mlp_ratio=2"], ["model=local"]]
 )
@@ -43,6 +44,7 @@ def test_operations_of_a_recurrence_grow_with_its_length():
     assert long.flops == pytest.approx(2 * short.flops, rel=0.05)
 
 
+@pytest.mark.fast_variants(6)
 @pytest.mark.parametrize("task", options("task"))
 def test_every_task_has_costs(task):
     found = cost(lra.compose([f"task={task}", "model=linear", "backbone.depth=1"]))

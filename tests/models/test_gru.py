@@ -68,6 +68,7 @@ def by_loop(p, u, lengths):
     return np.stack(rows)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_values_and_gradients_equal_a_loop(bidirectional):
     lengths = (9, 6)

@@ -25,6 +25,7 @@ def local(seq_len=11, **options):
     return LocalAttention(8, seq_len, **defaults | options, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.fast_variants(5)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("block_size", "neighbours", "positions"),

@@ -74,6 +74,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("options", VARIANTS)
 def test_values_and_gradients_equal_a_loop(options):
     options = OPTIONS | options

@@ -84,6 +84,7 @@ def by_loop(p, u, real, variant, both):
     return y + run(reversed(range(u.shape[1])), second) if both else y
 
 
+@pytest.mark.fast_variants(6)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_values_and_gradients_equal_a_loop_in_float64(variant, both):
@@ -219,6 +220,7 @@ def test_streaming_equals_the_whole_sequence(variant):
     check_streaming(lru(**VARIANTS[variant]), inputs(60), atol=2e-5)
 
 
+@pytest.mark.fast_variants(6)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_16_bits_are_rounded_once_and_states_stay_wide(variant, both):

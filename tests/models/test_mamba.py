@@ -67,6 +67,7 @@ def mamba_by_loop(p, u):
     return np.stack(outputs, axis=1)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     ("length", "options"), [(2, {}), (37, {}), (20, {"conv_size": 1, "dt_rank": 2, "expand": 1})]
 )

@@ -98,6 +98,7 @@ def mega_by_loop(p, x, residual, *, attention, causal, chunk):
     return np.stack(out)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("attention", "bidirectional", "chunk_size"),
     [
@@ -149,6 +150,7 @@ def test_blocks_of_queries_change_nothing(bidirectional, attention, monkeypatch)
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("attention", ["softmax", "laplace", "relu2"])
 def test_streaming_equals_parallel(attention):
     graph, params = moved(mega(bidirectional=False, attention=attention))

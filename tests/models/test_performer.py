@@ -33,6 +33,7 @@ def performer(seed=0, **options):
     return Performer(8, 11, **defaults | options, rngs=nnx.Rngs(seed))
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=["softmax", "relu", "like LRA"])
@@ -102,6 +103,7 @@ def test_features_follow_the_seed_and_are_not_trained():
     assert set(nnx.to_pure_dict(nnx.state(performer(), nnx.Param))) == {"qkv", "output"}
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("kind", KINDS, ids=["softmax", "relu", "like LRA"])
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 def test_streaming_equals_parallel(kind, positions):

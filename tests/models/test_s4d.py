@@ -59,6 +59,7 @@ def by_loop(p, u, real, *, rule, both):
     return np.stack(y, axis=1)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -106,6 +106,7 @@ def by_loop(p, u, real, *, rule, conj_sym, both, clip):
     return np.stack(y, axis=1)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -130,6 +130,7 @@ def by_loop(name, params, u, lengths):
     return y
 
 
+@pytest.mark.fast_variants(7)
 @pytest.mark.parametrize("name", MODELS)
 def test_values_and_gradients_equal_a_loop(name):
     u = np.random.default_rng(1).normal(size=(2, LENGTH, WIDTH))
@@ -203,6 +204,7 @@ def test_tensorised_matrices_start_as_in_flash_stu():
     assert np.asarray(made.m_filters[...]).std() == pytest.approx((2 / 324) ** 0.5, rel=0.03)
 
 
+@pytest.mark.fast_variants(5)
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-9), (False, 2e-5)])
 def test_streaming_equals_parallel(name, double, tolerance):
@@ -237,6 +239,7 @@ def test_state_is_no_larger_for_long_sequences(name):
     assert size(300) <= size(2048) <= 2 * WIDTH * (2 * (24 + 24) + 2 + 2 + 2)
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_step_keeps_float32_states_and_the_dtype_of_its_input(name):
     made = mixer(name)

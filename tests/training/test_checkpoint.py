@@ -101,6 +101,7 @@ def two_checkpoints(tmp_path_factory):
     return folder, state
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_to_any_file_is_detected(two_checkpoints, tmp_path, caplog, capfd, how):
     """The restored state is that of one of the two steps, and the only output is one warning."""

@@ -76,6 +76,7 @@ def test_where_calls_are_cut_changes_nothing(whole, tmp_path, monkeypatch):
     assert read_metrics(folder_of(other)) == read_metrics(folder)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("stop_at", [1, 13])
 def test_stopped_and_resumed_equals_never_stopped(whole, tmp_path, monkeypatch, stop_at):
     overrides, folder, _ = whole
@@ -244,6 +245,7 @@ def test_folder_that_holds_another_run_is_refused(whole, tmp_path):
 # ---- files removed or changed by hand
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("removed", ["run.lock", "checkpoints", ""])
 def test_files_removed_during_the_run_end_it_in_one_line(
     whole, tmp_path, monkeypatch, caplog, removed

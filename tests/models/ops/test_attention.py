@@ -32,6 +32,7 @@ def mask_of(lengths, length):
     return jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 32, 37, 64])
 def test_blocks_equal_the_whole_matrix(rows, causal):

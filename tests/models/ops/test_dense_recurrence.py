@@ -17,6 +17,7 @@ def by_loop(a, bu, activation, reverse):
     return jnp.stack(states, axis=1)
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("activation", ["none", "tanh", "relu"])
 @pytest.mark.parametrize("length", [1, 2, 9])

@@ -19,6 +19,7 @@ def features(length, batch=2, heads=3, m=5, w=4):
     return [rng.normal(size=(batch, length, heads, n)) for n in (m, m, w)]
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 19])
 def test_sums_and_gradients_equal_those_of_the_matrix(length, monkeypatch):
     """In chunks of 4: none full, one, several, a short one at the end."""

@@ -29,6 +29,7 @@ def random_system(length, kind="complex", batch=2, states=5):
     return lam, bu
 
 
+@pytest.mark.fast_variants(20)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("reverse", [False, True])

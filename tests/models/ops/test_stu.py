@@ -115,6 +115,7 @@ def test_stu_equals_loop(length, options, extra):
     assert_near(fast, stu_by_loop(**arguments, **extra), 1e-12)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(("alpha", "lag"), [(1.0, 2), (0.9, 2), (0.9, 1), (1.0, 1), (0.0, 1)])
 def test_a_number_is_the_feedback_of_a_multiple_of_the_identity(alpha, lag):
     arguments = random_arguments(33)
@@ -129,6 +130,7 @@ def test_a_number_is_the_feedback_of_a_multiple_of_the_identity(alpha, lag):
         assert_near(number[1][key], matrices[1][key], 1e-11, key)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("num_matrices", [0, 3, 4, 64, None])
 def test_orders_and_frequency_blocks_change_nothing(num_matrices, monkeypatch):
     """Values and all gradients equal autodiff of the definition, in blocks of any size."""
@@ -200,6 +202,7 @@ def test_feedback_on_accelerators_is_shallow(length, k_y):
     assert 0 < sum(equation.params["length"] for equation in loops) <= length // 16
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(
     ("length", "k_y"), [(2, 1), (3, 2), (7, 3), (64, 1), (65, 5), (65, 32), (32, 32), (200, 2)]
 )
@@ -262,6 +265,7 @@ def test_short_filters_are_refused():
         stu(**{key: jnp.asarray(x, jnp.float32) for key, x in arguments.items()})
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(("alpha", "lag"), [(0.0, 1), (0.9, 1), (1.0, 2)])
 @pytest.mark.parametrize("negative", [False, True])
 def test_feature_moments_are_those_of_the_features_for_white_input(alpha, lag, negative):
