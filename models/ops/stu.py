@@ -4,12 +4,13 @@ Paper: Agarwal, Suo, Chen, Hazan, "Spectral State Space Models", arXiv 2312.0683
 `m_y=1.0, lag=2`, equation (5) one learned matrix and `lag=2`, equation (6) k_y of them and `lag=1`.
 Reference code read: google-deepmind/spectral_ssm, to whose values the tests compare.
 
-All terms except the feedback from y are one causal convolution with matrix-valued taps, sum_j
+All terms except a learned feedback are one causal convolution with matrix-valued taps, sum_j
 basis_j(i) m_j; the basis consists of the filters, the sign-alternated filters and one unit impulse
-per m_u. The published order convolves with each basis element before multiplying by its matrix, and
-holds (B, L, K, D). Here the order is swapped: at each frequency first G = sum_j basis_j m_j, then Y
-= U G. The published order, one basis element at a time, serves only a batch of one or two wide
-sequences. Complex products are written as real ones, several times faster on XLA:CPU.
+per m_u, after the fixed feedback if there is one. The published order convolves with each basis
+element before multiplying by its matrix, and holds (B, L, K, D). Here the order is swapped: at each
+frequency first G = sum_j basis_j m_j, then Y = U G. The published order, one basis element at a
+time, serves only a batch of one or two wide sequences. Complex products are written as real ones,
+several times faster on XLA:CPU.
 
 Interpretation: the paper's feature sum runs over i = 0..t-1, u_1 is the first input, and the index
 of the first entry of phi_k is not stated. Here, as in the published code, phi_k(i) is entry i
@@ -89,13 +90,13 @@ def stu(
     # a lag of 2, not as a phase, which would wrap the last inputs onto the first outputs
     delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
     basis = jnp.concatenate([delayed, jnp.eye(length, len(m_u), dtype=dtype)], axis=1)
+    if isinstance(m_y, float):  # a fixed feedback acts on the basis, which is far smaller than y
+        basis = scalar_feedback(basis[None], m_y, lag)[0]
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
     wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])
     y = shard_over_batch(convolution, wide, basis, m)
-    if isinstance(m_y, float):
-        y = scalar_feedback(y, m_y, lag)
-    elif m_y is not None:
+    if isinstance(m_y, jax.Array):
         y = merge_lags(feedback(split_lags(y, lag), m_y.astype(dtype)), lag, length)
     return y.astype(u.dtype)
 
