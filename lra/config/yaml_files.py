@@ -1,11 +1,13 @@
 """Reads the YAML files of `--config-dir` and `hydra.searchpath`; errors name file, line and column.
 
-Hydra has no setting for the class that reads files, so `use_checked_files` replaces its own.
+Hydra has no setting for how files are read, so `use_checked_files` replaces a method. A class in
+its registry would be refused by the workers of `hydra/launcher=joblib`.
 """
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -19,31 +21,29 @@ from lra.errors import ConfigError
 MAX_VALUES = 100_000  # of one file, with the values that aliases repeat
 
 
-class CheckedFiles(FileConfigSource):
-    """Hydra's files on disk, with a ConfigError of one line for a file that cannot be read."""
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        file = Path(self.path) / self._normalize_file_name(config_path)
-        try:
-            check_nodes(file)
-            return super().load_config(config_path)
-        except ConfigLoadError:  # no such file
-            raise
-        except RecursionError:
-            raise ConfigError(f"{file}: nested too deeply") from None
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            reason = " ".join(filter(None, (error.problem, error.context)))
-            raise ConfigError(f"{file}{place}: {reason}") from None
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-            raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+def read_checked_file(source: Any, config_path: str) -> ConfigResult:
+    """Reads a file as Hydra does, with a ConfigError of one line for one that cannot be read."""
+    file = Path(source.path) / source._normalize_file_name(config_path)
+    try:
+        check_nodes(file)
+        return FileConfigSource.load_config(source, config_path)
+    except ConfigLoadError:  # no such file
+        raise
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = " ".join(filter(None, (error.problem, error.context)))
+        raise ConfigError(f"{file}{place}: {reason}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def use_checked_files() -> None:
-    """Makes Hydra read files through `CheckedFiles`; may be called again."""
-    Plugins.instance()  # registers Hydra's own classes first
-    SourcesRegistry.instance().types["file"] = CheckedFiles
+    """Makes Hydra read files through `read_checked_file`; may be called again."""
+    Plugins.instance()  # registers Hydra's classes, which it imports a second time
+    SourcesRegistry.instance().types["file"].load_config = read_checked_file  # type: ignore
 
 
 def check_nodes(file: Path) -> None:
