@@ -56,6 +56,7 @@ class Cifar10(PictureTask):
     Args:
         colour: three values per pixel instead of one.
         data_seed: of the random tenth that is validation; independent of a run's seed.
+        pool: see `PictureTask`; squares of grey values, or of each colour.
     """
 
     source = "release"
@@ -78,8 +79,9 @@ class Cifar10(PictureTask):
         mean: float | int | Sequence[float | int],
         std: float | int | Sequence[float | int],
         data_seed: int,
+        pool: int = 1,
     ):
-        super().__init__(protocol, data_root, name, SHAPE, 3 if colour else 1, mean, std)
+        super().__init__(protocol, data_root, name, SHAPE, 3 if colour else 1, mean, std, pool)
         self.colour, self.data_seed = colour, data_seed
         self.grey = "tensorflow" if protocol["inputs"] == "lra2020" else "pillow"
 
@@ -89,7 +91,7 @@ class Cifar10(PictureTask):
             seed = self.data_seed if self.shuffle else None
             kept = cut(len(labels), {name: SIZES[name] for name in ("train", "val")}, seed)[split]
             rgb, labels = rgb[kept], labels[kept]
-        yield from map(Example, self._pixels(rgb), labels.tolist())
+        yield from map(Example, self.pooled(self._pixels(rgb)), labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return SIZES

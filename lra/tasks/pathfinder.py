@@ -213,6 +213,7 @@ class Pathfinder(PictureTask):
         sizes: pictures of train, val and test; a release has to hold their sum.
         data_seed: of the generator, or of the random order of the release; independent of a run's
             seed.
+        pool: see `PictureTask`.
     """
 
     num_classes = 2
@@ -229,11 +230,12 @@ class Pathfinder(PictureTask):
         data_seed: int,
         mean: float | int,
         std: float | int,
+        pool: int = 1,
     ):
         check_option("task.source", source, ("generated", "release"))
         settings(size, level)  # raises if they are unknown
         check_data_seed(data_seed)
-        super().__init__(protocol, data_root, name, (size, size), 1, mean, std)
+        super().__init__(protocol, data_root, name, (size, size), 1, mean, std, pool)
         self.source, self.size, self.level, self.data_seed = source, size, level, data_seed
         self.sizes = check_sizes(sizes)
         if source == "release":
@@ -251,15 +253,14 @@ class Pathfinder(PictureTask):
     def examples(self, split: str) -> Iterator[Example]:
         parts = self._drawn(split) if self.source == "generated" else self._read(split)
         for pictures, labels in parts:
-            rows = pictures.reshape(len(pictures), -1)
-            yield from map(Example, rows, labels.tolist())
+            yield from map(Example, self.pooled(pictures), labels.tolist())
 
     def first_examples(self, split: str, count: int) -> Iterator[Example]:
         if self.source == "release":
             return super().first_examples(split, count)
         begin, count = self._begin(split), min(count, self.sizes[split])
         pictures, labels = draw(begin, begin + count, self.size, self.level, self.data_seed)
-        return map(Example, pictures.reshape(count, -1), labels.tolist())
+        return map(Example, self.pooled(pictures), labels.tolist())
 
     def split_sizes(self) -> Mapping[str, int]:
         return self.sizes | ({"train": self.sizes["train"] - 1} if self._has_empty else {})

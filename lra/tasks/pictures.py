@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from lra.errors import ConfigError, DataError
-from lra.tasks.base import ENCODINGS, Task, check_option, permutation
+from lra.tasks.base import ENCODINGS, Task, check_at_least, check_option, permutation
 from lra.tasks.linear_baseline import linear_accuracy
 
 SHADES = " .:-=+*#%@"
@@ -34,10 +34,12 @@ class PictureTask(Task):
     as in "s4".
 
     Args:
-        shape: height and width.
+        shape: height and width of the publisher's or generator's pictures.
         num_features: 1 for grey, 3 for colour pictures.
         mean, std: of a pixel in units of 0..255, one number or one per feature; the model's input
             is (x - mean) / std.
+        pool: side of the squares of pixels whose rounded means are the pixels of the task; 1 keeps
+            the pictures as they are.
     """
 
     inputs = "pixels"
@@ -53,11 +55,16 @@ class PictureTask(Task):
         num_features: int,
         mean: float | int | Sequence[float | int],
         std: float | int | Sequence[float | int],
+        pool: int = 1,
     ):
         check_option("protocol.inputs", protocol["inputs"], ENCODINGS)
         self.name, self.data_root, self.shuffle = name, Path(data_root), protocol["shuffle"]
-        self.picture_shape, self.num_features = shape, num_features
-        self.seq_len = shape[0] * shape[1]
+        check_at_least("task.pool", pool, 1)
+        if any(side % pool for side in shape):
+            raise ConfigError(f"task.pool={pool} does not divide {shape[0]}x{shape[1]} pixels")
+        self.drawn_shape, self.pool = shape, pool
+        self.picture_shape, self.num_features = (shape[0] // pool, shape[1] // pool), num_features
+        self.seq_len = self.picture_shape[0] * self.picture_shape[1]
         self.embeds = protocol["inputs"] == "lra2020" and num_features == 1
         self.mean = _per_feature("task.mean", mean, num_features)
         self.std = _per_feature("task.std", std, num_features)
@@ -65,7 +72,8 @@ class PictureTask(Task):
             raise ConfigError(f"task.std={std}: expected numbers above 0")
 
     def unused_arguments(self) -> Sequence[str]:
-        return ("mean", "std")
+        # without pooling, stores have the names that they had before this argument existed
+        return ("mean", "std", *(() if self.pool > 1 else ("pool",)))
 
     @property
     def num_tokens(self) -> int | None:
@@ -77,6 +85,15 @@ class PictureTask(Task):
             return inputs.astype(jnp.int32)
         pixels = inputs if self.num_features > 1 else inputs[..., None]
         return (pixels.astype(jnp.float32) - self.mean) / self.std
+
+    def pooled(self, pictures: UInt8[np.ndarray, "n *drawn"]) -> UInt8[np.ndarray, "n *pixels"]:
+        """Flat pictures of the task, from pictures of the publisher's or generator's size."""
+        count, size = len(pictures), self.pool
+        (height, width), features = self.picture_shape, self.num_features
+        squares = pictures.reshape(count, height, size, width, size, features)
+        means = (squares.sum((2, 4), dtype=np.uint32) + size**2 // 2) // size**2
+        flat = (count, -1, features) if features > 1 else (count, -1)
+        return means.astype(np.uint8).reshape(flat)
 
     def to_text(self, inputs: np.ndarray) -> str:
         """The picture in ten shades, 64 characters wide; a character shows its brightest pixel."""

@@ -48,6 +48,32 @@ def read(task, split):
     )
 
 
+@pytest.mark.parametrize(("config", "pool"), [("image", 2), ("scifar", 4), ("scifar", 1)])
+def test_pooled_pixels_are_rounded_means_of_squares(written, tmp_path, config, pool):
+    whole, _ = read(make_task(config, data_root=tmp_path), "test")
+    task = make_task(config, data_root=tmp_path, pool=pool)
+    found, _ = read(task, "test")
+    side = 32 // pool
+    pictures = whole.reshape(len(whole), 32, 32, -1).astype(float)
+    for row, column in [(0, 0), (side - 1, 1 % side), (2, side - 1)]:
+        square = pictures[:, row * pool : (row + 1) * pool, column * pool : (column + 1) * pool]
+        expected = np.floor(square.mean((1, 2)) + 0.5)
+        place = found.reshape(len(found), side, side, -1)[:, row, column]
+        np.testing.assert_array_equal(place, expected)
+    assert (task.seq_len, task.picture_shape) == (side**2, (side, side))
+
+
+def test_pooling_makes_another_store_and_its_absence_keeps_the_name():
+    assert "pool" not in make_task("image").fingerprint()
+    assert settings_key(make_task("image", pool=2)) != settings_key(make_task("image"))
+
+
+@pytest.mark.parametrize("pool", [0, 3, 64])
+def test_pool_that_does_not_fit_is_refused(pool):
+    with pytest.raises(ConfigError, match=r"task\.pool="):
+        make_task("image", pool=pool)
+
+
 # --- Grey ---
 
 
