@@ -244,6 +244,16 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--fresh", action="store_true", help="efficiency: measure every cell again")
 
+    suite = add("suite", suite_command, "the same tasks, tuning and seeds for every model")
+    suite.add_argument("action", choices=("list", "run", "status", "table"))
+    suite.add_argument(
+        "name", nargs="?", metavar="SUITE", help="a name that `lra suite list` shows"
+    )
+    suite.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="task=A,B  model=A,B  output.root=DIR"
+    )
+    suite.add_argument("--format", choices=FORMATS, default="terminal")
+
     add("doctor", doctor_command, "versions, devices, data, W&B", parents=[data_root])
     return top
 
@@ -573,6 +583,23 @@ def efficiency_command(args: argparse.Namespace) -> int:
     print(render(make_table(result)), end="")
     print(f"saved in {file}, with .md, .tex and, over lengths, .png beside it")
     return 0
+
+
+def suite_command(args: argparse.Namespace) -> int:
+    from lra.report.formats import render
+    from lra.studies import suite as suites
+
+    if args.action == "list":
+        print("\n".join(suites.list_suites()))
+        return 0
+    if args.name is None:
+        raise ConfigError(f"lra suite {args.action} needs a name; `lra suite list` shows them")
+    suite = suites.load_suite(args.name)
+    chosen = suites.select(suite, args.name, args.overrides)
+    failures = suites.run(suite, chosen) if args.action == "run" else []
+    make = suites.status if args.action == "status" else suites.make_suite_table
+    print(render(make(suite, chosen), args.format), end="")
+    return 1 if failures else 0
 
 
 def doctor_command(args: argparse.Namespace) -> int:

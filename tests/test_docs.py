@@ -88,6 +88,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "table": "61.04",
     "compare": "P(A > B)",
     "experiments": "91.34",
+    "suite": "pocket",
     "plot": "curves.png",
     "tasks": "pathfinder",
     "models": "transformer",

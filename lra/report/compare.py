@@ -251,16 +251,23 @@ def median_accuracy(records: Sequence[Record]) -> float:
 # --- Several tasks -------------------------------------------------------------------------------
 
 
+def ranks_over_tasks(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean rank of each model from a score for each task, 1 for the best; ascending."""
+    from scipy.stats import rankdata
+
+    means = rankdata(-np.asarray(list(scores.values())), axis=0).mean(axis=1)
+    return dict(sorted(zip(scores, means.tolist(), strict=True), key=lambda item: item[1]))
+
+
 def mean_ranks(scores: Mapping[str, Sequence[float]]) -> Ranks:
     """Ranks of three or more models from a score for each task."""
-    from scipy.stats import friedmanchisquare, rankdata, studentized_range
+    from scipy.stats import friedmanchisquare, studentized_range
 
     table = np.asarray(list(scores.values()))  # (k models, N tasks)
     k, num_tasks = table.shape
-    means = rankdata(-table, axis=0).mean(axis=1)
     quantile = studentized_range.ppf(1 - LEVEL, k, np.inf) / 2**0.5
     difference = float(quantile * (k * (k + 1) / (6 * num_tasks)) ** 0.5)
-    ordered = dict(sorted(zip(scores, means.tolist(), strict=True), key=lambda item: item[1]))
+    ordered = ranks_over_tasks(scores)
     groups: list[list[str]] = []
     for name, rank in ordered.items():
         near = [x for x, mean in ordered.items() if rank <= mean < rank + difference]
