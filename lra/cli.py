@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from lra.config.options import CONF
-from lra.errors import ConfigError, LraError
+from lra.errors import ConfigError, LraError, MismatchError
 from lra.files import disk_errors
 from lra.runs.console import configure_logging, discard_stdout, printable
 from lra.train_command import train_command
@@ -254,6 +254,21 @@ def parser() -> argparse.ArgumentParser:
     )
     suite.add_argument("--format", choices=FORMATS, default="terminal")
 
+    check = add(
+        "check",
+        check_command,
+        "derive the claims of records again: scores, data, selection, weights; code 6 if one fails",
+        parents=[data_root],
+    )
+    check.add_argument("paths", nargs="+", metavar="PATH", help="run folders, or folders of runs")
+    check.add_argument(
+        "--rescore",
+        type=int,
+        metavar="N",
+        help="score test again with the weights of N runs (all that kept their weights)",
+    )
+    add_allow_target(check)
+
     add("doctor", doctor_command, "versions, devices, data, W&B", parents=[data_root])
     return top
 
@@ -276,6 +291,10 @@ def add_saved_run(command: argparse.ArgumentParser, metavar: str, overrides: str
     command.add_argument(
         "--weights", choices=("best", "last"), help="weights to score (as the protocol selects)"
     )
+    add_allow_target(command)
+
+
+def add_allow_target(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-target",
         action="append",
@@ -375,6 +394,22 @@ def eval_command(args: argparse.Namespace) -> int:
     from lra.report.evaluate import evaluate_run
 
     print_lines(evaluate_run(args.folder, overrides=args.overrides, **saved_run_options(args)))
+    return 0
+
+
+def check_command(args: argparse.Namespace) -> int:
+    from lra.report.check import check_records
+
+    if args.rescore is not None and args.rescore < 0:
+        raise ConfigError(f"--rescore {args.rescore}: expected 0 or more")
+    options = {"rescore": args.rescore, "allow_targets": args.allow_target}
+    verdicts = []
+    for verdict in check_records(args.paths, args.data_root, **options):
+        print_lines(str(verdict).replace("\n", " "))
+        verdicts.append(verdict)
+    if failed := sum(bool(verdict.failed) for verdict in verdicts):
+        raise MismatchError(f"{failed} of {len(verdicts)} records failed")
+    print(f"{len(verdicts)} records, none failed")
     return 0
 
 

@@ -84,6 +84,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "train": "majority",
     "train -m": "n=1",
     "eval": "accuracy",
+    "check": "none failed",
     "diagnose": "interval",
     "table": "61.04",
     "compare": "P(A > B)",

@@ -18,6 +18,7 @@ from lra.training.evaluation import score
 from lra.training.prefetch import on_host
 
 TIE_MARGIN = 1e-3  # other devices may swap the two largest logits if they are closer than this
+LOGIT_TOLERANCE = 0.05  # of the largest logit
 
 
 def evaluate_run(
@@ -42,7 +43,13 @@ def evaluate_run(
         DataError: the split differs from the data of the run.
         LraError: a batch does not fit into device memory.
     """
-    run = SavedRun(folder, overrides, split=split, weights=weights, allow_targets=allow_targets)
+    return rescore(
+        SavedRun(folder, overrides, split=split, weights=weights, allow_targets=allow_targets)
+    )
+
+
+def rescore(run: SavedRun) -> str:
+    """`evaluate_run` of a run that is read already."""
     stored = run.stored_predictions()
     *_, checkpoint_step = run.checkpoint  # before the data, which may have to be prepared
     inputs, lengths, labels = on_host(run.data)
@@ -51,7 +58,7 @@ def evaluate_run(
     lines = [
         f"{run.title}: weights of step {run.weights_step:,} ({run.rule}), "
         f"from the checkpoint of step {checkpoint_step:,}",
-        f"{split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
+        f"{run.split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
         f"{result['count']:,} examples",
     ]
     recorded = run.recorded_scores
@@ -71,19 +78,21 @@ def evaluate_run(
     elif logits.tobytes() == stored["logits"].tobytes():
         lines.append("predictions.npz: identical, bit for bit")
     else:
-        text, only_ties = compare_logits(logits, stored["logits"])
+        text, same = compare_logits(logits, stored["logits"])
         lines.append(text)
         if differences := environment_differences(run.record):
             lines.append(f"the run was made in another environment: {'; '.join(differences)}")
-        if not only_ties:
+        if not same:
             raise MismatchError("; ".join(lines))
     return "\n".join(lines)
 
 
 def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
-    """How logits (n, C) or (n, T, C) differ, and whether only ties changed their class.
+    """How logits (n, C) or (n, T, C) differ, and whether rounding can explain it.
 
-    A tie is one in both: the stored logits alone may have been made to look like ties.
+    It cannot if a class differs that is no tie in both (the stored logits alone may have been made
+    to look like ties), or if a logit differs by more than `LOGIT_TOLERANCE` of the largest one:
+    scaled logits have the same classes and another loss.
     """
     if logits.shape != stored.shape:
         raise MismatchError(
@@ -92,12 +101,14 @@ def compare_logits(logits: np.ndarray, stored: np.ndarray) -> tuple[str, bool]:
         )
     changed = logits.argmax(axis=-1) != stored.argmax(axis=-1)
     ties = changed & (margins(stored) < TIE_MARGIN) & (margins(logits) < TIE_MARGIN)
+    largest, difference = np.abs(logits).max(), np.abs(logits - stored).max()
+    allowed = max(TIE_MARGIN, LOGIT_TOLERANCE * float(largest))
     text = (
-        f"predictions.npz: logits differ by up to {np.abs(logits - stored).max(initial=0.0):.1e}; "
+        f"predictions.npz: logits of up to {largest:.1e} differ by up to {difference:.1e}; "
         f"{changed.sum():,} of {changed.size:,} classes differ, {ties.sum():,} of them where both "
         f"have two largest logits closer than {TIE_MARGIN:g}"
     )
-    return text, bool(np.array_equal(ties, changed))
+    return text, bool(difference <= allowed and np.array_equal(ties, changed))
 
 
 def margins(logits: np.ndarray) -> np.ndarray:

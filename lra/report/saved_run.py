@@ -121,11 +121,10 @@ class SavedRun:
     @cached_property
     def eval_batch(self) -> int:
         """Examples of an evaluation batch: as in training, those of the largest scored split."""
-        counts = [
-            min(len(split), self.scored_examples(name) or len(split))
-            for name, split in self.store.splits.items()
-        ]
-        return min(self.cfg.trainer.eval_batch_size, max(counts))
+        splits = self.record["data"]["splits"].items()
+        counts = {name: entry.get("count", 0) for name, entry in splits}
+        scored = (min(count, self.scored_examples(name) or count) for name, count in counts.items())
+        return min(self.cfg.trainer.eval_batch_size, max(scored))
 
     @cached_property
     def setup(self) -> Setup:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 
@@ -24,12 +25,26 @@ def git_commit() -> str | None:
 
     None unless git tracks this file; a virtual environment may lie inside another repository.
     """
-    root = Path(__file__).resolve().parents[2]
-    tracked = _git(root, "ls-files", "lra/runs/machine.py")
-    if not tracked or not (commit := _git(root, "rev-parse", "--short", "HEAD")):
+    if (root := _checkout()) is None or not (commit := _git(root, "rev-parse", "--short", "HEAD")):
         return None
     changed = _git(root, "status", "--porcelain", "--", "lra", "models", "conf")
     return commit + ("+dirty" if changed else "")
+
+
+@cache
+def has_commit(commit: str) -> bool | None:
+    """Whether this checkout has a commit, given its hash; None without the whole history."""
+    if (root := _checkout()) is None:
+        return None
+    if _git(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None:
+        return True
+    return False if _git(root, "rev-parse", "--is-shallow-repository") == "false" else None
+
+
+def _checkout() -> Path | None:
+    """The root of this checkout; None unless git tracks this file."""
+    root = Path(__file__).resolve().parents[2]
+    return root if _git(root, "ls-files", "lra/runs/machine.py") else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

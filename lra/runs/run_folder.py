@@ -173,9 +173,8 @@ def load_records(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     The status of a running run without a lock becomes dead; the disk is not changed. An unreadable
     record is skipped with one warning. Folders below a run folder are not searched.
     """
-    files = {os.path.realpath(file): file for path in paths for file in _record_files(Path(path))}
     records = []
-    for file in sorted(files.values()):
+    for file in record_files(paths):
         try:
             record = _with_dead_status(file.parent)
         except (RunFolderError, OSError) as error:
@@ -194,6 +193,15 @@ def _with_dead_status(folder: Path) -> dict[str, Any] | None:
     if record is not None and record["status"] == "running":
         record["status"] = "dead"
     return record
+
+
+def record_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The record.json files at or below the given paths, each once, sorted.
+
+    Folders below a run folder are not searched; a missing path is a warning.
+    """
+    files = {os.path.realpath(file): file for path in paths for file in _record_files(Path(path))}
+    return sorted(files.values())
 
 
 def _record_files(path: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ With several processes only the first one writes and prints.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -410,11 +410,15 @@ def describe_data(store: Store) -> dict[str, Any]:
     """The record's `data`: source, content hashes and counts of each split."""
     parts = store.manifest["splits"].items()
     splits = {name: {"count": part["count"], "sha256": part["sha256"]} for name, part in parts}
-    # a hash of the content, so that the same files in another folder are the same data
-    content = "".join(splits[name]["sha256"] for name in SPLITS)
     return {
         "source": store.manifest["source"],
-        "key": hashlib.sha256(content.encode()).hexdigest(),
+        "key": data_key(splits),
         "partial": store.manifest["partial"],
         "splits": splits,
     }
+
+
+def data_key(splits: Mapping[str, Any]) -> str:
+    """A hash of the content, so that the same files in another folder are the same data."""
+    content = "".join(splits[name]["sha256"] for name in SPLITS)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -51,6 +51,15 @@ def checkout(tmp_path):
     return home, git, commit_seen
 
 
+def test_a_commit_may_be_missing_only_from_a_whole_history(monkeypatch):
+    head = machine.git_commit().removesuffix("+dirty")
+    assert machine.has_commit(head)
+    assert machine.has_commit("0123abcd") is False
+    monkeypatch.setattr(machine, "_git", lambda _, verb, *rest: {"rev-parse": "true"}.get(verb))
+    monkeypatch.setattr(machine, "_checkout", lambda: ROOT)
+    assert machine.has_commit.__wrapped__("0123abcd") is None
+
+
 def test_the_commit_is_of_the_code_that_runs(checkout):
     home, git, commit_seen = checkout
     git("commit", "-q", "--allow-empty", "-m", "another repository")
