@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lra.errors import ConfigError
 
 MAX_VALUES = 100_000  # of one file, with the values that aliases repeat
+read_file = FileConfigSource.load_config  # Hydra's own, before `use_checked_files`
 
 
 def read_checked_file(source: Any, config_path: str) -> ConfigResult:
@@ -26,7 +27,7 @@ def read_checked_file(source: Any, config_path: str) -> ConfigResult:
     file = Path(source.path) / source._normalize_file_name(config_path)
     try:
         check_nodes(file)
-        return FileConfigSource.load_config(source, config_path)
+        return read_file(source, config_path)
     except ConfigLoadError:  # no such file
         raise
     except RecursionError:
@@ -42,7 +43,7 @@ def read_checked_file(source: Any, config_path: str) -> ConfigResult:
 
 def use_checked_files() -> None:
     """Makes Hydra read files through `read_checked_file`; may be called again."""
-    Plugins.instance()  # registers Hydra's classes, which it imports a second time
+    Plugins.instance()  # registers Hydra's classes, of which it may import copies
     SourcesRegistry.instance().types["file"].load_config = read_checked_file  # type: ignore
 
 
