@@ -31,6 +31,7 @@ Row = dict[str, Any]
 Curves = Float[np.ndarray, "seeds steps"]
 
 LOW = 1e3  # "reaches a low loss": 1/200 of the zero predictor's loss at L = 1,000
+RATE_COLORS = dict(zip(LRU_RATES, ("0.35", "0.65", *(f"C{i}" for i in range(6))), strict=True))
 TITLES = {
     "none": r"STU without $y_{t-2}$",
     "own": r"STU, eq. (4), own $y_{t-2}$",
@@ -113,16 +114,18 @@ def fig5(
         (f"STU {name}", stu, {"feedback": name, "filters": most}) for name in FEEDBACKS
     ]
     for axis, (name, runs, wanted) in zip(axes, [*shown, ("LRU", lru, {})], strict=True):
-        for color, rate in enumerate(LRU_RATES if name == "LRU" else RATES):
+        for rate in LRU_RATES if name == "LRU" else RATES:
             _, curves = best_run(runs, wanted | {"rate": rate})
             key = {"layer": name, "rate": rate}
-            options = {"color": f"C{color}", "label": f"rate {rate:g}"}
+            options = {"color": RATE_COLORS[rate], "label": f"rate {rate:g}"}
             rows += draw_curve(axis, curves, block, key, **options)
             ends.append(key | summary(curves, block))
         finish(axis)
-    for axis in axes[1:]:
         axis.get_legend().remove()
+    for axis in axes[1:]:
         axis.set_ylabel("")
+    handles = axes[-1].get_legend_handles_labels()  # of all rates
+    figure.legend(*handles, loc="outside lower center", ncols=len(LRU_RATES))
     names = [name for name, *_ in shown] + ["LRU"]
     reaching = {
         name: [e["rate"] for e in ends if e["layer"] == name and e["samples to low loss"]]
