@@ -90,7 +90,7 @@ def eigenvalue_powers(
     """lam^t, as exp(-nu t + i theta t), which is faster and more accurate than a complex power."""
     nu = jnp.where(setting.stable, jnp.exp(p["nu"]), p["nu"])
     theta = jnp.where(setting.log_phase, jnp.exp(p["theta"]), p["theta"])
-    times = exponents[:, None]
+    times = jnp.asarray(exponents)[:, None]
     return polar((times * nu[None]).ravel(), (times * theta[None]).ravel()).reshape(-1, len(nu))
 
 

@@ -14,19 +14,21 @@ from models.ops.filters import filter_recurrence, spectral_filters
 DECAY = np.pi**2 / 4  # of the bound: sigma_k <= GAMMA exp(-DECAY k / log L)
 GAMMA = 235_200.0
 THEOREM_C = 2e6  # "c <= 2 x 10^6" of theorem 3.1
+MEMORY_COLORS = {"input taps": "C1", "filters": "C0", "states of their recurrence": "C2"}
 RESOLVED = 1e-25  # smaller eigenvalues are not computed to a relative precision
 
 
 def fig1(length: int, filters: int) -> Output:
-    """The leading filters, over time and over the logarithm of time."""
+    """The leading filters: their first entries, and all entries over the logarithm of time."""
     sigma, phi = spectral_filters(length, filters)
-    figure, axes = panels([f"spectral filters, L = {length:,}", "the same, logarithmic time"])
+    figure, axes = panels([f"first entries of the filters, L = {length:,}", "all entries"])
     time = np.arange(1, length + 1)
     for axis in axes:
         for k in range(filters):
             label = rf"$\phi_{{{k + 1}}}$, $\sigma$ = {sigma[k]:.1e}"
             axis.plot(time, phi[:, k], label=label, color=f"C{k}")
         axis.set(xlabel="entry i", ylabel=r"$\phi_k(i)$")
+    axes[0].set_xlim(0, min(length, 60))
     axes[1].set_xscale("log")
     axes[1].legend()
     rows = [
@@ -66,8 +68,12 @@ def spectrum(lengths: tuple[int, ...], filters: int, tolerances: tuple[float, ..
         axes[1].plot(
             lengths, [row[f"K for {e:.0e}"] for row in needs], "o-", label=f"error {e:.0e}"
         )
-    axes[1].set(xscale="log", xlabel="L", ylabel="K", ylim=(0, None))
-    axes[1].legend(title=r"$\max_\alpha \|\mu(\alpha) - P_K \mu(\alpha)\|$")
+    axes[1].set(xscale="log", xlabel="L", ylabel="K", ylim=(0, 1.5 * filters))
+    axes[1].set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes[1].set_xticks([], minor=True)
+    axes[1].legend(
+        ncols=2, loc="upper left", title=r"$\max_\alpha \|\mu(\alpha) - P_K \mu(\alpha)\|$"
+    )
     numbers = {
         "largest sigma_k / bound": max(r["sigma"] / r["bound"] for r in rows if r["resolved"]),
         "decay of the bound * log L": DECAY,
@@ -117,26 +123,20 @@ def theory(
     figure, axes = panels(
         ["theorem 3.1: error of equation (4)", "memory that an error of 1e-3 needs"]
     )
-    for color, length in enumerate(lengths):
+    for number, length in enumerate(lengths):
         mine = [[r for r in rows if (r["L"], r["K"]) == (length, k)] for k in filters]
         worst_of = [max(r["error"] for r in some) for some in mine]
         least_of = [min(r["bound"] for r in some) for some in mine]
-        axes[0].semilogy(filters, worst_of, "o-", color=f"C{color}", label=f"L = {length:,}")
-        axes[0].semilogy(filters, least_of, "--", color=f"C{color}", lw=1)
+        axes[0].semilogy(filters, worst_of, "o-", color=f"C{number}", label=f"L = {length:,}")
+        axes[0].semilogy(filters, least_of, "--", color=f"C{number}", lw=1)
     axes[0].set(xlabel="K", ylabel="worst squared error (dashed: bound)")
     axes[0].legend()
     memory = memory_rows(max(lengths), 1e-3)
     gaps = [row["delta"] for row in memory]
-    for key, color in (
-        ("input taps", "C1"),
-        ("filters", "C0"),
-        ("states of their recurrence", "C2"),
-    ):
+    for key, color in MEMORY_COLORS.items():
         axes[1].loglog(gaps, [row[key] for row in memory], "o-", color=color, label=key)
     axes[1].axhline(max(lengths), color="0.5", lw=1, ls=":", label="L")
-    axes[1].set(
-        xlabel=r"spectral gap $\delta$", ylabel="numbers to remember for each input channel"
-    )
+    axes[1].set(xlabel=r"spectral gap $\delta$", ylabel="numbers held for each input")
     axes[1].invert_xaxis()
     axes[1].legend()
     return Output({"theory": rows, "memory": memory}, lemma_numbers(lengths, rows, rng), figure)

@@ -46,7 +46,7 @@ class Runs(NamedTuple):
 @lru_cache
 def train_stu(length: int, steps: int, seeds: int, filters: tuple[int, ...], most: int) -> Runs:
     """Every rate with each number of filters without feedback, and `most` filters with it."""
-    rows = [
+    rows: list[Row] = [
         {"feedback": feedback, "filters": k, "rate": rate}
         for feedback in FEEDBACKS
         for k in (filters if feedback == "none" else (most,))

@@ -109,7 +109,8 @@ def fig5(
     lru = tuned_lru(length, steps, seeds, settings)
     block = max(1, steps // 100)
     figure, axes = panels([*TITLES.values(), "LRU, tuned setting"], width=3.6, sharey=True)
-    rows, ends = [], []
+    rows: list[Row] = []
+    ends: list[Row] = []
     shown: list[tuple[str, Runs, Row]] = [
         (f"STU {name}", stu, {"feedback": name, "filters": most}) for name in FEEDBACKS
     ]
@@ -120,8 +121,7 @@ def fig5(
             options = {"color": RATE_COLORS[rate], "label": f"rate {rate:g}"}
             rows += draw_curve(axis, curves, block, key, **options)
             ends.append(key | summary(curves, block))
-        finish(axis)
-        axis.get_legend().remove()
+        finish(axis, legend=False)
     for axis in axes[1:]:
         axis.set_ylabel("")
     handles = axes[-1].get_legend_handles_labels()  # of all rates
@@ -248,7 +248,8 @@ def draw_curve(axis: Axes, curves: Curves, block: int, key: Row, **options: Any)
     return [key | dict(zip(names, row, strict=True)) for row in values]
 
 
-def finish(axis: Axes) -> None:
+def finish(axis: Axes, legend: bool = True) -> None:
     axis.set(yscale="log", ylim=(1, 1e7), xlabel="samples", ylabel="squared error, summed")
     axis.axhline(LOW, color="0.5", lw=0.8, ls=":")
-    axis.legend()
+    if legend:
+        axis.legend()
