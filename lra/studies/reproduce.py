@@ -51,14 +51,14 @@ QUICK_LDS = {"length": 40, "steps": 12, "seeds": 2, "filters": (1, 4), "most": 4
 STUDIES = {
     "fig1": Study(
         "the spectral filters",
-        "1 s",
+        "5 s",
         filters.fig1,
         {"length": 1000, "filters": 6},
         {"length": 64, "filters": 3},
     ),
     "spectrum": Study(
         "decay of sigma_k against its bound; filters that a tolerance needs against L",
-        "20 s",
+        "10 s",
         filters.spectrum,
         {
             "lengths": (256, 1024, 4096, 16_384),
@@ -69,7 +69,7 @@ STUDIES = {
     ),
     "fig3": Study(
         "one STU and one LRU layer on a marginally stable system; error against K",
-        "5 min with fig5 and fig6",
+        "4 min with fig5 and fig6",
         learning.fig3,
         LDS,
         QUICK_LDS,
@@ -86,14 +86,14 @@ STUDIES = {
     ),
     "gap": Study(
         "prediction error against the spectral gap, at an equal number of parameters",
-        "3 min",
+        "1 min",
         gap.gap,
         {"length": 16_384, "tests": 2, "lru_steps": 300, "kalman_steps": 1000, "seed": 0},
         {"length": 160, "tests": 1, "lru_steps": 2, "kalman_steps": 20, "seed": 0},
     ),
     "theory": Study(
         "theorems 3.1 and 5.1 and their lemmas, checked in numbers",
-        "20 s",
+        "10 s",
         filters.theory,
         {
             "lengths": (256, 1024),
