@@ -269,6 +269,22 @@ def parser() -> argparse.ArgumentParser:
     )
     add_allow_target(check)
 
+    studies = add(
+        "reproduce",
+        reproduce_command,
+        "make the figures of the STU paper; without a name, list them",
+    )
+    studies.add_argument("names", nargs="*", metavar="NAME", help="studies, or all")
+    studies.add_argument("--quick", action="store_true", help="tiny sizes, to try the command")
+    studies.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="a folder for each study is replaced below DIR (results/reproduce; with --quick "
+        "results/reproduce_quick)",
+    )
+    studies.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="also this")
+
     add("doctor", doctor_command, "versions, devices, data, W&B", parents=[data_root])
     return top
 
@@ -635,6 +651,19 @@ def suite_command(args: argparse.Namespace) -> int:
     make = suites.status if args.action == "status" else suites.make_suite_table
     print(render(make(suite, chosen), args.format), end="")
     return 1 if failures else 0
+
+
+def reproduce_command(args: argparse.Namespace) -> int:
+    from lra.studies.reproduce import ROOT, list_studies, reproduce
+
+    lines = (
+        reproduce(args.names, args.output, quick=args.quick, format=args.format)
+        if args.names
+        else list_studies(args.output or ROOT)
+    )
+    for line in lines:
+        print(line, flush=True)
+    return 0
 
 
 def doctor_command(args: argparse.Namespace) -> int:

@@ -97,6 +97,7 @@ EXPECTED = {  # what the output of each subcommand contains
     "data info": "1,024",
     "data verify": "listops",
     "data show": "label",
+    "reproduce": "spectrum",
 }
 
 
