@@ -147,9 +147,11 @@ class STU(MixerModule):
     ) -> Sequences:
         # rounding errors of the transforms are not causal: padding would change them
         x = jnp.where(mask[..., None], x, 0)
-        m_u, m_plus, m_minus = self.input_matrices()
+        m_minus = None if self.m_minus is None else self.m_minus[...]
         m_y = self.alpha if self.m_y is None else self.m_y[...]
-        y = stu(x, self.phi[...], self.sigma[...], m_u, m_plus, m_minus, m_y, lag=self.lag)
+        mix = None if self.preconditioner is None else self.preconditioner[...]
+        matrices = self.m_u[...], self.m_plus[...], m_minus, m_y
+        y = stu(x, self.phi[...], self.sigma[...], *matrices, lag=self.lag, mix=mix)
         return y if self.anticausal is None else y + apply_reversed(self.anticausal, x, mask)
 
     def inverse_moments(self, k_u: int, negative: bool, power: float) -> Float[Array, "J J"]:
@@ -160,7 +162,7 @@ class STU(MixerModule):
         return jnp.asarray(inverse_power(moments, power))
 
     def input_matrices(self) -> tuple[Array, Array, Array | None]:
-        """M_u, M+ and M- of equation (4), with the preconditioner applied."""
+        """M_u, M+ and M- of equation (4): the parameters mixed by the preconditioner."""
         m_minus = None if self.m_minus is None else self.m_minus[...]
         if self.preconditioner is None:
             return self.m_u[...], self.m_plus[...], m_minus

@@ -49,6 +49,7 @@ def stu(
     m_minus: Float[Array, "K D_in D_out"] | None = None,
     m_y: Float[Array, "k_y D_out D_out"] | float | None = None,
     lag: int = 1,
+    mix: Float[Array, "J J"] | None = None,
 ) -> Float[Array, "B L D_out"]:
     """The output of an STU, equations (4) to (6).
 
@@ -67,6 +68,8 @@ def stu(
         m_minus: None omits the sign-alternated filters, as the published CIFAR code does.
         m_y: None for no feedback; a number adds m_y y_{t-lag}; an array adds sum_j y_{t-lag(1+j)}
             m_y[j].
+        mix: replaces the J matrices in the order m_plus, m_minus, m_u by these combinations of
+            them. It is applied to the basis, so that matrices that cancel are never rounded.
     Returns:
         y in the dtype of u. With bfloat16 inputs the products have bfloat16 factors and float32
         sums; all else is float32.
@@ -92,6 +95,8 @@ def stu(
     basis = jnp.concatenate([delayed, jnp.eye(length, len(m_u), dtype=dtype)], axis=1)
     if isinstance(m_y, float):  # a fixed feedback acts on the basis, which is far smaller than y
         basis = scalar_feedback(basis[None], m_y, lag)[0]
+    if mix is not None:
+        basis = jnp.matmul(basis, mix.astype(dtype), precision=HIGHEST)
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
     wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])

@@ -257,8 +257,7 @@ def test_step_keeps_float32_states_and_the_dtype_of_its_input(name):
     )
 
 
-# preconditioned matrices of small features are large and cancel, which costs digits
-@pytest.mark.parametrize("name", [name for name in MODELS if "preconditioned" not in name])
+@pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_inputs_lose_no_more_than_rounding(name):
     made, mask = mixer(name), jnp.ones((2, LENGTH), bool)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, LENGTH, WIDTH)), jnp.bfloat16)
