@@ -215,7 +215,7 @@ class Pathfinder(PictureTask):
             seed.
     """
 
-    num_classes = 2
+    num_classes, classes = 2, ("separate", "connected")
 
     def __init__(
         self,
