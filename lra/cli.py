@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import NoReturn
 
 from lra.config.options import CONF
-from lra.errors import ConfigError, LraError, MismatchError
+from lra.errors import ConfigError, LraError, MismatchError, PreemptedError
 from lra.files import disk_errors
 from lra.runs.console import configure_logging, discard_stdout, printable
 from lra.train_command import train_command
@@ -40,17 +41,27 @@ COMPARE_HELP = """Compares models by the test predictions of their runs.
 
 Methods: docs/tables.md."""
 
-BENCH_HELP = """Measures speed and memory on this machine.
-
-  data         preparation of the tasks' data, batches on the host
-  ops          operations of the models beside the published order of the same computation
-  trainer      training steps of `lra train` beside a bare jitted step, and the time of a start;
-               KEY=VALUE as for lra train choose the config
-  efficiency   speed and memory of models over lengths;
-               'models=[A,B]' 'seq_lens=[N,M]' batch_size=N, or preset=lru_paper;
-               train.KEY=VALUE sets a key of the config that is trained
-
-Docs: docs/speed.md."""
+BENCH_SUITES = {
+    "data": (
+        "preparation of the tasks' data, batches on the host",
+        "Measures without JAX: reading and packing examples, generators, batches on the host.",
+    ),
+    "ops": (
+        "operations of the models beside the published order of the same computation",
+        "Measures time and memory of STU, recurrences and attention, forward and backward.",
+    ),
+    "trainer": (
+        "training steps of `lra train` beside a bare jitted step, and the time of a start",
+        "Measures the same steps four ways; KEY=VALUE as for `lra train` choose the config.",
+    ),
+    "efficiency": (
+        "speed and memory of models over lengths",
+        "Measures one cell for each model and length, each in a process of its own.\n\n"
+        "  lra bench efficiency 'models=[stu,lru]' 'seq_lens=[1024,2048]' batch_size=8\n"
+        "  lra bench efficiency preset=lru_paper --output lru_paper.json\n\n"
+        "train.KEY=VALUE sets a key of the config that is trained.",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = args.run(args)
         sys.stdout.flush()
         return code
+    except PreemptedError as stop:  # not an error: the same command continues
+        log.info("%s", stop)
+        return stop.exit_code
     except LraError as error:
         log.error("%s", error)
         return error.exit_code
@@ -77,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "the same command continues after its finished parts"
         if argv[:1] == ["train"]:
             hint = "the same command with resume=auto continues from the last checkpoint, if any"
-        log.error("%s", str(error) or f"interrupted; {hint}")
+        log.info("%s", str(error) or f"interrupted; {hint}")
         return 130
     except BrokenPipeError:  # lra table | head
         discard_stdout()
@@ -102,8 +116,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+class Parser(argparse.ArgumentParser):
+    """Adds the nearest valid word to the error for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.search(r"invalid choice: '(.*?)'( \(choose from (.*)\))", message):
+            from lra.config.messages import nearest
+
+            hint = nearest(match[1], re.findall(r"[\w-]+", match[3]))
+            message = message.replace(match[2], f"{hint}{match[2]}")
+        super().error(message)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="lra", description="Long Range Arena in JAX.")
+    top = Parser(prog="lra", description="Long Range Arena in JAX.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     add = partial(add_command, commands)
 
@@ -221,28 +247,28 @@ def parser() -> argparse.ArgumentParser:
         default=Path(os.environ.get("LRA_DATA", "data")),
         help="data folder ($LRA_DATA, else data)",
     )
-    bench = add(
-        "bench",
-        bench_command,
-        "measure speed and memory on this machine",
-        parents=[data_root],
-        description=BENCH_HELP,
-    )
-    bench.add_argument("suite", choices=("data", "ops", "trainer", "efficiency"))
-    bench.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="trainer: the config to train; efficiency: keys of conf/bench/efficiency.yaml",
-    )
-    bench.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help="write the result as JSON; efficiency writes bench_efficiency.json by default, "
-        "with .md, .tex and .png beside it",
-    )
-    bench.add_argument("--fresh", action="store_true", help="efficiency: measure every cell again")
+    bench = commands.add_parser("bench", help="measure speed and memory on this machine")
+    suites = bench.add_subparsers(metavar="SUITE", required=True)
+    for name, (about, details) in BENCH_SUITES.items():
+        description = f"{details}\n\nDocs: docs/speed.md."
+        parents = [data_root] if name == "data" else []
+        suite = add_command(
+            suites, name, bench_command, about, parents=parents, description=description
+        )
+        suite.set_defaults(suite=name)
+        suite.add_argument(
+            "--output",
+            metavar="FILE",
+            type=Path,
+            help="write the result as JSON"
+            + (" (bench_efficiency.json), .md, .tex and .png" * (name == "efficiency")),
+        )
+        if name in ("trainer", "efficiency"):
+            where = "of `lra train`" if name == "trainer" else "of conf/bench/efficiency.yaml"
+            suite.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"keys {where}")
+        if name == "efficiency":
+            suite.set_defaults(run=efficiency_command)
+            suite.add_argument("--fresh", action="store_true", help="measure every cell again")
 
     suite = add("suite", suite_command, "the same tasks, tuning and seeds for every model")
     suite.add_argument("action", choices=("list", "run", "status", "table"))
@@ -512,12 +538,12 @@ def composed(args: argparse.Namespace) -> Iterator[tuple]:
 
 
 def prepared(args: argparse.Namespace, **changes) -> Iterator[tuple]:
-    """Yields (task, store, data root) of each named task; prepares its data if missing.
+    """Yields (config, task, store) of each named task; prepares its data if missing.
 
     `changes` are other arguments of `lra.data.store.prepare` than those of the config.
     """
     for cfg, task in composed(args):
-        yield task, prepared_store(cfg, task, **changes), Path(cfg.data.root)
+        yield cfg, task, prepared_store(cfg, task, **changes)
 
 
 def prepared_store(cfg, task, **changes):
@@ -534,10 +560,11 @@ def data_prepare(args: argparse.Namespace) -> int:
     for _, task in composed(args) if args.export else ():
         if type(task).export is Task.export:  # the task has no file format
             task.export({}, args.export)  # raises before the preparation
-    for task, store, root in prepared(args):
+    for cfg, task, store in prepared(args):
+        root, what = Path(cfg.data.root), f"{task.name}, protocol {cfg.protocol.name}"
         counts = ", ".join(f"{name} {len(split):,}" for name, split in store.splits.items())
         partial_data = ", PARTIAL" if store.manifest["partial"] else ""
-        print(f"{task.name}: {store.manifest['source']}{partial_data}, {counts}, in {store.path}")
+        print(f"{what}: {store.manifest['source']}{partial_data}, {counts}, in {store.path}")
         for note in store.manifest["notes"]:
             print(printable(f"  note: {note}"))
         if args.tfds:
@@ -560,7 +587,7 @@ def data_verify(args: argparse.Namespace) -> int:
     from lra.data.inspect import verify_lines
 
     code = 0
-    for task, store, _ in prepared(args, verify="never"):  # verify_lines lists what is wrong
+    for _, task, store in prepared(args, verify="never"):  # verify_lines lists what is wrong
         for line, problem in verify_lines(task, store):
             print(printable(line))
             code = 3 if problem else code
@@ -594,15 +621,6 @@ def data_show(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    if args.suite == "efficiency":
-        return efficiency_command(args)
-    if args.fresh:
-        raise ConfigError("--fresh is for lra bench efficiency; the other suites keep nothing")
-    if args.overrides and args.suite != "trainer":
-        raise ConfigError(
-            f"lra bench {args.suite} takes no {args.overrides[0]}; "
-            f"trainer and efficiency take KEY=VALUE words"
-        )
     from lra.bench import measurement
 
     if args.suite == "data":  # measured without JAX

@@ -125,10 +125,11 @@ def sweep_job(cfg) -> None:
     configure_logging()  # a launcher may call this in a new process
     try:
         run_job(cfg)
+    except PreemptedError as stop:
+        log.info("%s", stop)
+        sys.exit(stop.exit_code)
     except LraError as error:
         log.error("%s", error)
-        if isinstance(error, PreemptedError):
-            sys.exit(error.exit_code)
         raise type(error)(
             "a run of the sweep failed, see above; the table counts those that finished"
         ) from None

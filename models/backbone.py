@@ -213,9 +213,37 @@ class Backbone(nnx.Module):
         return self.head(jnp.concatenate(combined, axis=-1))
 
     def features(
-        self, inputs: Array, lengths: Int[Array, " B"], *, train: bool, rngs: nnx.Rngs | None
+        self,
+        inputs: Array,
+        lengths: Int[Array, " B"],
+        *,
+        train: bool = False,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "B *T D"]:
         """The pooled features of each sequence, or the features of its last T positions."""
+        (*_, x), mask = self._residual_stream(inputs, lengths, train, rngs)
+        x = x.astype(jnp.float32)  # the mean over thousands of positions loses digits in bfloat16
+        if self.final_norm is not None:
+            x = self.final_norm(x, mask, train=train)
+        return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
+
+    def layers(
+        self, inputs: Array, lengths: Int[Array, "*B"]
+    ) -> list[Float[Array, "B *pair length D"]]:
+        """Hidden features of a batch: of the encoder with its positions, then after each block.
+
+        Each is (B, L, D), or (B, 2, L, D) for pairs; with `pool=cls` the class token is in front,
+        so that there are L + 1 positions. Those at padding have no meaning.
+        """
+        pair = () if self.pair_head is None else (2,)
+        flat = inputs.reshape(-1, *inputs.shape[1 + len(pair) :])
+        found, _ = self._residual_stream(flat, lengths.reshape(-1), False, None)
+        return [x.reshape(-1, *pair, *x.shape[1:]) for x in found]
+
+    def _residual_stream(
+        self, inputs: Array, lengths: Int[Array, " B"], train: bool, rngs: nnx.Rngs | None
+    ) -> tuple[list[Sequences], Mask]:
+        """The input of the first block and the output of each, and the mask of real positions."""
         if inputs.shape[1] != self.seq_len:
             raise ValueError(
                 f"inputs have length {inputs.shape[1]}, the model was built for "
@@ -241,12 +269,10 @@ class Backbone(nnx.Module):
         if train and self.remat != "none":
             policy = getattr(jax.checkpoint_policies, REMATS[self.remat])
             apply = nnx.remat(apply, policy=policy)
+        stream = [x]
         for block in self.blocks:
-            x = apply(block, x, visible, rngs)
-        x = x.astype(jnp.float32)  # the mean over thousands of positions loses digits in bfloat16
-        if self.final_norm is not None:
-            x = self.final_norm(x, mask, train=train)
-        return pool(x, mask, self.pool) if self.num_targets == 1 else x[:, -self.num_targets :]
+            stream.append(apply(block, stream[-1], visible, rngs))
+        return stream, mask
 
 
 def mega_init(model: Backbone, rngs: nnx.Rngs) -> None:

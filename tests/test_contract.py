@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from configured_task import configured_task
 from flax import nnx
 from hydra.utils import get_class
 
@@ -16,7 +17,7 @@ import lra
 from lra.config.build import build_task, constructor_arguments, data_arguments, model_builder
 from lra.config.cost import abstract_model, cost, parameters, state_size
 from lra.config.options import options
-from lra.data.store import prepare
+from lra.data.store import pack, prepare
 from lra.errors import ConfigError, DataError
 from lra.runs.records import read_record
 from lra.tasks.base import SPLITS
@@ -366,6 +367,7 @@ def test_task_has_its_name_and_distinct_tokens(name, protocol):
     task = build_task(lra.compose([f"task={name}", f"protocol={protocol}"]))
     assert task.name == name
     assert task.vocab is None or len(set(task.vocab)) == len(task.vocab)
+    assert task.classes is None or len(task.classes) == task.num_classes
 
 
 def small_task(name, publishers, *overrides):
@@ -381,6 +383,47 @@ def skip_without_files(task):
         task.source_files()
     except DataError as error:
         pytest.skip(f"needs the publisher's files: {error}")
+
+
+@pytest.mark.parametrize("protocol", ["s4", "lra2020"])
+@pytest.mark.parametrize("name", TASKS)
+def test_text_or_picture_is_encoded_as_the_example_is_stored(name, protocol, publishers):
+    task = configured_task(name, protocol, publishers)
+    skip_without_files(task)
+    examples = list(task.first_examples("train", 2))
+
+    def own(sequence):
+        if task.picture_shape is None:
+            return task.to_text(sequence)
+        return sequence.reshape(*task.picture_shape, *sequence.shape[1:])
+
+    sides = [e.inputs if task.dual else (e.inputs,) for e in examples]
+    owned = [tuple(map(own, side)) for side in sides]
+    inputs, lengths = task.encode(*(owned if task.dual else [side[0] for side in owned]))
+    packed = pack(task, examples)
+    np.testing.assert_array_equal(inputs, task.decode(jnp.asarray(packed.inputs)))
+    np.testing.assert_array_equal(lengths, packed.lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "message"),
+    [
+        ("copy", "0 1 x", "unknown token 'x'; expected some of . [?] 0 1"),
+        ("copy", "0 1", "a sequence of length 2; expected 64 to 64"),
+        ("listops", "[MAX 2 9", "listops: .*; expected .MAX 2 9"),
+        ("listops", "[MAX 2 1x ]", "unknown token '1x'"),
+        ("listops", "", "listops: "),
+        ("listops_short", "[MAX " + "1 " * 200 + "]", "length 203; expected 1 to 136"),
+        ("retrieval", "one document", "expected a tuple of two sequences"),
+        ("image", np.zeros((32, 32)), r"found an array \(32, 32\) of float64"),
+        ("scifar", np.zeros((32, 32), int), r"expected \(32, 32, 3\) of whole numbers"),
+        ("pathfinder", np.full((32, 32), 256), "from 0 to 255"),
+    ],
+)
+def test_own_example_of_another_form_is_refused(name, example, message):
+    with pytest.raises(DataError, match=message) as caught:
+        configured_task(name).encode(example)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -171,6 +171,36 @@ def test_python_example_of_the_data_page(data_root, tmp_path, monkeypatch):
     assert names["train"][0]["inputs"].shape == (32,)
 
 
+def test_python_examples_of_the_python_page(workspace, data_root, monkeypatch, capsys):
+    code = "".join(blocks("docs/python.md", "python"))
+    overrides = [*SMALL, f"data.root={data_root}"]
+    monkeypatch.chdir(workspace)
+    names: dict = {}
+    exec(
+        code.replace(
+            '"listops_short")["test"]', f'"listops_short", "strict", {overrides})["test"]'
+        ),
+        names,
+    )
+    assert "runs/listops_short/lru/" in (out := capsys.readouterr().out)
+    assert "| lru" in out
+    assert names["logits"].shape == (8, 10)
+    assert [x.shape[:2] for x in names["hidden"]] == [(2, names["task"].seq_len)] * 3
+    assert names["pooled"].shape == (2, names["hidden"][0].shape[2])
+
+
+@pytest.mark.slow
+def test_notebook_runs(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRA_DATA", str(data_root))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in json.loads(text_of("notebooks/quickstart.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["record"]["status"] == "finished"
+    assert names["hidden"][-1].shape == (1, names["task"].seq_len, 32)
+
+
 @pytest.mark.parametrize(
     ("suite", "page"), [("data", "data.md"), ("ops", "speed.md"), ("trainer", "speed.md")]
 )

@@ -6,7 +6,7 @@ from functools import reduce
 from omegaconf import OmegaConf
 
 from lra.config.compose import composed
-from lra.config.messages import nearest
+from lra.config.messages import nearest_key
 from lra.config.rules import format_value
 from lra.config.schema import KEYS
 from lra.errors import ConfigError
@@ -18,9 +18,10 @@ def describe_keys(prefixes: Sequence[str] = ()) -> str:
     for prefix in prefixes:
         below = [key for key in KEYS if f"{key}.".startswith(f"{prefix}.")]
         if not below:
+            hint = nearest_key(prefix, list(KEYS))
             raise ConfigError(
-                f"unknown key {prefix}{nearest(prefix, list(KEYS))}; `lra keys` lists the keys of "
-                "the harness, conf/task and conf/model the arguments of tasks and models"
+                f"unknown key {prefix}{hint}; `lra keys` lists the keys of the harness, conf/task "
+                "and conf/model the arguments of tasks and models"
             )
         chosen |= dict.fromkeys(below)
     with composed() as (cfg, _):

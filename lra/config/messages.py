@@ -20,6 +20,18 @@ from lra.config.options import (
 )
 from lra.errors import ConfigError
 
+# Names that other code gives to our keys. The edit distance of learning_rate is least to lr_end.
+OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), "lr"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **{"beta1": "b1", "beta2": "b2", "epsilon": "eps", "warmup_steps": "warmup"},
+    **dict.fromkeys(("max_steps", "num_steps", "train_steps", "epochs", "max_epochs"), "steps"),
+    **dict.fromkeys(("bs", "bsz", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("eval_interval", "eval_steps", "val_check_interval"), "eval_every"),
+    **dict.fromkeys(("num_layers", "n_layers", "layers", "num_blocks"), "depth"),
+    **dict.fromkeys(("hidden_size", "hidden_dim", "d_model", "dim"), "width"),
+}
+
 # found in the messages of ValueErrors that Hydra raises for its input
 HYDRA_INPUT = re.compile(
     "Invalid defaults list|can only be used in conjunction with|Only one of --|Exceeds the limit"
@@ -76,7 +88,7 @@ def unknown_key(key: str, overrides: Sequence[str]) -> str:
             names = dict.fromkeys(path.split(".")[1] for path in own if "." in path)
             arguments = [n for n in names if n[0] != "_" and n not in NOT_ARGUMENTS]
             return f"{group}={option} has no {name}; it has: {', '.join(arguments)}"
-    hint = nearest(key, [other for other in known if other != key])
+    hint = nearest_key(key, [other for other in known if other != key])
     return f"unknown key {key}{hint}; `lra train --help` lists the groups, --cfg job all keys"
 
 
@@ -113,10 +125,23 @@ def unknown_option(group: str, option: str) -> str:
     return f"unknown {group}={option}{nearest(option, known)}; expected one of: {', '.join(known)}"
 
 
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """`nearest`, but keys of this name in any section, or of one for the same thing, come first."""
+    name = key.rpartition(".")[2]
+    settable = [other for other in known if not set(other.split(".")[1:2]) & set(NOT_ARGUMENTS)]
+    for own in (name, OTHER_NAMES.get(name)):
+        if same := [other for other in settable if other.rpartition(".")[2] == own]:
+            return did_you_mean(same[:2])
+    return nearest(key, known)
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint such as " (did you mean listops?)", or nothing."""
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return did_you_mean(difflib.get_close_matches(word, known, n=2, cutoff=0.6))
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 @cache

@@ -252,7 +252,9 @@ KEYS: Mapping[str, Key] = {
     "trainer.deterministic": Key(
         "Whether to use only GPU operations that repeat bit for bit; slower.", SWITCH, "speed",
     ),
-    "trainer.eval_every": Key("Steps between evaluations; null: steps / 20.", count(None)),
+    "trainer.eval_every": Key(
+        "Steps between evaluations; null: steps / 20, but at least 100.", count(None),
+    ),
     "trainer.early_stopping": Key(
         "Number of evaluations without a better validation accuracy that ends a run; null: never.",
         count(None),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -158,7 +160,8 @@ def generated_rows(task: Task, name: str, count: int, data_root: Path) -> Split 
 
 
 def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]:
-    """The first examples of a split as readable text."""
+    """The first examples of a split as readable text, folded at the width of the terminal."""
+    width = shutil.get_terminal_size((100, 24)).columns
     for row in range(min(count, len(split))):
         inputs, lengths = split.inputs[row], np.atleast_1d(split.lengths[row])
         sides = inputs if task.dual else inputs[None]
@@ -166,8 +169,20 @@ def show_lines(task: Task, name: str, split: Split, count: int) -> Iterator[str]
             task.to_text(side[:length]) for side, length in zip(sides, lengths, strict=True)
         )
         gap = "\n" if task.picture_shape else " "
-        shown = f"{task.name} {name} {row} label {np.array2string(split.labels[row])}:{gap}{text}"
-        yield "\n".join(map(printable, shown.split("\n")))
+        shown = f"{task.name} {name} {row} label {task.label_text(split.labels[row])}:{gap}{text}"
+        lines = map(printable, shown.split("\n"))
+        yield "\n".join(lines if task.picture_shape else (_folded(line, width) for line in lines))
+
+
+def _folded(line: str, width: int) -> str:
+    wrapper = textwrap.TextWrapper(
+        width,
+        subsequent_indent="  ",
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_on_hyphens=False,
+    )
+    return wrapper.fill(line)
 
 
 def write_sheet(task: Task, split: Split, count: int, file: Path) -> Path:
@@ -188,7 +203,9 @@ def write_sheet(task: Task, split: Split, count: int, file: Path) -> Path:
         x, y = i % SHEET_COLUMNS * cell_width, i // SHEET_COLUMNS * cell_height
         size = (width * scale, height * scale)
         sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
-        draw.text((x + 2, y + size[1] + 2), f"label {split.labels[i]}", fill="black")
+        draw.text(
+            (x + 2, y + size[1] + 2), f"label {task.label_text(split.labels[i])}", fill="black"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file, "PNG")
     return file

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from lra.config.build import build_task, check_recorded_targets, data_arguments
@@ -17,6 +18,7 @@ from lra.data.store import Split, Store, prepare
 from lra.errors import ConfigError, DataError, LraError, MismatchError, RunFolderError
 from lra.runs import records
 from lra.runs.progress import preparing
+from lra.tasks.base import Task
 from lra.training.checkpoint import Checkpoints, check_metadata
 from lra.training.determinism import use_deterministic_ops
 from lra.training.evaluation import predict, sample_rows, score
@@ -212,6 +214,21 @@ class SavedRun:
             raise LraError(
                 f"out of memory at trainer.eval_batch_size={size}; set it lower"
             ) from error
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    weights: str | None = None,
+    overrides: Sequence[str] = (),
+    allow_targets: Sequence[str] = (),
+) -> tuple[Any, Task]:
+    """The trained model of a run (an `nnx.Module`) and its task; the arguments of `SavedRun`.
+
+    Its inputs are those of `task.encode`, or of `task.decode` for a split.
+    """
+    run = SavedRun(Path(folder), overrides, weights=weights, allow_targets=allow_targets)
+    return nnx.merge(run.setup.graph, *run.weights, run.setup.constants), run.task
 
 
 def resolved_config(record: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:

@@ -16,7 +16,7 @@ from lra.runs.console import discard_stdout
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY_S = 10.0  # between two messages about a long preparation without a terminal
+LOG_EVERY_S = 10.0  # between two messages about long work without a terminal
 
 
 class Screen(Console):
@@ -32,7 +32,9 @@ class Reporter:
 
     def __init__(self, steps: int, batch_size: int, *, live: bool, quiet: bool = False):
         self.steps, self.batch_size = steps, batch_size
-        self.training = ""  # training columns of the next evaluation line
+        self.training = ""  # training columns of the next line
+        self.trained = False  # whether a call after the first, which compiles, was timed
+        self.printed = time.monotonic()  # when the last line was printed
         # no wrapping in a pipe or a log file
         self.console = Screen(highlight=False, soft_wrap=not Console().is_terminal, quiet=quiet)
         self.print = self.console.print
@@ -40,7 +42,7 @@ class Reporter:
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
-            TextColumn("{task.fields[rate]:.0f} examples/s"),
+            TextColumn("{task.fields[rate]:.3g} steps/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -93,23 +95,42 @@ class Reporter:
         )
 
     def advance(self, step: int, done: int, seconds: float, metric_sums) -> None:
-        """Updates the bar after `done` steps; `metric_sums` holds loss, correct and count."""
+        """Updates the bar after `done` steps; `metric_sums` holds loss, correct and count.
+
+        Without a bar, prints a line if the next call would end more than `LOG_EVERY_S` seconds
+        after the last line.
+        """
         loss, correct, count = (float(x) for x in metric_sums)
-        rate = done * self.batch_size / seconds
+        rate = done / seconds
         self.bar.update(
             self.row, completed=step, loss=loss / count, accuracy=correct / count, rate=rate
         )
-        left = datetime.timedelta(seconds=round((self.steps - step) * self.batch_size / rate))
-        self.training = (
-            f"loss {loss / count:.3f} accuracy {correct / count:.3f}  "
-            f"{rate:,.0f} examples/s  {left} left"
+        left = datetime.timedelta(seconds=round((self.steps - step) / rate))
+        speed = f"{rate:.3g} steps/s  {rate * self.batch_size:,.0f} examples/s  {left} left"
+        self.training = f"loss {loss / count:.3f} accuracy {correct / count:.3f}  " + (
+            speed if self.trained else f"first call {seconds:.1f} s"
         )
+        self.trained = True
+        if not self.bar.live.is_started and time.monotonic() + seconds - self.printed > LOG_EVERY_S:
+            self._line(step)
+
+    def _line(self, step: int, more: str = "") -> None:
+        self.printed = time.monotonic()
+        self.print(f"step {step:>6}/{self.steps}  {self.training}{more}")
+
+    def predicting(self, name: str, done: int, count: int) -> None:
+        """Prints how many examples of a split are scored, after `LOG_EVERY_S` without a line."""
+        now = time.monotonic()
+        if not self.bar.live.is_started and now - self.printed > LOG_EVERY_S:
+            self.printed = now
+            self.print(f"scoring {name}: {done:,} of {count:,} examples")
 
     def evaluation(self, step: int, result: dict, improved: bool) -> None:
         """Prints one evaluation; a star marks the best weights so far."""
-        self.print(
-            f"step {step:>6}/{self.steps}  {self.training}  validation loss {result['loss']:.3f} "
-            f"accuracy {result['accuracy']:.3f}{' *' if improved else ''}"
+        self._line(
+            step,
+            f"  validation loss {result['loss']:.3f} accuracy {result['accuracy']:.3f}"
+            f"{' *' if improved else ''}",
         )
 
     def scoring(self, count: int, stopped_early: dict | None) -> None:

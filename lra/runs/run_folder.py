@@ -43,6 +43,7 @@ class RunFolder(AbstractContextManager):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
@@ -59,6 +60,15 @@ class RunFolder(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def remove_if_empty(self) -> None:
+        """Removes the folder, and the parents that it made, if nothing but the lock is in them."""
+        with suppress(OSError):  # rmdir of a folder that is not empty
+            self.check_lock()
+            if os.listdir(self.path) == [LOCK]:
+                os.unlink(self.path / LOCK)
+                for folder in self._made:
+                    folder.rmdir()
 
     def check_lock(self) -> None:
         """Raises RunFolderError if run.lock was removed: another run may then write here."""

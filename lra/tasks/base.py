@@ -54,6 +54,7 @@ class Task(abc.ABC):
     name: str
     inputs: str  # the encoding, as part of the packed store's name
     num_classes: int
+    classes: tuple[str, ...] | None = None  # name of each class; None if its number is its name
     seq_len: int  # L: the padded length that a model sees
     vocab: tuple[str, ...] | None  # token of each id, 0 is padding; None if the inputs are values
     dual: bool = False  # two sequences per example, as in Retrieval
@@ -168,6 +169,59 @@ class Task(abc.ABC):
         The input is ids (B, ..., L) here; a task of values returns floats (B, ..., L, F).
         """
         return inputs.astype(jnp.int32)
+
+    def label_text(self, label: Any) -> str:
+        """A stored label, with the name of its class if the classes have names."""
+        text = np.array2string(np.asarray(label))
+        return text if self.classes is None else f"{text} ({self.classes[int(label)]})"
+
+    def parse(self, example: Any) -> np.ndarray:
+        """The stored form of one sequence of one's own, without padding; inverse of `to_text`.
+
+        Takes tokens of `vocab` separated by blanks; a task with another form of text, or of
+        pictures, overrides it.
+
+        Raises:
+            DataError: another form than that of the task.
+        """
+        ids = {token: i for i, token in enumerate(self.vocab or ())}
+        words = str(example).split()
+        if unknown := [word for word in words if word not in ids]:
+            raise DataError(
+                f"{self.name}: unknown token {unknown[0]!r}; expected some of "
+                f"{' '.join(list(ids)[1:20])}{' ...' * (len(ids) > 20)}"
+            )
+        return np.array([ids[word] for word in words], np.int64)
+
+    def encode(self, *examples: Any) -> tuple[jax.Array, jax.Array]:
+        """Inputs and lengths of examples of one's own, as `model(inputs, lengths)` takes them.
+
+        Args:
+            examples: as `parse` takes them; for a task of pairs, tuples of two.
+
+        Raises:
+            DataError: an example has another form than those of the task, or is too long.
+        """
+        sides = 2 if self.dual else 1
+        features = (self.num_features,) if self.num_features > 1 else ()
+        inputs = np.zeros((len(examples), sides, self.seq_len, *features), np.int32)
+        lengths = np.zeros(inputs.shape[:2], np.int32)
+        for row, example in enumerate(examples):
+            pair = example if self.dual else (example,)
+            if not isinstance(pair, (tuple, list)) or len(pair) != sides:
+                raise DataError(f"{self.name}: expected a tuple of two sequences for each example")
+            for side, sequence in enumerate(pair):
+                found = self.parse(sequence)
+                least = self.seq_len if self.num_targets > 1 else 1
+                if not least <= len(found) <= self.seq_len:
+                    raise DataError(
+                        f"{self.name}: a sequence of length {len(found)}; expected {least} to "
+                        f"{self.seq_len}"
+                    )
+                inputs[row, side, : len(found)], lengths[row, side] = found, len(found)
+        if not self.dual:
+            inputs, lengths = inputs[:, 0], lengths[:, 0]
+        return self.decode(jnp.asarray(inputs)), jnp.asarray(lengths)
 
     def to_text(self, inputs: np.ndarray) -> str:
         """One stored example without padding, as readable text."""

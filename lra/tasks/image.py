@@ -31,6 +31,11 @@ from lra.tasks.pictures import PictureTask, cut, decode_png
 
 SHAPE = (32, 32)
 NUM_CLASSES = 10
+# label_names of the publisher's batches.meta
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 SIZES = {"train": 45_000, "val": 5_000, "test": 10_000}
 FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 PICTURES_PER_BLOCK = 1000  # converted to grey at once; bounds the memory
@@ -60,7 +65,7 @@ class Cifar10(PictureTask):
     """
 
     source = "release"
-    num_classes = NUM_CLASSES
+    num_classes, classes = NUM_CLASSES, CLASSES
     tfds_name = "cifar10"
     publisher = Source(
         "CIFAR-10",

@@ -268,6 +268,15 @@ class ListOps(Task):
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"inputs": self.inputs}
 
+    def parse(self, example: str) -> UInt8[np.ndarray, " L"]:
+        """Ids of a list such as "[MAX 2 9 [MIN 4 7 ] 0 ]"; a release's parentheses are ignored."""
+        try:
+            tokens = parse_text(str(example).removesuffix("<eos>"))
+            evaluate(tokens)
+        except ValueError as error:
+            raise DataError(f"{self.name}: {error}; expected [MAX 2 9 [MIN 4 7 ] 0 ]") from None
+        return encode(tokens, self.inputs)
+
     def export(self, splits: Mapping[str, Any], folder: str | Path) -> Path:
         """Write packed splits as the release's files; raises LraError if one of them exists."""
         for name in splits:

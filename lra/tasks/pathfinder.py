@@ -216,7 +216,7 @@ class Pathfinder(PictureTask):
         pool: see `PictureTask`.
     """
 
-    num_classes = 2
+    num_classes, classes = 2, ("separate", "connected")
 
     def __init__(
         self,

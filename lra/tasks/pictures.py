@@ -95,6 +95,18 @@ class PictureTask(Task):
         flat = (count, -1, features) if features > 1 else (count, -1)
         return means.astype(np.uint8).reshape(flat)
 
+    def parse(self, example: Any) -> UInt8[np.ndarray, "*pixels"]:
+        """The pixels of a picture: an array (H, W), or (H, W, 3) in colour, of integers 0..255."""
+        pixels = np.asarray(example)
+        shape = (*self.picture_shape, *(self.num_features,)[: self.num_features > 1])
+        is_valid = pixels.shape == shape and np.issubdtype(pixels.dtype, np.integer)
+        if not is_valid or pixels.min() < 0 or pixels.max() > 255:
+            raise DataError(
+                f"{self.name}: found an array {pixels.shape} of {pixels.dtype}; expected {shape} "
+                "of whole numbers from 0 to 255"
+            )
+        return pixels.astype(np.uint8).reshape(self.seq_len, *shape[2:])
+
     def to_text(self, inputs: np.ndarray) -> str:
         """The picture in ten shades, 64 characters wide; a character shows its brightest pixel."""
         height, width = self.picture_shape

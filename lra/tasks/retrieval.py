@@ -48,7 +48,7 @@ class Retrieval(Task):
         seq_len: padded length of each document; None for the protocols' own.
     """
 
-    num_classes = 2
+    num_classes, classes = 2, ("no citation", "citation")
     dual = True
     vocab: tuple[str, ...]
     source = "release"
@@ -119,6 +119,10 @@ class Retrieval(Task):
 
     def packed(self) -> None:
         self._ids = {}
+
+    def parse(self, example: str) -> Integer[np.ndarray, " L"]:
+        """Ids of a document, cut at its end if it is too long."""
+        return self.encoding.encode(str(example).encode(), self.seq_len)
 
     def to_text(self, inputs: Integer[np.ndarray, "*pair L"]) -> str:
         """One document, or the two of a pair separated by a line of dashes."""

@@ -55,7 +55,7 @@ class Text(Task):
         seq_len: padded length; None for the protocol's own.
     """
 
-    num_classes = 2
+    num_classes, classes = 2, CLASSES
     vocab: tuple[str, ...]
     source = "release"
     tfds_name = "imdb_reviews/plain_text"
@@ -114,6 +114,10 @@ class Text(Task):
 
     def packed(self) -> None:
         self._train = []
+
+    def parse(self, example: str) -> Integer[np.ndarray, " L"]:
+        """Ids of a review, cut at its end if it is too long."""
+        return self.encoding.encode(str(example).encode(), self.seq_len)
 
     def to_text(self, inputs: Integer[np.ndarray, " L"]) -> str:
         return self.encoding.decode(inputs)

@@ -36,6 +36,7 @@ def predict(
     inputs: jax.Array | np.ndarray,
     lengths: jax.Array | np.ndarray,
     batch_size: int,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """Returns the float32 logits (n, C) or (n, T, C) of all examples, in order.
 
@@ -47,13 +48,17 @@ def predict(
         inputs: inputs (n, ...) of the split, on the device or on the host.
         lengths: lengths (n,) of the inputs.
         batch_size: number of examples B of a call.
+        on_progress: called with the number of examples whose logits are known.
     """
     count = len(lengths)
-    batches = []
+    batches: list[Any] = []
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
         rows = np.where(rows < count, rows, 0)
         batches.append(apply(inputs[rows], lengths[rows]))  # asynchronous: keeps the device busy
+        if start:
+            batches[-2] = np.asarray(batches[-2], np.float32)
+            on_progress(start)
     return np.concatenate([np.asarray(batch, np.float32) for batch in batches])[:count]
 
 

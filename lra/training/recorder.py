@@ -17,7 +17,14 @@ from omegaconf import DictConfig
 from lra.config.compose import run_config, to_container
 from lra.config.rules import parse_duration
 from lra.data.store import Store
-from lra.errors import DivergedError, LraError, PreemptedError, RunFolderError
+from lra.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    LraError,
+    PreemptedError,
+    RunFolderError,
+)
 from lra.runs import records, sanity
 from lra.runs.machine import git_commit, peak_bytes, versions
 from lra.runs.progress import Reporter
@@ -271,7 +278,13 @@ class Recorder:
         self.reporter.finished(self.record, self.tracker.sync_hint)
 
     def fail(self, error: BaseException) -> None:
-        """Writes the error that ends the run; a full disk must not hide it."""
+        """Writes the error that ends the run; a full disk must not hide it.
+
+        Data that are missing or do not fit the config leave no folder of a run that never started.
+        """
+        if isinstance(error, (ConfigError, DataError)) and self.folder.read_record() is None:
+            self.folder.remove_if_empty()
+            return
         try:
             self._end(_status_of(error), error)
         except LraError as second:

@@ -41,6 +41,8 @@ from lra.training.state import (
 from lra.training.step import StepFunctions
 from lra.training.timing import CallTimer
 
+MIN_EVAL_EVERY = 100  # steps, unless trainer.eval_every is set
+
 
 class Trainer:
     """Trains one run; `run` calls the other methods in order."""
@@ -202,7 +204,7 @@ class Trainer:
     def evaluate(self, step: int, state: State, best: Best) -> tuple[State, Best]:
         """Scores validation; keeps the weights if they are the best so far."""
         weights, labels = eval_weights(state), np.asarray(self.data["val"].labels)
-        logits = self.predict(weights, self.data["val"])
+        logits = self.predict(weights, self.data["val"], "validation")
         # process 0's scores decide, because all processes act on them
         scores = distributed.broadcast(partial(score, logits, labels))
         if scores["accuracy"] > best.accuracy:
@@ -247,7 +249,7 @@ class Trainer:
         weights = selected_weights(self.cfg.protocol.select, state, best)
         self.recorder.scoring(len(self.data["test"].labels), self.stopped_early(step, best))
         splits = {**self.data, "train": self.scored("train", self.data["train"])}
-        logits = {name: self.predict(weights, split) for name, split in splits.items()}
+        logits = {name: self.predict(weights, split, name) for name, split in splits.items()}
         labels = {name: np.asarray(split.labels) for name, split in splits.items()}
         scores = {name: score(logits[name], labels[name]) for name in splits}
         # again, for a run that was killed after its last evaluation
@@ -255,15 +257,22 @@ class Trainer:
         rows = self.scored_rows["test"]
         self.recorder.finish(step, scores, logits["test"], labels["test"], rows)
 
-    def predict(self, weights: tuple[Any, Any], split: Examples) -> np.ndarray:
-        """Logits of a whole split, (n, C) or (n, T, C) float32."""
+    def predict(self, weights: tuple[Any, Any], split: Examples, name: str) -> np.ndarray:
+        """Logits of a whole split, (n, C) or (n, T, C) float32; `name` is shown on the console."""
         apply = partial(self.step_fns.predict, *weights, self.setup.constants)
-        return predict(apply, split.inputs, split.lengths, self.eval_batch)
+
+        def tick(done: int) -> None:
+            self.recorder.reporter.predicting(name, done, len(split.labels))
+
+        return predict(apply, split.inputs, split.lengths, self.eval_batch, tick)
 
 
 def intervals(cfg: DictConfig) -> dict[str, int]:
-    """Steps between two log lines, evaluations and checkpoints, from the `trainer` section."""
-    evaluate = cfg.eval_every or max(cfg.steps // 20, 1)
+    """Steps between two log lines, evaluations and checkpoints, from the `trainer` section.
+
+    In a short run on a CPU an evaluation takes as long as dozens of steps.
+    """
+    evaluate = cfg.eval_every or max(cfg.steps // 20, MIN_EVAL_EVERY)
     return {
         "log": cfg.log_every or max(cfg.steps // 100, 1),
         "eval": evaluate,

@@ -3,7 +3,9 @@
 import pytest
 
 import lra
+from lra.config.messages import OTHER_NAMES
 from lra.config.options import options
+from lra.config.schema import KEYS
 from lra.errors import ConfigError
 
 
@@ -12,6 +14,9 @@ from lra.errors import ConfigError
     [
         (["model=lru", "model.dtype=bfloat16"], "unknown key model.dtype"),
         (["optim.lrr=1"], "unknown key optim.lrr (did you mean optim.lr"),
+        (["optim.learning_rate=1"], "unknown key optim.learning_rate (did you mean optim.lr?)"),
+        (["lr=1"], "unknown key lr (did you mean optim.lr?)"),
+        (["trainer.max_steps=1"], "(did you mean trainer.steps"),
         (
             ["model=lru", "model.num_filters=16"],
             "model=lru has no num_filters; it has: activation, bidirectional,",
@@ -56,3 +61,9 @@ def test_every_option_is_offered_instead_of_an_unknown_one():
     with pytest.raises(ConfigError, match="unknown model=nope") as caught:
         lra.compose(["model=nope"])
     assert str(caught.value).endswith(f"expected one of: {', '.join(options('model'))}")
+
+
+def test_names_of_other_code_stand_for_keys_that_exist():
+    names = {key.rpartition(".")[2] for key in KEYS}
+    assert set(OTHER_NAMES.values()) <= names
+    assert not names & set(OTHER_NAMES)

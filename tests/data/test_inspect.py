@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,24 @@ def test_show_prints_both_texts_without_padding(letters, tmp_path):
         "letters train 0 label 0: ab\n  | c",
         "letters train 1 label 1: ab\n  | d",
     ]
+
+
+def test_long_row_is_folded_at_the_width_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    task = configured_task("listops")
+    split = inspect.generated_rows(task, "train", 1, Path("nowhere"))
+    (shown,) = show_lines(task, "train", split, 1)
+    lines = shown.split("\n")
+    assert 50 < max(map(len, lines)) <= 60
+    assert all(line.startswith("  ") for line in lines[1:])
+    text = task.to_text(split.inputs[0][: split.lengths[0]])
+    assert shown.split() == f"listops train 0 label {split.labels[0]}: {text}".split()
+
+
+def test_label_has_the_name_of_its_class():
+    assert configured_task("image").label_text(np.uint8(3)) == "3 (cat)"
+    assert configured_task("listops").label_text(np.uint8(3)) == "3"
+    assert configured_task("copy").label_text(np.array([1, 2])) == "[1 2]"
 
 
 def test_sheet_has_each_picture_in_its_place(tmp_path):

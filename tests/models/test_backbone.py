@@ -60,6 +60,31 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(1, 7, (3, 9)), jnp.int32)
 LENGTHS = jnp.asarray([9, 4, 1])
 
 
+@pytest.mark.parametrize("option", [{}, {"final_norm": True}, {"pool": "cls", "mixer": Mean}])
+def test_layers_lead_from_the_encoder_to_the_logits(option):
+    model = backbone(**option, positions="learned")
+    first, second, last = model.layers(IDS, LENGTHS)
+    places = model.positions[...]
+    encoded = model.encoder(IDS) + places[-9:]
+    np.testing.assert_array_equal(first[:, -9:], encoded)  # after the class token, if any
+    mask = jnp.arange(first.shape[1])[None] < LENGTHS[:, None] + (first.shape[1] - 9)
+    for x, block, y in ((first, model.blocks[0], second), (second, model.blocks[1], last)):
+        np.testing.assert_allclose(block(x, mask, train=False, rngs=None), y, rtol=1e-6)
+    if model.final_norm is not None:
+        last = model.final_norm(last, mask, train=False)
+    pooled = pool(last, mask, model.pool)
+    np.testing.assert_allclose(model.features(IDS, LENGTHS), pooled, rtol=1e-6)
+    np.testing.assert_allclose(model(IDS, LENGTHS), model.head(pooled), rtol=1e-6)
+
+
+def test_layers_of_pairs_keep_the_two_sequences_apart():
+    model = backbone(num_pairs=2)
+    pairs, lengths = jnp.stack([IDS, IDS[::-1]], axis=1), jnp.stack([LENGTHS, LENGTHS[::-1]], 1)
+    found = model.layers(pairs, lengths)
+    assert [x.shape for x in found] == [(3, 2, 9, 4)] * 3
+    np.testing.assert_array_equal(found[-1][0, 0], found[-1][2, 1])
+
+
 @pytest.mark.parametrize("option", [{"norm": n} for n in ("batch", "layer", "rms", "none")])
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_every_norm_gives_logits(option, position):

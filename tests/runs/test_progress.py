@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from lra.config.options import options
 from lra.runs import progress
-from lra.runs.progress import preparing, settings_hint
+from lra.runs.progress import Reporter, preparing, settings_hint
 
 
 def test_a_long_preparation_logs_a_message_every_ten_seconds(monkeypatch, caplog):
@@ -36,6 +36,34 @@ def test_settings_that_are_no_papers_are_named():
     assert settings_hint(listops | {"experiment": "listops/stu"}) is None
     assert settings_hint(listops | {"task": "adding"}) is None  # nothing is published
     assert "listops/stu" in options("experiment")
+
+
+def test_training_and_scoring_without_a_bar_print_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    reporter = Reporter(200, 8, live=False)
+    for step in range(1, 31):
+        now += 2.0
+        reporter.advance(step, 1, 2.0, (3.0, 1.0, 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(5, 31, 5)]
+    assert lines[-1] == (
+        "step     30/200  loss 1.500 accuracy 0.500  0.5 steps/s  4 examples/s  0:05:40 left"
+    )
+    for done in range(8, 89, 8):
+        now += 4.0
+        reporter.predicting("validation", done, 90)
+    assert capsys.readouterr().out.splitlines() == [
+        f"scoring validation: {done} of 90 examples" for done in (24, 48, 72)
+    ]
+
+
+def test_rate_of_the_first_call_which_compiles_is_not_shown(capsys):
+    reporter = Reporter(200, 8, live=False)
+    reporter.advance(1, 1, 30.0, (3.0, 1.0, 2.0))
+    assert capsys.readouterr().out == (
+        "step      1/200  loss 1.500 accuracy 0.500  first call 30.0 s\n"
+    )
 
 
 class HiddenBar:

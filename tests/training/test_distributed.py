@@ -122,9 +122,7 @@ def test_loss_of_a_process_ends_the_other(single_run, tmp_path):
     (code, _, error), (other_code, _, _) = ProcessPair(LOSE_PROCESS_1, here).wait()
     assert other_code == -signal.SIGKILL
     assert code != 0  # JAX aborts at exit, see docs/training.md
-    assert re.search(
-        r"^lra: error: another process of this run is gone; .*resume=auto", error, re.M
-    )
+    assert re.search(r"^lra: another process of this run is gone; .*resume=auto", error, re.M)
     record = read_record(folder_of(here))
     assert (record["status"], record["error"][:14]) == ("preempted", "PreemptedError")
 

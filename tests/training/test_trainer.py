@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from lra.tasks import listops
 from lra.training import recorder, trainer
 from lra.training.evaluation import predict, sample_rows, score
 from lra.training.step import epoch_order
+from lra.training.trainer import Trainer, intervals
 
 
 @pytest.fixture
@@ -401,11 +403,36 @@ def test_bad_values_are_refused_in_one_line(tiny, tmp_path, override, message):
     assert not list(tmp_path.rglob("*"))  # no folder was made
 
 
-def test_run_that_failed_before_its_first_checkpoint_may_be_repeated(tiny):
+def test_run_without_its_data_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(DataError, match="listops-1000"):
+        lra.train([*tiny, "task.source=release"])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs").mkdir()  # by the user, and kept
+    with pytest.raises(DataError, match="listops-1000"):
+        lra.train([*tiny, "task.source=release"])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+
+
+def test_run_that_failed_before_its_first_checkpoint_may_be_repeated(tiny, monkeypatch):
+    monkeypatch.setattr(Trainer, "restore", Mock(side_effect=LraError("broken")))
     for _ in range(2):  # not, the second time: the folder holds a run
-        with pytest.raises(DataError, match="listops-1000"):
-            lra.train([*tiny, "task.source=release"])
-        assert read_record(folder_of([*tiny, "task.source=release"]))["status"] == "failed"
+        with pytest.raises(LraError, match="broken"):
+            lra.train(tiny)
+        assert read_record(folder_of(tiny))["status"] == "failed"
+    monkeypatch.setattr(Trainer, "load_data", Mock(side_effect=DataError("gone")))
+    with pytest.raises(DataError, match="gone"):
+        lra.train(tiny)
+    assert read_record(folder_of(tiny))["error"] == "DataError: gone"  # its record is kept
+
+
+@pytest.mark.parametrize(
+    ("steps", "eval_every", "expected"),
+    [(20, None, 100), (400, None, 100), (2500, None, 125), (80_000, None, 4000), (20, 4, 4)],
+)
+def test_short_runs_are_evaluated_at_most_every_hundred_steps(steps, eval_every, expected):
+    words = ["task=listops_short", f"trainer.steps={steps}"]
+    cfg = lra.compose([*words, f"trainer.eval_every={eval_every or 'null'}"]).trainer
+    assert intervals(cfg)["eval"] == intervals(cfg)["checkpoint"] == expected
 
 
 def test_every_example_is_drawn_once_an_epoch():
@@ -424,7 +451,10 @@ def test_predict_scores_each_example_once_whatever_the_batch():
 
     expected = np.arange(10.0)[:, None] * np.ones((10, 3)) * 2
     for batch_size in (1, 3, 10, 16):
-        np.testing.assert_array_equal(predict(apply, inputs, jnp.full(10, 2), batch_size), expected)
+        done: list[int] = []
+        logits = predict(apply, inputs, jnp.full(10, 2), batch_size, done.append)
+        np.testing.assert_array_equal(logits, expected)
+        assert done == list(range(batch_size, 10, batch_size))
 
 
 def test_score_equals_a_plain_loop():
