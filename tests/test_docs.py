@@ -29,7 +29,9 @@ import lra
 from lra.bench.measurement import to_markdown
 from lra.cli import parser
 from lra.config.build import build_task, model_builder
+from lra.config.compose import run_config, upgrade_config
 from lra.config.options import options
+from lra.config.schema import keys_affecting
 from lra.runs.run_folder import load_records
 from lra.tasks.base import SPLITS
 
@@ -308,6 +310,29 @@ def test_records_in_results_come_from_clean_commits():
         assert record["status"] == "finished"
         assert re.fullmatch(r"[0-9a-f]{7,}", record["commit"]), record["path"]
         assert record["command"].startswith("lra train")
+
+
+def test_records_in_results_have_the_settings_that_their_commands_give_today():
+    """A changed default makes a row stale: run it again."""
+    ignored = {*keys_affecting("speed", "start", "process"), "seed"}
+    for record in load_records([ROOT / "results" / "runs"]):
+        today = run_config(lra.compose(shlex.split(record["command"])[2:]))
+        settings = [flatten(upgrade_config(config)) for config in (record["config"], today)]
+        differing = {
+            key: [values.get(key) for values in settings]
+            for key in settings[0] | settings[1]
+            if settings[0].get(key) != settings[1].get(key)
+        }
+        assert not differing.keys() - ignored, (record["path"], differing)
+
+
+def flatten(config, prefix=""):
+    """Values by dotted key."""
+    found = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        found |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
 
 
 def test_readme_is_at_most_8_kb():

@@ -15,6 +15,7 @@ from lra.config.options import (
     CONF,
     NOT_ARGUMENTS,
     OPTIONAL_GROUPS,
+    OTHER_COMMANDS,
     experiment_text,
     options,
 )
@@ -150,6 +151,8 @@ def known_keys(group: str = "", option: str = "**/*") -> list[str]:
     keys = set()
     for file in (CONF / group).glob(f"{option}.yaml"):
         parts = file.relative_to(CONF).parent.parts
+        if parts and parts[0] in OTHER_COMMANDS:
+            continue
         prefix = parts[0] if parts and parts[0] not in OPTIONAL_GROUPS else ""
         keys |= set(dotted_keys(OmegaConf.to_container(OmegaConf.load(file)), prefix))
     return sorted(keys)

@@ -7,6 +7,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 # parts of a task's or model's section that the harness reads, not its constructor
 NOT_ARGUMENTS = ("hparams", "param_count", "recipe")
 OPTIONAL_GROUPS = ("experiment", "size", "debug")
+OTHER_COMMANDS = ("bench", "suite")  # folders of other commands than `lra train`
 
 
 def options(group: str) -> list[str]:

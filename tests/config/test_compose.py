@@ -102,7 +102,7 @@ def test_names_and_command_of_a_composed_config():
     cfg = lra.compose(["experiment=listops/quick", "seed=3"])
     assert cfg.names == {
         "task": "listops_short",
-        "model": "stu",
+        "model": "ar_stu",
         "experiment": "listops/quick",
         "protocol": "strict",
         "command": "lra train experiment=listops/quick seed=3",
