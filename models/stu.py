@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float
@@ -161,22 +160,6 @@ class STU(MixerModule):
         moments = feature_moments(phi, sigma, k_u, negative, self.alpha or 0.0, self.lag)
         return jnp.asarray(inverse_power(moments, power))
 
-    def input_matrices(self) -> tuple[Array, Array, Array | None]:
-        """M_u, M+ and M- of equation (4): the parameters mixed by the preconditioner."""
-        m_minus = None if self.m_minus is None else self.m_minus[...]
-        if self.preconditioner is None:
-            return self.m_u[...], self.m_plus[...], m_minus
-        parts = [self.m_plus[...], *([] if m_minus is None else [m_minus]), self.m_u[...]]
-        stacked = jnp.concatenate(parts)
-        mixed = jnp.einsum(
-            "ij,jde->ide",
-            self.preconditioner[...].astype(stacked.dtype),
-            stacked,
-            precision=HIGHEST,
-        )
-        m_plus, *rest, m_u = jnp.split(mixed, np.cumsum([len(part) for part in parts])[:-1])
-        return m_u, m_plus, rest[0] if rest else None
-
     def init_state(self, batch_size: int) -> State:
         """Zeros, of a size that depends on K, k_u, the feedback and D, not on L."""
         require_causal(self.causal)
@@ -198,15 +181,20 @@ class STU(MixerModule):
         dtype = state["plus"].dtype
         recent = jnp.concatenate([u_t.astype(dtype)[:, None], state["inputs"]], axis=1)
         new = {"inputs": recent[:, :-1]}
-        m_u, m_plus, m_minus = self.input_matrices()
-        m_u = m_u.astype(dtype)
-        y = jnp.einsum("bkd,kde->be", recent[:, : m_u.shape[0]], m_u, precision=HIGHEST)
+        m_u, sigma = self.m_u[...], self.sigma[...]
         # y_t reads U_{t-2}, so the features receive their input two steps late
         new["plus"] = next_features(state["plus"], recent[:, 2], *self.bank)
-        y = y + weighted(new["plus"], self.sigma[...], m_plus)
-        if m_minus is not None:
+        features, matrices = [scaled(new["plus"], sigma)], [self.m_plus[...]]
+        if self.m_minus is not None:
             new["minus"] = next_features(state["minus"], recent[:, 2], *self.bank, alternate=True)
-            y = y + weighted(new["minus"], self.sigma[...], m_minus)
+            features.append(scaled(new["minus"], sigma))
+            matrices.append(self.m_minus[...])
+        f = jnp.concatenate([*features, recent[:, : len(m_u)]], axis=1)
+        if self.preconditioner is not None:
+            mix = self.preconditioner[...].astype(dtype)
+            f = jnp.einsum("bid,ij->bjd", f, mix, precision=HIGHEST)
+        m = jnp.concatenate([*matrices, m_u]).astype(dtype)
+        y = jnp.einsum("bjd,jde->be", f, m, precision=HIGHEST)
         past = state["outputs"][:, self.lag - 1 :: self.lag]
         if self.m_y is not None:
             m_y = self.m_y[...].astype(dtype)
@@ -255,14 +243,11 @@ def filter_variables(
     return Filter(jnp.asarray(sigma)), Filter(jnp.asarray(phi))
 
 
-def weighted(
-    h: Float[Array, "B N D"], sigma: Float[Array, " K"], m: Float[Array, "K D D_out"]
-) -> Float[Array, "B D_out"]:
-    """sum_k sigma_k^(1/4) h_k m_k over the first K states, or over all N if N < K."""
-    num = min(h.shape[1], sigma.shape[0])
+def scaled(h: Float[Array, "B N D"], sigma: Float[Array, " K"]) -> Float[Array, "B K D"]:
+    """sigma_k^(1/4) h_k of the first K states; zeros for the last K - N, whose weight is nil."""
+    num = min(h.shape[1], len(sigma))
     scale = sigma[:num].astype(h.dtype) ** 0.25
-    h, m = h[:, :num] * scale[None, :, None], m[:num].astype(h.dtype)
-    return jnp.einsum("bkd,kde->be", h, m, precision=HIGHEST)
+    return jnp.pad(h[:, :num] * scale[:, None], ((0, 0), (0, len(sigma) - num), (0, 0)))
 
 
 def apply_reversed(mixer: Callable[..., Array], x: Sequences, mask: Mask) -> Sequences:

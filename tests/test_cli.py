@@ -302,8 +302,8 @@ def test_doctor_names_published_files_and_the_protocols_of_stores(lra, publisher
     root = shutil.copytree(publishers, tmp_path / "data")
     shutil.rmtree(root / "cifar-10-batches-py")
     assert published_files(root) == (
-        f"image, scifar: none under {root}; "
-        f"retrieval: {root}/lra_release/lra_release/tsv_data; text: {root}/aclImdb"
+        f"image, image_short, scifar: none under {root}; "
+        f"retrieval: {root}/lra_release/lra_release/tsv_data; text, text_short: {root}/aclImdb"
     )
     (root / "cifar-10-python.tar.gz").touch()
     assert f"image, scifar: {root}/cifar-10-python.tar.gz; " in published_files(root)

@@ -101,4 +101,6 @@ def check_record(folder: Path, shared: Shared) -> Verdict:
                 break
         except LraError as error:
             verdict.unchecked[str(error)].append(name)
+        except Exception as error:  # a record of others must not end the check of the rest
+            verdict.failed[name] = f"{type(error).__name__}: {error}"
     return verdict

@@ -35,6 +35,7 @@ from lra.training.evaluation import sample_rows, score
 from lra.training.recorder import CHECKPOINTS, data_key, describe_data
 from lra.training.trainer import intervals
 
+MAX_GENERATED = 1_000_000  # test examples that a check generates
 RESUMED_ACCURACY = 0.01  # validation accuracy may differ on the device of a resumed run
 
 
@@ -129,6 +130,8 @@ def data_here(run: SavedRun) -> DataHere:
     """The prepared data of a run's task, or the test split alone if it can be generated."""
     task, root = run.task, Path(run.cfg.data.root)
     count = (task.split_sizes() or {}).get("test")
+    if count is not None and count > MAX_GENERATED:
+        raise Unchecked(f"{count:,} test examples, more than {MAX_GENERATED:,}, are not generated")
     test = None if count is None else generated_rows(task, "test", count, root)
     if test is not None:
         entry = describe_split(test, task.num_classes)
@@ -200,12 +203,15 @@ def check_steps(claim: Claim) -> None:
     record, trainer = claim.record, claim.cfg.trainer
     every, end = intervals(trainer)["eval"], trainer.steps
     steps = [step for step, _ in claim.evaluations]
+    if trainer.eval_every is None and steps[:1] == [max(trainer.steps // 20, 1)]:
+        every = steps[0]  # the default of earlier versions
     if (early := record.get("stopped_early")) and steps:
         end, best = steps[-1], best_of(claim.evaluations)[0]
         found = sanity.stopped_early(end, best, every, trainer.early_stopping)
         require("stopped_early.step", early.get("step"), (found or {}).get("step"), "metrics give")
     require("step", record.get("step"), end, "the config gives")
-    if steps != sorted({*range(every, end + 1, every), end}):
+    expected = range(every, end + 1, every)
+    if len(steps) != len(expected) + (end % every > 0) or {*steps} != {*expected, end}:
         raise MismatchError(
             f"{records.METRICS} has evaluations at {len(steps)} steps, expected one each {every} "
             f"steps up to {end}"

@@ -23,7 +23,7 @@ from lra.config.messages import nearest
 from lra.config.options import CONF, options
 from lra.config.rules import format_value
 from lra.config.schema import keys_affecting
-from lra.errors import ConfigError, LraError, PreemptedError
+from lra.errors import ConfigError, DivergedError, LraError, PreemptedError
 from lra.files import write_atomically
 from lra.report.compare import ranks_over_tasks
 from lra.report.formats import Table, TableRow
@@ -105,6 +105,7 @@ def select(suite: Suite, name: str, words: Sequence[str]) -> Selection:
     """
     tasks, models, root, others = suite.tasks, suite.models, ROOT, []
     free = {*keys_affecting("speed", "start", "process"), "hydra.searchpath"}
+    free -= {"model.param_count", "tuning_runs"}  # rules, although a config does not keep them
     for word in words:
         key, _, value = word.partition("=")
         if key == "task":
@@ -147,26 +148,27 @@ def run(suite: Suite, chosen: Selection) -> list[str]:
             continues.
         ConfigError: the folder holds runs of other rules.
     """
-    keep_rules(suite, chosen.folder)
+    rules = check_rules(suite, chosen.folder)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(chosen.folder / RULES, rules.encode())
     failures: list[str] = []
     first, *others = suite.seeds
     for task, model in itertools.product(chosen.tasks, chosen.models):
         fixed = [*chosen.words, *suite.train, f"task={task}", f"model={model}"]
         fixed += [*suite.options.get(model, []), "resume=auto", f"output.root={chosen.folder}"]
-        tuned = [
-            (accuracy_of(record, "val") or 0.0, point)
-            for point in suite.points()
-            if (record := attempt([*fixed, *point, f"seed={first}"], failures))
-        ]
-        if tuned:
-            _, point = max(tuned, key=lambda pair: pair[0])
-            for seed in others:
-                attempt([*fixed, *point, f"seed={seed}"], failures)
+        points = suite.points()
+        tuned = [attempt([*fixed, *point, f"seed={first}"], failures) for point in points]
+        if None in tuned:  # another start completes the grid before it chooses
+            continue
+        scores = [accuracy_of(record or {}, "val") or 0.0 for record in tuned]
+        _, point = max(zip(scores, points, strict=True), key=lambda pair: pair[0])
+        for seed in others:
+            attempt([*fixed, *point, f"seed={seed}"], failures)
     return failures
 
 
 def attempt(words: Sequence[str], failures: list[str]) -> Record | None:
-    """The record of a run; a failed run adds a line to `failures`."""
+    """The record of a run, {} if it diverged, None if it failed; adds a line to `failures`."""
     shown = " ".join(word for word in words if not word.startswith(("resume=", "output.root=")))
     log.info("lra train %s", shown)
     try:
@@ -176,22 +178,22 @@ def attempt(words: Sequence[str], failures: list[str]) -> Record | None:
     except LraError as error:
         failures.append(f"lra train {shown}: {error}")
         log.error("%s", failures[-1])
-        return None
+        return {} if isinstance(error, DivergedError) else None
 
 
-def keep_rules(suite: Suite, folder: Path) -> None:
-    """Stores the rules beside the runs; raises ConfigError if the folder has other rules.
+def check_rules(suite: Suite, folder: Path) -> str:
+    """The rules as text; raises ConfigError if the runs of a folder follow others, or unknown ones.
 
     The lists of tasks and models may grow: a new one makes no run invalid.
     """
     rules = {key: getattr(suite, key) for key in ("train", "options", "grid", "seeds")}
     text, file = OmegaConf.to_yaml(OmegaConf.create(rules)), folder / RULES
-    if file.exists() and file.read_text() != text:
+    has_runs = folder.is_dir() and any(folder.iterdir())
+    if has_runs and not (file.exists() and file.read_text() == text):
         raise ConfigError(
             f"{file}: the runs there follow other rules than today's; set another output.root"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.encode())
+    return text
 
 
 def records_of(suite: Suite, chosen: Selection) -> list[Record]:
@@ -199,7 +201,7 @@ def records_of(suite: Suite, chosen: Selection) -> list[Record]:
     recorded = RECORDED / chosen.folder.name
     folders = {folder.resolve(): folder for folder in (chosen.folder, recorded) if folder.is_dir()}
     for folder in folders.values():
-        keep_rules(suite, folder)
+        check_rules(suite, folder)
     records = load_records([*folders.values()]) if folders else []
     return [record for record in records if record["task"] in chosen.tasks]
 
@@ -229,8 +231,8 @@ def status(suite: Suite, chosen: Selection) -> Table:
 def make_suite_table(suite: Suite, chosen: Selection) -> Table:
     """One row per model: each task, mean rank, average, learned tasks, parameters, time.
 
-    A row shows the runs of the first grid point by validation, over all seeds. Ranks are those of
-    the models that have all tasks.
+    A cell shows the grid point that validation prefers. Ranks and averages are those of the models
+    that have all tasks and seeds.
     """
     records = [record for record in records_of(suite, chosen) if is_scored(record, "test")]
     base = make_table(records, tasks=chosen.tasks, published="none")
@@ -241,7 +243,12 @@ def make_suite_table(suite: Suite, chosen: Selection) -> Table:
         name: {task: test_accuracies(runs.runs) for (n, task), runs in cells.items() if n == name}
         for name in dict.fromkeys(name for name, _ in cells)
     }
-    complete = {name: found for name, found in scores.items() if len(found) == len(chosen.tasks)}
+    seeds = len(suite.seeds)
+    complete = {
+        name: found
+        for name, found in scores.items()
+        if len(found) == len(chosen.tasks) and all(len(runs) == seeds for runs in found.values())
+    }
     medians = {name: [*map(statistics.median, found.values())] for name, found in complete.items()}
     ranks = ranks_over_tasks(medians) if medians else {}
     columns = dict(base.columns) | {"rank": "mean rank", "average": "average"}
@@ -264,7 +271,7 @@ def make_suite_table(suite: Suite, chosen: Selection) -> Table:
     table.footnotes, table.remarks, table.long = base.footnotes, base.remarks, base.long
     table.remarks.append(
         "Average of the medians, 95 % bootstrap over the seeds of each task (stratified; Agarwal "
-        f"et al. 2021, arXiv 2108.13264). Mean rank among {len(complete)} models with all tasks. "
+        f"et al. 2021, arXiv 2108.13264). Mean rank among {len(complete)} models with all runs. "
         "Hours of training of the runs shown."
     )
     return table

@@ -24,6 +24,7 @@ from lra.tasks.linear_baseline import linear_accuracy
 
 SHADES = " .:-=+*#%@"
 TEXT_WIDTH = 64
+POOLED_AT_ONCE = 1000  # pictures; bounds the memory
 BLOCK_BYTES = 2**26  # of pictures that `mean_pixels` reads at once
 
 
@@ -90,10 +91,16 @@ class PictureTask(Task):
         """Flat pictures of the task, from pictures of the publisher's or generator's size."""
         count, size = len(pictures), self.pool
         (height, width), features = self.picture_shape, self.num_features
-        squares = pictures.reshape(count, height, size, width, size, features)
-        means = (squares.sum((2, 4), dtype=np.uint32) + size**2 // 2) // size**2
-        flat = (count, -1, features) if features > 1 else (count, -1)
-        return means.astype(np.uint8).reshape(flat)
+        flat = (count, height * width, features) if features > 1 else (count, height * width)
+        if size == 1:
+            return pictures.reshape(flat)
+        found = np.empty((count, height, width, features), np.uint8)
+        for first in range(0, count, POOLED_AT_ONCE):
+            part = pictures[first : first + POOLED_AT_ONCE]
+            squares = part.reshape(-1, height, size, width, size, features)
+            sums = squares.sum((2, 4), dtype=np.uint32)
+            found[first : first + POOLED_AT_ONCE] = (sums + size**2 // 2) // size**2
+        return found.reshape(flat)
 
     def parse(self, example: Any) -> UInt8[np.ndarray, "*pixels"]:
         """The pixels of a picture: an array (H, W), or (H, W, 3) in colour, of integers 0..255."""

@@ -93,16 +93,19 @@ def stu(
     # a lag of 2, not as a phase, which would wrap the last inputs onto the first outputs
     delayed = jnp.pad(filters, ((2, 0), (0, 0)))[:length]
     basis = jnp.concatenate([delayed, jnp.eye(length, len(m_u), dtype=dtype)], axis=1)
-    if isinstance(m_y, float):  # a fixed feedback acts on the basis, which is far smaller than y
-        basis = scalar_feedback(basis[None], m_y, lag)[0]
+    learned = None
+    if isinstance(m_y, float | int):  # acts on the basis, which is far smaller than y
+        basis = scalar_feedback(basis[None], float(m_y), lag)[0]
+    else:
+        learned = m_y
     if mix is not None:
         basis = jnp.matmul(basis, mix.astype(dtype), precision=HIGHEST)
     products = jnp.bfloat16 if u.dtype == jnp.bfloat16 else dtype
     convolution = partial(causal_convolution, products=products)
     wide, m = u.astype(dtype), jnp.concatenate([m.astype(dtype) for m in matrices])
     y = shard_over_batch(convolution, wide, basis, m)
-    if isinstance(m_y, jax.Array):
-        y = merge_lags(feedback(split_lags(y, lag), m_y.astype(dtype)), lag, length)
+    if learned is not None:
+        y = merge_lags(feedback(split_lags(y, lag), learned.astype(dtype)), lag, length)
     return y.astype(u.dtype)
 
 

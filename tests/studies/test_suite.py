@@ -1,11 +1,12 @@
 """Suites: tuning by validation, skipped and failed runs, rules, status and table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from table_records import a_record
 
-from lra.errors import ConfigError, DataError, PreemptedError
+from lra.errors import ConfigError, DataError, DivergedError, PreemptedError
 from lra.report.formats import render
 from lra.runs.run_folder import RunFolder
 from lra.studies import suite as suites
@@ -88,7 +89,21 @@ def test_a_failed_run_is_one_line_and_the_suite_goes_on(started, tmp_path, monke
     failures = suites.run(SUITE, chosen(tmp_path, "task=listops_short"))
     assert len(failures) == 2
     assert all(line.endswith(": no file") and "optim.lr=0.001" in line for line in failures)
-    assert len(started) == 4 + 6  # LRU without two points of the grid, GRU
+    assert len(started) == 2 + 6  # LRU waits for its other two points
+
+
+def test_a_diverged_point_does_not_win_and_does_not_stop_the_cell(started, tmp_path, monkeypatch):
+    train = suites.lra.train
+
+    def diverge(words):
+        if "optim.lr=0.001" in words:
+            raise DivergedError("loss is nan")
+        return train(words)
+
+    monkeypatch.setattr(suites.lra, "train", diverge)
+    suites.run(SUITE, chosen(tmp_path, "task=listops_short", "model=lru"))
+    assert len(started) == 2 + 2
+    assert all("optim.lr=0.004" in words for words in started)
 
 
 def test_a_signal_ends_the_suite(started, tmp_path, monkeypatch):
@@ -123,6 +138,27 @@ def test_table_has_ranks_averages_and_missing_cells(started, tmp_path):
     assert any("best of 4 configurations by validation" in note for note in table.footnotes)
 
 
+def test_a_cell_without_all_seeds_has_no_rank(started, tmp_path):
+    found = chosen(tmp_path, "model=lru")
+    suites.run(SUITE, found)
+    (missing,) = found.folder.glob("image_short-lru-*-5")
+    shutil.rmtree(missing)
+    table = suites.make_suite_table(SUITE, found)
+    (row,) = table.sections[0][1]
+    assert "n=2" in row.cells["image_short"]
+    assert "rank" not in row.cells
+
+
+def test_reading_writes_nothing_and_unknown_rules_are_refused(started, tmp_path):
+    found = chosen(tmp_path)
+    suites.status(SUITE, found)
+    assert not found.folder.exists()
+    suites.run(SUITE, chosen(tmp_path, "model=lru", "task=listops_short"))
+    (found.folder / "suite.yaml").unlink()
+    with pytest.raises(ConfigError, match="other rules"):
+        suites.status(SUITE, found)
+
+
 def test_interval_of_the_average_resamples_the_seeds_of_each_task():
     low, high = suites.average_interval([[10.0] * 3, [20.0, 30.0, 40.0]])
     assert (low, high) == (15.0, 25.0)
@@ -145,6 +181,7 @@ def test_runs_of_other_rules_are_refused(started, tmp_path):
         ("optim.lr=1", "changes the rules of suite mine"),
         ("trainer.steps=1", "changes the rules"),
         ("seed=1", "changes the rules"),
+        ("model.param_count=5M", "changes the rules"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(tmp_path, word, message):
