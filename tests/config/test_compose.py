@@ -17,7 +17,7 @@ from lra.config.compose import (
 from lra.errors import ConfigError
 from lra.runs.records import config_hash
 
-RECORDS = sorted((Path(__file__).parents[2] / "results" / "runs").rglob("record.json"))
+RECORDS = sorted((Path(__file__).parents[1] / "support" / "first_version").rglob("record.json"))
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_keys_without_effect_do_not_split_the_seeds():
 
 
 def test_a_key_newer_than_the_record_makes_no_other_configuration():
-    old = [r for r in load_records([ROOT / "results" / "runs"]) if r["model"] == "lru"]
+    old = load_records([ROOT / "tests" / "support" / "first_version"])
     config = upgrade_config(old[0]["config"])
     assert "ema" in config["optim"]
     assert "ema" not in old[0]["config"]["optim"]
