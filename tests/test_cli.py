@@ -306,7 +306,7 @@ def test_doctor_names_published_files_and_the_protocols_of_stores(lra, publisher
         f"retrieval: {root}/lra_release/lra_release/tsv_data; text, text_short: {root}/aclImdb"
     )
     (root / "cifar-10-python.tar.gz").touch()
-    assert f"image, scifar: {root}/cifar-10-python.tar.gz; " in published_files(root)
+    assert f"image, image_short, scifar: {root}/cifar-10-python.tar.gz; " in published_files(root)
     small = ["task.sizes={train: 3, val: 1, test: 1}", f"data.root={root}"]
     code, out, err = lra("data", "prepare", "listops_short", *small)
     assert code == 0, err
