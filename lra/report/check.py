@@ -64,10 +64,12 @@ def check_records(
     with_weights = [folder for folder in folders if (folder / CHECKPOINTS).is_dir()]
     with_weights.sort(key=lambda folder: folder.name.rpartition("-")[2])
     owners: dict[str, dict[int, Path]] = defaultdict(dict)
-    for folder in folders:
-        for digest in fingerprints(folder):
-            owners[digest][seed_of(folder)] = folder
-    shared = Shared(data_root, allow_targets, set(with_weights[:rescore]), owners)
+    digests = {folder: [*fingerprints(folder)] for folder in folders}
+    for folder, found in digests.items():
+        seed = seed_of(folder)
+        for digest in found:
+            owners[digest][seed] = folder
+    shared = Shared(data_root, allow_targets, set(with_weights[:rescore]), digests, owners)
     for folder in folders:
         yield check_record(folder, shared)
 

@@ -64,13 +64,15 @@ class Shared:
     Attributes:
         allow_targets: classes outside `lra` and `models` that a record may name.
         rescored: folders of the runs whose weights score the test split again.
-        owners: folder by seed of each fingerprint of a run.
+        fingerprints: of each run, by folder.
+        owners: folder by seed of each fingerprint.
         data: by settings of the task, filled on first use.
     """
 
     data_root: Path
     allow_targets: Sequence[str]
     rescored: set[Path]
+    fingerprints: Mapping[Path, Sequence[str]]
     owners: Mapping[str, Mapping[int, Path]]
     data: dict[str, DataHere] = field(default_factory=dict)
 
@@ -105,12 +107,19 @@ class Claim:
         return stored
 
     @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return records.read_metrics(self.folder)
+
+    @cached_property
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, accuracy) of each evaluation on validation; Unchecked if a resume lost lines."""
         if lost := self.record.get("lost_metrics"):
             raise Unchecked(f"{records.METRICS} lost {lost} lines at a resume")
-        lines = records.read_metrics(self.folder)
-        return [(x["step"], x["val/accuracy"]) for x in lines if x.get("val/accuracy") is not None]
+        return [
+            (x["step"], x["val/accuracy"])
+            for x in self.metrics
+            if x.get("val/accuracy") is not None
+        ]
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def check_steps(claim: Claim) -> None:
 
 def check_selection(claim: Claim) -> None:
     """The scored weights are those that the protocol selects by validation, and test is unseen."""
-    if any(key.startswith("test") for x in records.read_metrics(claim.folder) for key in x):
+    if any(key.startswith("test") for x in claim.metrics for key in x):
         raise MismatchError(f"{records.METRICS} has scores of test, which is scored once")
     if not claim.evaluations:
         raise MismatchError(f"{records.METRICS} has no evaluation")
@@ -313,7 +322,7 @@ def check_seeds(claim: Claim) -> None:
     owners = claim.shared.owners
     if len({seed for seeds in owners.values() for seed in seeds}) < 2:
         raise Unchecked("no other seed is there")
-    for digest in fingerprints(claim.folder):
+    for digest in claim.shared.fingerprints[claim.folder]:
         for seed, folder in owners[digest].items():
             if seed != claim.record["seed"]:
                 raise MismatchError(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from lra.studies.lds import PRINTED
 from models import lds_layers
 from models.lds_layers import LRUSetting, stu_taps
+from models.ops.stu import scalar_feedback
 
 RATES = (0.05, 0.1, 0.5, 1.0, 5.0, 10.0)  # of the paper, for both layers
 FEEDBACKS = ("none", "own", "true")  # y_{t-2} of equation (4): left out, predicted, observed
@@ -63,7 +64,10 @@ def train_stu(length: int, steps: int, seeds: int, filters: tuple[int, ...], mos
         change = y.at[2:].add(-y[:-2])
         losses = []
         for name, x, target in zip(
-            FEEDBACKS, (features, sum_strided(features), features), (y, y, change), strict=True
+            FEEDBACKS,
+            (features, scalar_feedback(features[None], 1.0, 2)[0], features),
+            (y, y, change),
+            strict=True,
         ):
             chosen = m[groups[FEEDBACKS.index(name)]].reshape(-1, x.shape[1], m.shape[-1])
             predicted = jnp.einsum("lf,sfo->slo", x, chosen)
@@ -145,9 +149,3 @@ def sequence(key: Array, length: int) -> tuple[Array, Array]:
     h = jnp.asarray(PRINTED.impulse_response(length), jnp.float32).reshape(length, 9)
     each = lds_layers.convolve_all(u, h).reshape(length, 3, 3, 3)  # (L, D_in, D_out, channel)
     return u, jnp.einsum("liod,id->lo", each, jnp.eye(3))
-
-
-def sum_strided(x: Float[Array, "L F"]) -> Float[Array, "L F"]:
-    """x_t + x_{t-2} + x_{t-4} + ..."""
-    pairs = jnp.pad(x, ((0, len(x) % 2), (0, 0))).reshape(-1, 2, x.shape[1])
-    return jnp.cumsum(pairs, axis=0).reshape(-1, x.shape[1])[: len(x)]

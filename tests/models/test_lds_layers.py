@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lra.studies.lds_training import sum_strided
 from models.lds_layers import (
     LRUSetting,
     block_size,
@@ -20,7 +19,7 @@ from models.lds_layers import (
 )
 from models.lru import LRU
 from models.ops.filters import spectral_filters
-from models.ops.stu import stu
+from models.ops.stu import scalar_feedback, stu
 
 LENGTH, WIDTH, FILTERS = 24, 3, 4
 U = jax.random.normal(jax.random.key(0), (LENGTH, WIDTH))
@@ -36,7 +35,9 @@ def test_stu_taps_give_the_stu(feedback):
     ends = with_feedback(taps) if feedback else taps
     found = jnp.einsum("ljd,jdo->lo", convolve_all(U, jnp.asarray(ends, jnp.float32)), m)
     np.testing.assert_allclose(found, expected, atol=2e-4)
-    summed = sum_strided(convolve_all(U, jnp.asarray(taps, jnp.float32)).reshape(LENGTH, -1))
+    summed = scalar_feedback(
+        convolve_all(U, jnp.asarray(taps, jnp.float32)).reshape(1, LENGTH, -1), 1.0, 2
+    )[0]
     if feedback:
         np.testing.assert_allclose(summed @ m.reshape(-1, WIDTH), expected, atol=2e-4)
 
