@@ -1,11 +1,11 @@
 """Draws results/precondition/curves.png from the records of scripts/precondition.sh."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 import lra
+from lra.runs.records import read_metrics
 from lra.studies.figures import draw_band, panels, paper_style
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -15,7 +15,7 @@ def curves(runs, key):
     """Steps (T,) and the values (n, T) of a metric in the runs, which have the same steps."""
     values = []
     for path in runs["path"]:
-        lines = map(json.loads, (Path(path) / "metrics.jsonl").read_text().splitlines())
+        lines = read_metrics(Path(path))
         values.append([(line["step"], line[key]) for line in lines if key in line])
     found = np.array(values)
     return found[0, :, 0], found[..., 1]
