@@ -123,8 +123,10 @@ class SavedRun:
     @cached_property
     def eval_batch(self) -> int:
         """Examples of an evaluation batch: as in training, those of the largest scored split."""
-        splits = self.record["data"]["splits"].items()
-        counts = {name: entry.get("count", 0) for name, entry in splits}
+        splits = (self.record.get("data") or {}).get("splits") or {}
+        counts = {name: entry.get("count", 0) for name, entry in splits.items()}
+        if not counts:
+            raise RunFolderError(f"{self.folder}: the record has no data.splits; run it again")
         scored = (min(count, self.scored_examples(name) or count) for name, count in counts.items())
         return min(self.cfg.trainer.eval_batch_size, max(scored))
 

@@ -6,6 +6,7 @@ import pytest
 
 import lra
 from lra.errors import LraError, RunFolderError
+from lra.report.saved_run import SavedRun
 from lra.runs.records import read_predictions, read_record
 
 
@@ -53,3 +54,11 @@ def test_table_is_markdown_that_a_notebook_renders(trained_run):
     assert "61.04" in lra.table([trained_run], tasks=["listops_short"])
     with pytest.raises(LraError, match="published"):
         lra.table(trained_run, published="some")
+
+
+@pytest.mark.parametrize("data", [None, {}, {"splits": {}}])
+def test_a_record_without_data_is_refused_in_one_line(trained_run, data):
+    run = SavedRun(trained_run)
+    run.record = {**run.record, "data": data}
+    with pytest.raises(RunFolderError, match=r"has no data\.splits; run it again"):
+        _ = run.eval_batch
